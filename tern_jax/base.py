@@ -1,0 +1,251 @@
+"""The contract of a ternarizer, and the three containers that flow through it.
+
+Data flows one way: latent parameters are ternarized, ternary weights are
+packed, packed weights are saved or exported.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+#: A dict of named arrays that a method keeps for one weight array.
+Arrays = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ternary:
+  """Ternary weights: codes in {-1, 0, +1} and their two magnitudes.
+
+  The dense weight is `w_p` where the code is +1, `-w_n` where it is -1 and 0
+  elsewhere. The granularity is the scales' shape: 0-d for one scale a tensor,
+  the rank of `codes` with ones for one scale a channel.
+
+  Args:
+    codes: int8, any shape, values in {-1, 0, 1}.
+    w_p: float, broadcastable to `codes`, magnitude of the +1 weights.
+    w_n: float, broadcastable to `codes`, magnitude of the -1 weights.
+
+  >>> t = Ternary(jnp.array([1, 0, -1], jnp.int8), jnp.array(2.), jnp.array(3.))
+  >>> t.dequantize().tolist()
+  [2.0, 0.0, -3.0]
+  """
+
+  codes: Array
+  w_p: Array
+  w_n: Array
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Shape of the weights."""
+    return self.codes.shape
+
+  @property
+  def dtype(self) -> np.dtype:
+    """Dtype of the dense weights."""
+    return self.w_p.dtype
+
+  def dequantize(self) -> Array:
+    """Returns the dense weights, of the shape of codes and dtype of w_p."""
+    # Codes are compared in float: XLA:CPU miscompiles some fused int8 maths.
+    c = self.codes.astype(self.w_p.dtype)
+    zero = jnp.zeros((), self.w_p.dtype)
+    return jnp.where(c > 0, self.w_p, jnp.where(c < 0, -self.w_n, zero))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TernParams:
+  """What the optimizer trains: latent weights and, beside them, their scales.
+
+  Args:
+    latent: the user's own parameter tree, of the user's own structure.
+    scales: `{path: {name: array}}` for the ternarized leaves.
+  """
+
+  latent: Any
+  scales: Any
+
+  def replace(self, **changes: Any) -> "TernParams":
+    """Returns a copy with the named fields replaced."""
+    return dataclasses.replace(self, **changes)
+
+
+#: Prefix tree of labels for `optax.partition`: {"latent": tx, "scales": tx}.
+LABELS = TernParams(latent="latent", scales="scales")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Ternarizer(abc.ABC):
+  """One ternarization method, seen by one weight array at a time.
+
+  A subclass is a frozen dataclass. Its fields are hyper-parameters: Python
+  numbers, or traced arrays, so that a sweep over them is one `jax.vmap`. Its
+  methods are pure functions.
+  """
+
+  @property
+  def soft(self) -> bool:
+    """Whether the training forward is not yet ternary.
+
+    Every other method's forward equals its discretization bit for bit.
+    """
+    return False
+
+  def latent(self, w: Array) -> Array:
+    """Returns the latent array to train, given the user's initial weights."""
+    return w
+
+  @abc.abstractmethod
+  def init(self, w: Array) -> tuple[Arrays, Arrays]:
+    """Returns (trainable scales, non-trainable state) for initial weights."""
+
+  @abc.abstractmethod
+  def __call__(self, w: Array, scales: Arrays, state: Arrays) -> Array:
+    """Returns the effective weights of the training forward from latents."""
+
+  @abc.abstractmethod
+  def discretize(self, w: Array, scales: Arrays, state: Arrays) -> Ternary:
+    """Returns the ternary weights that the latents stand for."""
+
+  def after_step(
+    self, w: Array, scales: Arrays, state: Arrays
+  ) -> tuple[Arrays, Arrays]:
+    """Returns (scales, state) for the next step: clamps, targets."""
+    del w
+    return scales, state
+
+  def __repr__(self) -> str:
+    """Prints the call that made the method: fields that are not defaults."""
+    return call_repr(self)
+
+
+def call_repr(obj: Any) -> str:
+  """Returns the shortest call that makes a dataclass instance again.
+
+  >>> @dataclasses.dataclass(repr=False)
+  ... class Point:
+  ...   x: int = 0
+  ...   y: int = 0
+  >>> call_repr(Point(y=3))
+  'Point(y=3)'
+  """
+
+  def differs(field: dataclasses.Field) -> bool:
+    value = getattr(obj, field.name)
+    if field.default is dataclasses.MISSING:
+      return True
+    same_kind = type(value) is type(field.default)
+    return not (same_kind and value == field.default)
+
+  shown = [
+    f"{f.name}={getattr(obj, f.name)!r}"
+    for f in dataclasses.fields(obj)
+    if f.init and differs(f)
+  ]
+  return f"{type(obj).__name__}({', '.join(shown)})"
+
+
+def rms(x: Array, channel_axis: int | None = None) -> Array:
+  """Root mean square of an array, or of each of its channels.
+
+  Args:
+    x: float, any shape.
+    channel_axis: None for one value; else one for each index of this axis.
+
+  Returns:
+    float32 or wider, 0-d, or of the rank of x with ones beside the channels.
+
+  >>> float(rms(jnp.array([3., 4.]))), rms(jnp.ones((2, 3)), -1).shape
+  (3.535533905029297, (1, 3))
+  """
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  axes = reduced_axes(x, channel_axis)
+  squares = jnp.square(wide)
+  return jnp.sqrt(jnp.mean(squares, axes, keepdims=axes is not None))
+
+
+def reduced_axes(x: Array, channel_axis: int | None) -> tuple[int, ...] | None:
+  """Axes over which a statistic of each channel is taken; None for all.
+
+  A statistic over None is 0-d; one over a tuple of axes keeps them as ones.
+
+  >>> reduced_axes(jnp.ones((3, 3, 8, 16)), -1)
+  (0, 1, 2)
+  """
+  if channel_axis is None:
+    return None
+  if not -x.ndim <= channel_axis < x.ndim:
+    raise ValueError(
+      f"channel_axis={channel_axis} is no axis of an array of shape"
+      f" {x.shape}: use -1 for the output channels of Flax kernels, 0 for"
+      " Equinox weights, None for one scale a tensor."
+    )
+  return tuple(i for i in range(x.ndim) if i != channel_axis % x.ndim)
+
+
+def path_str(path: Iterable[Any]) -> str:
+  """Prints a key path of `jax.tree_util` as components joined by slashes.
+
+  The trailing `value` under which NNX states and boxed Linen parameters hold
+  their array is no component.
+
+  >>> tree = {"Dense_0": {"kernel": 1.0}}
+  >>> [path_str(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
+  ['Dense_0/kernel']
+  """
+  names = [key_str(key) for key in path]
+  if len(names) > 1 and names[-1] == "value":
+    names.pop()
+  return "/".join(names)
+
+
+def key_str(key: Any) -> str:
+  """Prints one key of a `jax.tree_util` key path.
+
+  >>> key_str(jax.tree_util.SequenceKey(2)), key_str("kernel")
+  ('2', 'kernel')
+  """
+  for attribute in ("key", "name", "idx"):
+    if hasattr(key, attribute):
+      return str(getattr(key, attribute))
+  return str(key)
+
+
+def concrete(x: Any) -> bool:
+  """Says whether a value can be looked at now, that is, is not traced."""
+  return not isinstance(x, jax.core.Tracer)
+
+
+def check_range(
+  name: str, value: Any, low: float, high: float, hint: str
+) -> None:
+  """Raises a ValueError unless low <= value < high; traced values pass.
+
+  Args:
+    name: what the value is called where the caller gave it.
+    value: number or array; None, callables and traced arrays are not checked.
+    low: least admissible value.
+    high: first value that is too large.
+    hint: what to do instead.
+
+  Raises:
+    ValueError: a concrete value lies outside the range or is not a number.
+
+  >>> check_range("alpha", 3.0, 0, 2, "use alpha=0.1")
+  Traceback (most recent call last):
+  ValueError: alpha must lie in [0, 2), got 3.0: use alpha=0.1.
+  """
+  if value is None or callable(value) or not concrete(value):
+    return
+  v = np.asarray(value, dtype=np.float64)
+  if not bool(np.all((v >= low) & (v < high))):
+    raise ValueError(
+      f"{name} must lie in [{low:g}, {high:g}), got {value}: {hint}."
+    )

@@ -1,0 +1,163 @@
+"""SCA: the sparsity-control approach to ternary weight networks."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from tern_jax.base import (
+  Array,
+  Arrays,
+  Ternarizer,
+  Ternary,
+  check_range,
+  rms,
+)
+from tern_jax.estimators import straight_through
+from tern_jax.regularizers import check_alpha, wdr_barrier
+from tern_jax.sparsity import (
+  Schedulable,
+  check_sparsity,
+  follow_target,
+  init_target,
+)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class SCA(Ternarizer):
+  """Sparsity control by the barrier of WDR, on latents Theta, W = tanh(Theta).
+
+  Two faces, each to be trained together with `wdr_transform`:
+
+  * `SCA(alpha=0.1)`, the paper's. The forward is soft, `a tanh(Theta)`, no
+    gradient estimator; WDR moves all weights to {-1, 0, 1}. The zeros are the
+    latents under the barrier, |W| <= sqrt(alpha / 2). Which share that will be
+    is `predicted_sparsity(sigma, alpha)`: 0.744 for the defaults.
+  * `SCA(sparsity=0.9)`, with which the asked sparsity is exact. The barrier
+    sits at that quantile of |W|, so `alpha = 2 quantile^2`; the forward is
+    hard, `a sign(Theta) 1[|W| > barrier]`, with the gradient of tanh(Theta).
+    The loss chooses the codes; a late WDR makes them settle. The recipe:
+
+        target = tern_jax.ramp(0.9, steps)
+        method = tern_jax.SCA(sparsity=target)
+        wdr = tern_jax.wdr_transform(
+            tern_jax.at_sparsity(target),
+            tern_jax.relative(tern_jax.late_kappa(steps)), mask=where)
+
+  Adam needs to move Theta by many times its spread: rates near 5e-3 on the
+  latents, decayed to 5 %, and no weight decay there.
+
+  Args:
+    alpha: controller of WDR in [0, 2), a number or a traced array.
+    sparsity: share of zeros in [0, 1), a number, traced array or schedule of
+      the step. Exactly one of alpha and sparsity is given.
+    sigma: root mean square of the latents at the start, whatever the scale of
+      the user's initial weights; None keeps them, as `arctanh(w)`.
+    every: steps between two looks at the quantile of the sparsity face.
+    scaled: train a scale a > 0, started such that the ternary weights have
+      the root mean square of the user's initial ones; False fixes a = 1.
+    channel_axis: None for one scale a tensor; else one for each index of this
+      axis, -1 for the output channels of Flax and Haiku, 0 for Equinox's.
+
+  Raises:
+    ValueError: a hyper-parameter is out of range, or not exactly one of alpha
+      and sparsity is given.
+
+  >>> w = jnp.array([[0.1, -0.2], [0.3, -0.4]])
+  >>> method = SCA(sparsity=0.5)
+  >>> method
+  SCA(sparsity=0.5)
+  >>> scales, state = method.init(w)
+  >>> method.discretize(method.latent(w), scales, state).codes.tolist()
+  [[0, 0], [1, -1]]
+
+  Source: Deng & Zhang, arXiv 2011.00580. Differs from the paper: latents are
+  normalized to `sigma`, so that one alpha means one sparsity in every layer,
+  and a scale is trained, so that nets without normalization layers work
+  (`sigma=None, scaled=False` undoes both); unconverged weights are rounded at
+  the barrier instead of 0.5; the sparsity face is this project's own.
+  """
+
+  alpha: Any = None
+  sparsity: Schedulable = None
+  sigma: float | None = 0.2
+  every: int = 10
+  scaled: bool = True
+  channel_axis: int | None = None
+
+  def __post_init__(self):
+    if (self.alpha is None) == (self.sparsity is None):
+      raise ValueError(
+        f"SCA got alpha={self.alpha} and sparsity={self.sparsity}: give"
+        " exactly one, SCA(alpha=0.1) or SCA(sparsity=0.8)."
+      )
+    check_alpha(self.alpha)
+    check_sparsity(self.sparsity)
+    check_range("sigma", self.sigma, 1e-6, 10, "0.2 works throughout")
+    check_range("every", self.every, 1, float("inf"), "count training steps")
+
+  @property
+  def soft(self) -> bool:
+    """Whether the training forward is not yet ternary."""
+    return self.sparsity is None
+
+  def latent(self, w: Array) -> Array:
+    """Returns Theta for the user's initial weights."""
+    wide = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+    if self.sigma is None:
+      edge = 1 - jnp.finfo(w.dtype).eps
+      theta = jnp.arctanh(jnp.clip(wide, -edge, edge))
+    else:
+      size = rms(wide)
+      theta = wide * jnp.where(size > 0, self.sigma / size, 1)
+    return theta.astype(w.dtype)
+
+  def init(self, w: Array) -> tuple[Arrays, Arrays]:
+    """Returns the scale, and the threshold of the sparsity face."""
+    theta = self.latent(w)
+    state = {} if self.soft else init_target(theta, self.sparsity)
+    if not self.scaled:
+      return {}, state
+    want = rms(w, self.channel_axis)
+    have = rms(self._unscaled(theta, state), self.channel_axis)
+    # An array of zeros has no spread to keep; 1 / sqrt(fan-in) lets it learn.
+    fan_in = max(w.size // w.shape[-1], 1) if w.size and w.ndim else 1
+    started = (want > 0) & (have > 0)
+    a = jnp.where(started, want / jnp.where(started, have, 1), fan_in**-0.5)
+    return {"a": a.astype(w.dtype)}, state
+
+  def __call__(self, w: Array, scales: Arrays, state: Arrays) -> Array:
+    """Returns `a tanh(Theta)`, or its ternary codes times a."""
+    unscaled = self._unscaled(w, state)
+    return unscaled * scales["a"] if self.scaled else unscaled
+
+  def discretize(self, w: Array, scales: Arrays, state: Arrays) -> Ternary:
+    """Returns the codes on the latents' side of the barrier."""
+    a = scales["a"] if self.scaled else jnp.ones((), w.dtype)
+    codes = self._codes(w, state).astype(jnp.int8)
+    return Ternary(codes=codes, w_p=a, w_n=a)
+
+  def after_step(
+    self, w: Array, scales: Arrays, state: Arrays
+  ) -> tuple[Arrays, Arrays]:
+    """Keeps the scale positive, and the threshold at the asked sparsity."""
+    if self.scaled:
+      tiny = jnp.finfo(w.dtype).tiny
+      scales = {"a": jnp.maximum(scales["a"], jnp.asarray(tiny, w.dtype))}
+    if not self.soft:
+      state = follow_target(state, w, self.sparsity, self.every)
+    return scales, state
+
+  def _unscaled(self, w: Array, state: Arrays) -> Array:
+    soft = jnp.tanh(w)
+    return soft if self.soft else straight_through(soft, self._codes(w, state))
+
+  def _codes(self, w: Array, state: Arrays) -> Array:
+    # Compared on the latents, not on W = tanh(Theta): tanh saturates, and
+    # ties there would break the exact count.
+    if self.soft:
+      threshold = jnp.arctanh(wdr_barrier(jnp.asarray(self.alpha, jnp.float32)))
+    else:
+      threshold = state["threshold"]
+    beyond = jnp.abs(w).astype(jnp.float32) > threshold
+    return jnp.where(beyond, jnp.sign(w), jnp.zeros((), w.dtype))

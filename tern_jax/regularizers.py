@@ -1,0 +1,444 @@
+"""WDR, the weight discretization regularizer, and its gradient transform.
+
+A latent Theta stands for the weight W = tanh(Theta). WDR is
+`R(Theta) = sum (alpha - W^2) W^2`. Its only minima are W = 0 and W = +-1; the
+barrier between them lies at |W| = sqrt(alpha / 2), so alpha controls which
+weights end at zero.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tern_jax.base import Array, call_repr, check_range, path_str
+from tern_jax.select import check_patterns, matches
+from tern_jax.sparsity import (
+  Schedulable,
+  at,
+  check_sparsity,
+  magnitude_threshold,
+  refresh,
+)
+
+
+def wdr(theta: Array, alpha: Array | float) -> Array:
+  """Weight discretization regularizer of one array.
+
+  `R(Theta) = sum_i (alpha - W_i^2) W_i^2` with `W = tanh(Theta)`.
+
+  Args:
+    theta: float, any shape, latents.
+    alpha: broadcastable to theta; ternary for 0 < alpha < 2.
+
+  Returns:
+    0-d, float32 (float64 for float64 latents).
+
+  Raises:
+    TypeError: theta is not floating-point.
+
+  >>> round(float(wdr(jnp.array([0., 20., -20.]), alpha=0.5)), 6)
+  -1.0
+
+  Source: Deng & Zhang, arXiv 2011.00580.
+  """
+  s = jnp.square(jnp.tanh(_wide(theta)))
+  return jnp.sum((jnp.asarray(alpha, s.dtype) - s) * s)
+
+
+def wdr_grad(theta: Array, alpha: Array | float) -> Array:
+  """Gradient of WDR: `dR/dTheta = 2 W (1 - W^2) (alpha - 2 W^2)`.
+
+  Args:
+    theta: float, any shape, latents.
+    alpha: broadcastable to theta.
+
+  Returns:
+    Shape of theta, float32 (float64 for float64 latents).
+
+  Raises:
+    TypeError: theta is not floating-point.
+
+  >>> at_barrier = jnp.arctanh(wdr_barrier(0.5))
+  >>> abs(float(wdr_grad(at_barrier, alpha=0.5))) < 1e-6
+  True
+  """
+  w = jnp.tanh(_wide(theta))
+  s = jnp.square(w)
+  return 2 * w * (1 - s) * (jnp.asarray(alpha, s.dtype) - 2 * s)
+
+
+def wdr_barrier(alpha: Array | float) -> Array:
+  """Magnitude |W| that separates the basin of 0 from those of -1 and +1.
+
+  `|W| = sqrt(alpha / 2)`, 0 for a negative alpha (binary weights).
+
+  Args:
+    alpha: any shape.
+
+  Returns:
+    Shape of alpha, float.
+
+  >>> float(wdr_barrier(0.5))
+  0.5
+  """
+  alpha = jnp.asarray(alpha)
+  if not jnp.issubdtype(alpha.dtype, jnp.floating):
+    alpha = alpha.astype(jnp.float32)
+  return jnp.sqrt(jnp.maximum(alpha, 0) / 2)
+
+
+def predicted_sparsity(theta: Array | float, alpha: Array | float) -> Array:
+  """Share of zeros that WDR alone drives latents to.
+
+  For an array the share of |tanh(Theta)| below the barrier; for a 0-d sigma,
+  of latents N(0, sigma^2), `erf(arctanh(sqrt(alpha / 2)) / (sigma sqrt 2))`.
+
+  Args:
+    theta: latents of any shape, or a 0-d standard deviation sigma > 0.
+    alpha: 0-d, in [0, 2).
+
+  Returns:
+    0-d, float32 (float64 for float64 input).
+
+  Raises:
+    ValueError: alpha lies outside [0, 2), or sigma is not positive.
+
+  >>> round(float(predicted_sparsity(0.5, alpha=0.1)), 3)
+  0.351
+  """
+  check_alpha(alpha)
+  x = _wide(jnp.asarray(theta))
+  limit = jnp.arctanh(wdr_barrier(jnp.asarray(alpha, x.dtype)))
+  if x.ndim:
+    return jnp.mean(jnp.abs(x) <= limit, dtype=x.dtype)
+  check_range("sigma", theta, 1e-30, jnp.inf, "it is a standard deviation")
+  return jax.scipy.special.erf(limit / (x * jnp.sqrt(2.0).astype(x.dtype)))
+
+
+def alpha_for_sparsity(theta: Array | float, sparsity: Array | float) -> Array:
+  """The alpha whose barrier leaves the asked share of weights in the 0 basin.
+
+  For an array `2 q^2`, with q the quantile of |tanh(Theta)| at the sparsity;
+  for a 0-d sigma, `2 tanh(sigma sqrt(2) erfinv(sparsity))^2`. It inverts
+  `predicted_sparsity`.
+
+  Args:
+    theta: latents of any shape, or a 0-d standard deviation sigma > 0.
+    sparsity: 0-d, share of zeros in [0, 1).
+
+  Returns:
+    0-d, float32 (float64 for a float64 sigma).
+
+  Raises:
+    ValueError: sparsity lies outside [0, 1), or sigma is not positive.
+
+  >>> round(float(alpha_for_sparsity(0.5, sparsity=0.351)), 3)
+  0.1
+  """
+  check_sparsity(sparsity)
+  x = _wide(jnp.asarray(theta))
+  if x.ndim:
+    limit = magnitude_threshold(x, sparsity)
+  else:
+    check_range("sigma", theta, 1e-30, jnp.inf, "it is a standard deviation")
+    share = jnp.asarray(sparsity, x.dtype)
+    limit = x * jnp.sqrt(2.0).astype(x.dtype) * jax.scipy.special.erfinv(share)
+  return 2 * jnp.square(jnp.tanh(limit))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class AtSparsity:
+  """An alpha made by `at_sparsity`."""
+
+  sparsity: Schedulable
+  every: int = 10
+
+  def __post_init__(self):
+    check_sparsity(self.sparsity)
+    check_range("every", self.every, 1, float("inf"), "count training steps")
+
+  def __repr__(self) -> str:
+    """Prints the call that made it."""
+    return call_repr(self).replace("AtSparsity", "at_sparsity", 1)
+
+
+def at_sparsity(sparsity: Schedulable, every: int = 10) -> AtSparsity:
+  """Makes an alpha that keeps the barrier at a quantile of each leaf.
+
+  `alpha = 2 q^2`, q the quantile of the leaf's |tanh(Theta)| at the asked
+  sparsity, found anew every few updates: the same barrier as
+  `SCA(sparsity=..., every=...)` keeps for the same arguments.
+
+  Args:
+    sparsity: share of zeros in [0, 1), or a schedule of it.
+    every: updates between two looks at the quantile.
+
+  Returns:
+    An `alpha` for `wdr_transform`, printable as this call.
+
+  Raises:
+    ValueError: a concrete sparsity outside [0, 1), or `every` below 1.
+
+  >>> at_sparsity(0.9)
+  at_sparsity(sparsity=0.9)
+  """
+  return AtSparsity(sparsity, every)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Relative:
+  """A strength made by `relative`."""
+
+  kappa: Schedulable
+
+  def __post_init__(self):
+    _check_strength("kappa", self.kappa)
+
+  def __repr__(self) -> str:
+    """Prints the call that made it."""
+    return call_repr(self).replace("Relative", "relative", 1)
+
+
+def relative(kappa: Schedulable) -> Relative:
+  """Makes a strength that is measured against the gradient that arrives.
+
+  A leaf's gradient g becomes `g + kappa * (rms(g) / rms(r)) * r`, with r the
+  gradient of WDR there. Whatever the loss, kappa = 1 makes WDR as strong as
+  the loss in every layer, which no absolute strength can.
+
+  Args:
+    kappa: number >= 0, traced array, or a schedule.
+
+  Returns:
+    A `strength` for `wdr_transform`, printable as this call.
+
+  Raises:
+    ValueError: a concrete kappa is negative.
+
+  >>> relative(0.5)
+  relative(kappa=0.5)
+  """
+  return Relative(kappa)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class LateKappa:
+  """Schedule made by `late_kappa`."""
+
+  steps: int
+  onset: float = 0.7
+  full: float = 0.95
+  first: float = 0.1
+  last: float = 30.0
+
+  def __call__(self, count: Array) -> Array:
+    """Returns kappa at a step."""
+    done = jnp.asarray(count, jnp.float32) / self.steps
+    share = jnp.clip((done - self.onset) / (self.full - self.onset), 0, 1)
+    kappa = self.first * (self.last / self.first) ** share
+    return jnp.where(done < self.onset, 0.0, kappa)
+
+  def __repr__(self) -> str:
+    """Prints the call that made it."""
+    return call_repr(self).replace("LateKappa", "late_kappa", 1)
+
+
+def late_kappa(
+  steps: int,
+  onset: float = 0.7,
+  full: float = 0.95,
+  first: float = 0.1,
+  last: float = 30.0,
+) -> LateKappa:
+  """Makes the schedule of kappa that lets codes settle at the end of a run.
+
+  0 before `onset`, then exponential from `first` to `last` at `full`, then
+  constant: the loss has chosen the codes by then, WDR makes them stay.
+
+  Args:
+    steps: training steps of the whole run.
+    onset: share of the run at which WDR sets in.
+    full: share of the run at which it has its full strength.
+    first: kappa at the onset.
+    last: kappa at full strength.
+
+  Returns:
+    A schedule for `relative`, printable as this call.
+
+  >>> kappa = late_kappa(1000)
+  >>> [round(float(kappa(n)), 3) for n in (699, 700, 950, 1000)]
+  [0.0, 0.1, 30.0, 30.0]
+  """
+  return LateKappa(steps, onset, full, first, last)
+
+
+class WdrState(NamedTuple):
+  """State of `wdr_transform`: update count, thresholds of `at_sparsity`."""
+
+  count: Array
+  threshold: Any
+
+
+def wdr_transform(
+  alpha: Any,
+  strength: Any,
+  mask: Any = None,
+  stacked: tuple[str, ...] = (),
+) -> optax.GradientTransformation:
+  """Adds the gradient of WDR to the updates, for any optax chain.
+
+  Each leaf's update u becomes `u + strength * dR/dTheta`. Placed before Adam
+  it is the loss term `loss + strength * R` (coupled); placed after Adam, and
+  before the learning rate, it acts undisturbed by Adam's normalization
+  (decoupled), as `optax.add_decayed_weights` does. With `relative(kappa)` the
+  place matters too: kappa is measured against the update that arrives.
+
+  Args:
+    alpha: a number or traced array in [0, 2); a schedule; a tree of them that
+      is a prefix of the parameters; or `at_sparsity(s)`.
+    strength: the paper's lambda >= 0 as a number, traced array or schedule;
+      or `relative(kappa)`.
+    mask: a tree of bools or a function from parameters to one, as in
+      `optax.masked`; None takes every leaf, biases too, so that most uses
+      want `mask=tern_jax.kernels()`.
+    stacked: patterns of leaves whose first axis enumerates layers (as made by
+      `nn.scan`): `relative` and `at_sparsity` then look at each layer alone.
+
+  Returns:
+    An `optax.GradientTransformation`. Updates keep their dtype; None updates
+    stay None. `optax.flatten` joins all leaves into one, hence per-leaf
+    statistics become global. Under `optax.inject_hyperparams`, name a
+    callable mask in `static_args`.
+
+  Raises:
+    ValueError: alpha or strength out of range; `update` without `params`.
+    TypeError: a selected parameter is not floating-point.
+
+  >>> tx = optax.chain(wdr_transform(alpha=0.5, strength=0.1), optax.sgd(1.0))
+  >>> params = {"w": jnp.array([0.1, 2.0])}
+  >>> updates, _ = tx.update({"w": jnp.zeros(2)}, tx.init(params), params)
+  >>> [round(float(u), 5) for u in updates["w"]]  # to 0, and away from it
+  [-0.00948, 0.01851]
+
+  Source: Deng & Zhang, arXiv 2011.00580. Differs from the paper: the gradient
+  is added to the update instead of the loss, which is the same before the
+  first transform of a chain; `relative` and `at_sparsity` are not in it.
+  """
+  if not isinstance(alpha, AtSparsity):
+    jax.tree.map(check_alpha, alpha)
+  if not isinstance(strength, Relative):
+    _check_strength("strength", strength)
+
+  def over_layers(path: str, fn: Any) -> Any:
+    return jax.vmap(fn) if any(matches(p, path) for p in stacked) else fn
+
+  def find(path: Any, theta: Array, count: Array, old: Array | None) -> Array:
+    fn = (
+      (lambda t: magnitude_threshold(t, at(alpha.sparsity, count)))
+      if old is None
+      else (lambda t, o: refresh(o, t, alpha.sparsity, count, alpha.every))
+    )
+    args = (theta,) if old is None else (theta, old)
+    return over_layers(path_str(path), fn)(*args)
+
+  def init(params: Any) -> WdrState:
+    paths = [
+      path_str(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    check_patterns(stacked, paths)
+    count = jnp.zeros((), jnp.int32)
+    threshold = ()
+    if isinstance(alpha, AtSparsity):
+      threshold = jax.tree_util.tree_map_with_path(
+        lambda path, theta: find(path, theta, count, None), params
+      )
+    return WdrState(count, threshold)
+
+  def update(
+    updates: Any, state: WdrState, params: Any = None
+  ) -> tuple[Any, WdrState]:
+    if params is None:
+      raise ValueError(
+        "wdr_transform got no parameters, and WDR is a function of them:"
+        " call tx.update(grads, opt_state, params)."
+      )
+    count, threshold = state
+    if isinstance(alpha, AtSparsity):
+      threshold = jax.tree_util.tree_map_with_path(
+        lambda path, theta, old: find(path, theta, count, old),
+        params,
+        threshold,
+      )
+      alphas = jax.tree.map(lambda t: 2 * jnp.square(jnp.tanh(t)), threshold)
+    else:
+      alphas = jax.tree.broadcast(alpha, params)
+
+    def add(path: Any, u: Array | None, theta: Array, a: Any) -> Array | None:
+      if u is None:
+        return None
+      _check_floating(path_str(path), theta)
+
+      wide = jnp.promote_types(theta.dtype, jnp.float32)
+
+      def add_one(u: Array, theta: Array, a: Array) -> Array:
+        r, g = wdr_grad(theta, a), u.astype(wide)
+        if isinstance(strength, Relative):
+          # The ratio of norms is the ratio of root mean squares.
+          ratio = _norm(g) / jnp.maximum(_norm(r), jnp.finfo(wide).tiny)
+          factor = at(strength.kappa, count, wide) * ratio
+        else:
+          factor = at(strength, count, wide)
+        return (g + factor * r).astype(u.dtype)
+
+      a = at(a, count, wide)
+      fn = over_layers(path_str(path), add_one)
+      if fn is not add_one and not a.ndim:
+        a = jnp.broadcast_to(a, theta.shape[:1])
+      return fn(u, theta, a)
+
+    updates = jax.tree_util.tree_map_with_path(
+      add, updates, params, alphas, is_leaf=lambda x: x is None
+    )
+    return updates, WdrState(optax.safe_increment(count), threshold)
+
+  transform = optax.GradientTransformation(init, update)
+  return transform if mask is None else optax.masked(transform, mask)
+
+
+def _norm(x: Array) -> Array:
+  return jnp.sqrt(jnp.sum(jnp.square(x)))
+
+
+def _wide(theta: Array) -> Array:
+  """Returns latents in the precision in which WDR is computed."""
+  theta = jnp.asarray(theta)
+  _check_floating("theta", theta)
+  return theta.astype(jnp.promote_types(theta.dtype, jnp.float32))
+
+
+def _check_floating(name: str, theta: Array) -> None:
+  if not jnp.issubdtype(theta.dtype, jnp.floating):
+    raise TypeError(
+      f"{name} is {theta.dtype}, but WDR is defined for floating-point"
+      " latents: convert it, or leave it out by mask=."
+    )
+
+
+def check_alpha(alpha: Any) -> None:
+  """Raises a ValueError unless a concrete alpha lies in [0, 2)."""
+  check_range(
+    "alpha",
+    alpha,
+    0,
+    2,
+    "0 gives binary weights, from 2 on every weight goes to 0; try 0.1",
+  )
+
+
+def _check_strength(name: str, strength: Any) -> None:
+  check_range(
+    name, strength, 0, float("inf"), "WDR is added to a loss; try 1e-3"
+  )

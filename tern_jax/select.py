@@ -1,0 +1,167 @@
+"""Which leaves are ternarized: printable path predicates, also optax masks."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tern_jax.base import TernParams, call_repr, path_str
+
+#: Last path component of weight matrices: Linen, NNX; Equinox; Haiku.
+KERNEL_NAMES = ("kernel", "weight", "w")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Kernels:
+  """Predicate made by `kernels`; call it on a tree to get an optax mask."""
+
+  include: tuple[str, ...] = ()
+  exclude: tuple[str, ...] = ()
+
+  def __call__(self, tree: Any) -> Any:
+    """Returns a tree of bools: True where the leaf is selected.
+
+    Args:
+      tree: parameters, their gradients, or `TernParams` (whose scales are
+        never selected). Leaves that optax masked out are passed over.
+
+    Raises:
+      ValueError: nothing is selected, or a pattern matches no leaf.
+    """
+    if isinstance(tree, TernParams):
+      nothing = jax.tree.map(lambda _: False, tree.scales)
+      return TernParams(latent=self(tree.latent), scales=nothing)
+    # Under optax.masked or optax.partition a part of the tree is hidden: then
+    # a pattern without a match is no sign of a mistake.
+    if not _is_partial(tree):
+      self.paths(tree)
+    return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: self.selects(path_str(path), leaf), tree
+    )
+
+  def selects(self, path: str, leaf: Any) -> bool:
+    """Says whether the leaf at a printed path is selected."""
+    name = path.rsplit("/", 1)[-1]
+    return (
+      name in KERNEL_NAMES
+      and getattr(leaf, "ndim", 0) >= 2
+      and (not self.include or any(matches(p, path) for p in self.include))
+      and not any(matches(p, path) for p in self.exclude)
+    )
+
+  def paths(self, tree: Any) -> list[str]:
+    """Returns the printed paths of the selected leaves, in tree order.
+
+    Raises:
+      ValueError: nothing is selected, or a pattern matches no leaf.
+    """
+    leaves = [
+      (path_str(path), leaf)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    everything = [path for path, _ in leaves]
+    check_patterns(self.include + self.exclude, everything)
+    selected = [path for path, leaf in leaves if self.selects(path, leaf)]
+    if not selected:
+      raise ValueError(
+        f"{self!r} selects no leaf: it takes arrays of 2 or more axes whose"
+        f" name is one of {', '.join(KERNEL_NAMES)}. The leaves are:"
+        f" {', '.join(everything) or 'none'}."
+      )
+    return selected
+
+  def __repr__(self) -> str:
+    """Prints the call that made it."""
+    return call_repr(self).replace("Kernels", "kernels", 1)
+
+
+def kernels(
+  include: str | Sequence[str] = (), exclude: str | Sequence[str] = ()
+) -> Kernels:
+  """Selects weight matrices and convolution kernels, never biases or norms.
+
+  A leaf is taken if it has two or more axes and its last path component is
+  `kernel` (Linen, NNX), `weight` (Equinox) or `w` (Haiku). A pattern matches
+  whole path components, anywhere in the path, with shell wildcards inside a
+  component: "Dense_0" does not match "Dense_01/kernel", "Dense_*" does.
+
+  Args:
+    include: patterns of which one must match; none given takes all kernels.
+    exclude: patterns of which none may match.
+
+  Returns:
+    A predicate: `where(tree)` is a tree of bools for optax's `mask=`.
+
+  >>> import jax.numpy as jnp
+  >>> tree = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)},
+  ...         "head": {"kernel": jnp.ones((3, 2))}}
+  >>> where = kernels(exclude="head")
+  >>> where
+  kernels(exclude=('head',))
+  >>> where.paths(tree)
+  ['Dense_0/kernel']
+  """
+  return Kernels(_as_tuple(include), _as_tuple(exclude))
+
+
+def matches(pattern: str, path: str) -> bool:
+  """Says whether a pattern matches whole components anywhere in a path.
+
+  >>> matches("Dense_*/kernel", "net/Dense_0/kernel"), matches("Den", "Dense")
+  (True, False)
+  """
+  wanted, parts = pattern.split("/"), path.split("/")
+  return any(
+    all(
+      fnmatch.fnmatchcase(part, w)
+      for part, w in zip(parts[i:], wanted, strict=False)
+    )
+    for i in range(len(parts) - len(wanted) + 1)
+  )
+
+
+def check_patterns(patterns: Sequence[str], paths: Sequence[str]) -> None:
+  """Raises a ValueError if a pattern matches none of the paths."""
+  for pattern in patterns:
+    if not any(matches(pattern, path) for path in paths):
+      raise ValueError(
+        f"The pattern {pattern!r} matches no leaf; a pattern is made of whole"
+        f" path components. The leaves are: {', '.join(paths) or 'none'}."
+      )
+
+
+def check_weights(path: str, w: Any) -> None:
+  """Raises unless a leaf is a floating array without NaN or infinity.
+
+  Raises:
+    TypeError: the leaf is not a floating-point array.
+    ValueError: a concrete leaf holds NaN or infinity.
+  """
+  if not jnp.issubdtype(w.dtype, jnp.floating):
+    raise TypeError(
+      f"{path} is {w.dtype}, but only floating-point weights can be trained"
+      " ternary: convert it, or exclude it in kernels(exclude=...)."
+    )
+  if isinstance(w, jax.core.Tracer | jax.ShapeDtypeStruct):
+    return
+  bad = int(jnp.sum(~jnp.isfinite(w)))
+  if bad:
+    raise ValueError(
+      f"{path} holds {bad} NaN or infinite values of {w.size}: start from"
+      " finite weights."
+    )
+
+
+def _as_tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
+  return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _is_partial(tree: Any) -> bool:
+  def is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+  return any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked)))

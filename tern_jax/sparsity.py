@@ -1,0 +1,207 @@
+"""Targets: the threshold that leaves exactly the asked share of zeros."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from tern_jax.base import Array, Arrays, call_repr, check_range
+
+#: A number, an array, or a schedule from the step count to one.
+Schedulable = Any
+
+
+def at(
+  value: Schedulable, count: Array, dtype: DTypeLike = jnp.float32
+) -> Array:
+  """Returns a scheduled value at a step.
+
+  >>> float(at(0.5, 0)), float(at(lambda count: 2. * count, 3))
+  (0.5, 6.0)
+  """
+  return jnp.asarray(value(count) if callable(value) else value).astype(dtype)
+
+
+def check_sparsity(sparsity: Schedulable) -> None:
+  """Raises a ValueError unless a concrete sparsity lies in [0, 1)."""
+  check_range(
+    "sparsity", sparsity, 0, 1, "it is the share of zeros, for example 0.8"
+  )
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Ramp:
+  """Schedule made by `ramp`."""
+
+  sparsity: float
+  steps: int
+  until: float = 0.5
+
+  def __post_init__(self):
+    check_sparsity(self.sparsity)
+    check_range("until", self.until, 1e-9, 1 + 1e-9, "it is a share of steps")
+    check_range("steps", self.steps, 1, float("inf"), "count training steps")
+
+  def __call__(self, count: Array) -> Array:
+    """Returns the sparsity asked for at a step."""
+    done = jnp.asarray(count, jnp.float32) / (self.until * self.steps)
+    return self.sparsity * (1.0 - (1.0 - jnp.minimum(done, 1.0)) ** 3)
+
+  def __repr__(self) -> str:
+    """Prints the call that made it."""
+    return call_repr(self).replace("Ramp", "ramp", 1)
+
+
+def ramp(sparsity: float, steps: int, until: float = 0.5) -> Ramp:
+  """Makes a cubic schedule of sparsity from 0 to the target, then flat.
+
+  `s(n) = sparsity * (1 - (1 - n / (until * steps))^3)`.
+
+  Args:
+    sparsity: share of zeros in [0, 1) at the end.
+    steps: training steps of the whole run.
+    until: share of the run after which the target is reached.
+
+  Returns:
+    A schedule, printable as this call.
+
+  >>> s = ramp(0.8, steps=1000)
+  >>> [round(float(s(n)), 4) for n in (0, 250, 500, 1000)]
+  [0.0, 0.7, 0.8, 0.8]
+
+  Source: Zhu & Gupta, arXiv 1710.01878, equation 1.
+  """
+  return Ramp(sparsity, steps, until)
+
+
+def magnitude_threshold(x: Array, sparsity: Array | float) -> Array:
+  """Finds a threshold that exactly the asked share of magnitudes lies under.
+
+  With k = round(sparsity * n), it is a value v such that k magnitudes satisfy
+  |x| <= v (more only if ties forbid k). Found by interpolated bisection over
+  the bit patterns of non-negative floats, whose order is the floats' own: a
+  few counting passes, no sorting, hence cheap, and exact on sharded arrays.
+
+  Args:
+    x: float, any shape; compared in float32.
+    sparsity: 0-d, share of zeros in [0, 1].
+
+  Returns:
+    float32, 0-d; 0 for an empty array.
+
+  >>> float(magnitude_threshold(jnp.array([-.1, .2, -.3, .4]), 0.)) < .1
+  True
+  >>> 0.2 <= float(magnitude_threshold(jnp.array([-.1, .2, -.3, .4]), .5)) < .3
+  True
+  """
+  n = x.size
+  if not n:
+    return jnp.zeros((), jnp.float32)
+  magnitude = jnp.abs(x.astype(jnp.float32))
+  k = jnp.round(jnp.asarray(sparsity, jnp.float32) * n).astype(jnp.int32)
+
+  def bits(value: Array) -> Array:
+    return jax.lax.bitcast_convert_type(value, jnp.int32)
+
+  def value(pattern: Array) -> Array:
+    return jax.lax.bitcast_convert_type(pattern, jnp.float32)
+
+  def proceed(carry: tuple[Array, ...]) -> Array:
+    _, low, high, _, count_high = carry
+    return (high - low > 1) & (count_high != k)
+
+  def narrow(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+    step, low, high, count_low, count_high = carry
+    # Interpolation lands on k at once where the density is smooth; halving
+    # values or bit patterns bounds the passes where it is not.
+    share = (k - count_low).astype(jnp.float32) / (
+      count_high - count_low
+    ).astype(jnp.float32)
+    width = value(high) - value(low)
+    guess = jnp.stack(
+      [
+        bits(value(low) + share * width),
+        bits(value(low) + 0.5 * width),
+        low + (high - low) // 2,
+      ]
+    )[jnp.array([0, 0, 1, 0, 2])[step % 5]]
+    guess = jnp.clip(guess, low + 1, high - 1)
+    count = jnp.sum(magnitude <= value(guess), dtype=jnp.int32)
+    enough = count >= k
+    return (
+      step + 1,
+      jnp.where(enough, low, guess),
+      jnp.where(enough, guess, high),
+      jnp.where(enough, count_low, count),
+      jnp.where(enough, count, count_high),
+    )
+
+  zero = jnp.zeros((), jnp.int32)
+  zeros = jnp.sum(magnitude <= 0.0, dtype=jnp.int32)
+  start = (zero, zero, bits(jnp.max(magnitude)), zeros, zero + n)
+  _, _, high, _, _ = jax.lax.while_loop(proceed, narrow, start)
+  return jnp.where(zeros >= k, 0.0, value(high))
+
+
+def init_target(w: Array, sparsity: Schedulable) -> Arrays:
+  """Returns the state that follows a sparsity: step count and threshold.
+
+  Args:
+    w: float, any shape, the latents at step 0.
+    sparsity: share of zeros, or a schedule of it.
+
+  Returns:
+    {"count": int32 0-d, "threshold": float32 0-d}.
+  """
+  count = jnp.zeros((), jnp.int32)
+  return {
+    "count": count,
+    "threshold": magnitude_threshold(w, at(sparsity, count)),
+  }
+
+
+def follow_target(
+  state: Arrays, w: Array, sparsity: Schedulable, every: int
+) -> Arrays:
+  """Returns the state of the next step, from the latents after this one.
+
+  Args:
+    state: what `init_target` returned, or this function.
+    w: float, any shape, the latents after the update.
+    sparsity: share of zeros, or a schedule of it.
+    every: steps between two looks at the quantile.
+
+  Returns:
+    The same kind of state, one step on.
+  """
+  count = state["count"] + 1
+  threshold = refresh(state["threshold"], w, sparsity, count, every)
+  return {"count": count, "threshold": threshold}
+
+
+def refresh(
+  threshold: Array,
+  w: Array,
+  sparsity: Schedulable,
+  count: Array,
+  every: int,
+) -> Array:
+  """Returns the threshold of the asked sparsity, found anew now and then.
+
+  Args:
+    threshold: float32, 0-d, the one in force.
+    w: float, any shape, the latents at step `count`.
+    sparsity: share of zeros, or a schedule of it.
+    count: int32, 0-d, step.
+    every: the threshold is found anew at steps divisible by this.
+
+  Returns:
+    float32, 0-d.
+  """
+  return jax.lax.cond(
+    count % every == 0,
+    lambda: magnitude_threshold(w, at(sparsity, count)),
+    lambda: threshold,
+  )

@@ -1,0 +1,258 @@
+"""One pure training step, and its wrappers for many devices.
+
+The step is written once. Given an axis name it averages gradients, metrics
+and model state over that axis; `pmap_step` and `shard_map_step` only say how
+the batch is spread. The state has no leading device axis in either, so it is
+saved, restored and looked at as on one device.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tern_jax.base import Array, TernParams
+from tern_jax.transform import ParamTransform
+
+#: loss_fn(weights, model_state, batch, key) -> (loss, (model_state, metrics)).
+LossFn = Callable[
+  [Any, Any, Any, Array], tuple[Array, tuple[Any, dict[str, Array]]]
+]
+Step = Callable[["TrainState", Any], tuple["TrainState", dict[str, Array]]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """All that a run needs to go on exactly where it stopped.
+
+  Args:
+    step: int32, 0-d, updates done.
+    params: `TernParams`, or the user's tree itself for a float run.
+    tern_state: state of the `ParamTransform`, {} for a float run.
+    opt_state: state of the optax chain.
+    model_state: what the model carries beside parameters, such as
+      batch-norm statistics; {} for none.
+    key: PRNG key; the key of a step is `fold_in(key, step)`.
+  """
+
+  step: Array
+  params: Any
+  tern_state: Any
+  opt_state: Any
+  model_state: Any
+  key: Array
+
+
+def init_state(
+  tree: Any,
+  tx: optax.GradientTransformation,
+  tern: ParamTransform | None = None,
+  model_state: Any = None,
+  seed: int = 0,
+) -> TrainState:
+  """Makes the state of a run from the user's initial parameters.
+
+  Args:
+    tree: the user's parameters.
+    tx: optax transform, over `TernParams` where tern is given.
+    tern: what makes weights ternary; None for a float run.
+    model_state: for example batch-norm statistics.
+    seed: seed of the run's PRNG key.
+
+  Returns:
+    TrainState at step 0.
+
+  >>> float_run = init_state({"w": jnp.ones(2)}, optax.sgd(0.1))
+  >>> int(float_run.step), float_run.tern_state
+  (0, {})
+  """
+  params, tern_state = (tree, {}) if tern is None else tern.init(tree)
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    tern_state=tern_state,
+    opt_state=tx.init(params),
+    model_state={} if model_state is None else model_state,
+    key=jax.random.key_data(jax.random.key(seed)),
+  )
+
+
+def make_step(
+  loss_fn: LossFn,
+  tx: optax.GradientTransformation,
+  tern: ParamTransform | None = None,
+  axis_name: str | None = None,
+) -> Step:
+  """Makes the pure training step, to be wrapped by jit, pmap or shard_map.
+
+  Args:
+    loss_fn: `loss_fn(weights, model_state, batch, key)` returns
+      `(loss, (model_state, metrics))`; weights are the effective ones, the
+      loss a mean over the batch, metrics a dict of 0-d means.
+    tx: optax transform over the state's params.
+    tern: the same as given to `init_state`.
+    axis_name: mapped axis over which gradients, metrics and model state are
+      averaged; None on one device.
+
+  Returns:
+    `step(state, batch) -> (state, metrics)`, metrics with "loss" among them.
+  """
+
+  def average(tree: Any) -> Any:
+    return tree if axis_name is None else _pmean(tree, axis_name)
+
+  def step(state: TrainState, batch: Any) -> tuple[TrainState, dict]:
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+    def loss(params: Any) -> Any:
+      weights = params if tern is None else tern(params, state.tern_state)
+      return loss_fn(weights, state.model_state, batch, key)
+
+    (value, (model_state, metrics)), grads = jax.value_and_grad(
+      loss, has_aux=True
+    )(state.params)
+    # Differentiate first, average then: averaging inside the loss would sum
+    # gradients under shard_map, silently, by the number of devices.
+    grads = average(grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    tern_state = state.tern_state
+    if tern is not None:
+      params, tern_state = tern.after_step(params, tern_state)
+    state = dataclasses.replace(
+      state,
+      step=state.step + 1,
+      params=params,
+      tern_state=tern_state,
+      opt_state=opt_state,
+      model_state=average(model_state),
+    )
+    return state, average({"loss": value, **metrics})
+
+  return step
+
+
+def pmap_step(step: Step, axis_name: str = "data") -> Step:
+  """Spreads a step over the local devices with `jax.pmap`.
+
+  Args:
+    step: made with this `axis_name`.
+    axis_name: name of the mapped axis.
+
+  Returns:
+    A step whose batch has a leading axis of devices (see `split_batch`), and
+    whose state and metrics have none.
+  """
+  return jax.pmap(step, axis_name=axis_name, in_axes=(None, 0), out_axes=None)
+
+
+def shard_map_step(
+  step: Step, mesh: Mesh | None = None, axis_name: str = "data"
+) -> Step:
+  """Spreads a step over a mesh with `jax.shard_map`, on global arrays.
+
+  Args:
+    step: made with this `axis_name`.
+    mesh: one axis of this name; None takes all devices.
+    axis_name: mesh axis over which the batch is sharded.
+
+  Returns:
+    A jitted step; the batch's first axis is the global batch, divisible by
+    the number of devices. The state given is donated.
+  """
+  mesh = data_mesh(axis_name) if mesh is None else mesh
+  mapped = jax.shard_map(
+    step,
+    mesh=mesh,
+    in_specs=(P(), P(axis_name)),
+    out_specs=(P(), P()),
+    # With the check, autodiff would insert its own sum over devices and the
+    # averaged gradient would be too large by their number.
+    check_vma=False,
+  )
+  return jax.jit(mapped, donate_argnums=0)
+
+
+def data_mesh(axis_name: str = "data") -> Mesh:
+  """Returns a mesh of all devices along one axis."""
+  devices = jax.device_count()
+  return jax.make_mesh((devices,), (axis_name,), axis_types=(AxisType.Auto,))
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+  """Puts a tree on every device of a mesh."""
+  return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def split_batch(batch: Any, devices: int) -> Any:
+  """Adds the leading axis of devices that `pmap_step` maps over.
+
+  Args:
+    batch: tree of arrays, the first axis divisible by devices.
+    devices: number of devices.
+
+  Returns:
+    Tree of arrays [devices, batch / devices, ...].
+
+  Raises:
+    ValueError: the batch cannot be shared evenly.
+
+  >>> import numpy as np
+  >>> split_batch(np.zeros((8, 3)), 4).shape
+  (4, 2, 3)
+  """
+
+  def split(x: Any) -> Any:
+    if x.shape[0] % devices:
+      raise ValueError(
+        f"A batch of {x.shape[0]} cannot be shared evenly by {devices}"
+        " devices: make the batch size a multiple of their number."
+      )
+    return x.reshape((devices, x.shape[0] // devices) + x.shape[1:])
+
+  return jax.tree.map(split, batch)
+
+
+def effective_weights(state: TrainState, tern: ParamTransform | None) -> Any:
+  """Returns the weights that the model is applied to in training."""
+  return state.params if tern is None else tern(state.params, state.tern_state)
+
+
+def reestimate_model_state(
+  update_fn: Callable[[Any, Any, Any], Any],
+  weights: Any,
+  model_state: Any,
+  batches: Iterable[Any],
+) -> Any:
+  """Re-estimates batch-norm statistics for weights that changed, by rounding.
+
+  Args:
+    update_fn: `update_fn(weights, model_state, batch) -> model_state`: one
+      forward in training mode; its moving average forgets the old statistics,
+      so give about `5 / (1 - momentum)` batches.
+    weights: the rounded weights.
+    model_state: the statistics of the unrounded ones.
+    batches: training batches.
+
+  Returns:
+    The new model state.
+  """
+  fn = jax.jit(update_fn)
+  for batch in batches:
+    model_state = fn(weights, model_state, batch)
+  return model_state
+
+
+def _pmean(tree: Any, axis_name: str) -> Any:
+  # Masks and counts are equal on all devices; a mean would make them floats.
+  def mean(x: Array) -> Array:
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.lax.pmean(x, axis_name) if is_float else x
+
+  return jax.tree.map(mean, tree)
