@@ -16,7 +16,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tern_jax.base import Array, TernParams
+from tern_jax.base import Array
 from tern_jax.transform import ParamTransform
 
 #: loss_fn(weights, model_state, batch, key) -> (loss, (model_state, metrics)).
@@ -214,7 +214,7 @@ def split_batch(batch: Any, devices: int) -> Any:
         f"A batch of {x.shape[0]} cannot be shared evenly by {devices}"
         " devices: make the batch size a multiple of their number."
       )
-    return x.reshape((devices, x.shape[0] // devices) + x.shape[1:])
+    return x.reshape((devices, x.shape[0] // devices, *x.shape[1:]))
 
   return jax.tree.map(split, batch)
 
