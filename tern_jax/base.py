@@ -121,6 +121,17 @@ class Ternarizer(abc.ABC):
     del w
     return scales, state
 
+  def refresh(
+    self, w: Array, scales: Arrays, state: Arrays
+  ) -> tuple[Arrays, Arrays]:
+    """Returns (scales, state) that fit these latents, before discretizing.
+
+    A target is followed every few steps only; this meets it exactly, also for
+    latents that training did not leave there, such as moving averages.
+    """
+    del w
+    return scales, state
+
   def __repr__(self) -> str:
     """Prints the call that made the method: fields that are not defaults."""
     return call_repr(self)
@@ -152,6 +163,15 @@ def call_repr(obj: Any) -> str:
   return f"{type(obj).__name__}({', '.join(shown)})"
 
 
+def widen(x: Array) -> Array:
+  """Returns an array in the precision of the maths: float32, or its float64.
+
+  >>> widen(jnp.ones(2, jnp.bfloat16)).dtype
+  dtype('float32')
+  """
+  return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+
+
 def rms(x: Array, channel_axis: int | None = None) -> Array:
   """Root mean square of an array, or of each of its channels.
 
@@ -165,9 +185,8 @@ def rms(x: Array, channel_axis: int | None = None) -> Array:
   >>> float(rms(jnp.array([3., 4.]))), rms(jnp.ones((2, 3)), -1).shape
   (3.535533905029297, (1, 3))
   """
-  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   axes = reduced_axes(x, channel_axis)
-  squares = jnp.square(wide)
+  squares = jnp.square(widen(x))
   return jnp.sqrt(jnp.mean(squares, axes, keepdims=axes is not None))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tern_jax.base import Array, Ternary, path_str
+from tern_jax.base import Array, Ternary, path_str, widen
 from tern_jax.packed import PackedTernary, to_ternary
 
 
@@ -175,5 +175,5 @@ def distance_to_ternary(theta: Array) -> Array:
   >>> round(float(distance_to_ternary(theta)), 4)
   0.1732
   """
-  w = jnp.tanh(theta.astype(jnp.promote_types(theta.dtype, jnp.float32)))
+  w = jnp.tanh(widen(theta))
   return jnp.sqrt(jnp.mean(jnp.square(w - jnp.round(w))))

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tern_jax.base import Array, call_repr, check_range, path_str
+from tern_jax.base import Array, call_repr, check_range, path_str, widen
 from tern_jax.select import check_patterns, matches
 from tern_jax.sparsity import (
   Schedulable,
   at,
   check_sparsity,
   magnitude_threshold,
-  refresh,
+  renew,
 )
 
 
@@ -339,7 +339,7 @@ def wdr_transform(
     fn = (
       (lambda t: magnitude_threshold(t, at(alpha.sparsity, count)))
       if old is None
-      else (lambda t, o: refresh(o, t, alpha.sparsity, count, alpha.every))
+      else (lambda t, o: renew(o, t, alpha.sparsity, count, alpha.every))
     )
     args = (theta,) if old is None else (theta, old)
     return over_layers(path_str(path), fn)(*args)
@@ -381,19 +381,18 @@ def wdr_transform(
         return None
       _check_floating(path_str(path), theta)
 
-      wide = jnp.promote_types(theta.dtype, jnp.float32)
-
       def add_one(u: Array, theta: Array, a: Array) -> Array:
-        r, g = wdr_grad(theta, a), u.astype(wide)
+        r = wdr_grad(theta, a)
+        g = u.astype(r.dtype)
         if isinstance(strength, Relative):
           # The ratio of norms is the ratio of root mean squares.
-          ratio = _norm(g) / jnp.maximum(_norm(r), jnp.finfo(wide).tiny)
-          factor = at(strength.kappa, count, wide) * ratio
+          ratio = _norm(g) / jnp.maximum(_norm(r), jnp.finfo(r.dtype).tiny)
+          factor = at(strength.kappa, count, r.dtype) * ratio
         else:
-          factor = at(strength, count, wide)
+          factor = at(strength, count, r.dtype)
         return (g + factor * r).astype(u.dtype)
 
-      a = at(a, count, wide)
+      a = at(a, count, widen(theta).dtype)
       fn = over_layers(path_str(path), add_one)
       if fn is not add_one and not a.ndim:
         a = jnp.broadcast_to(a, theta.shape[:1])
@@ -416,7 +415,7 @@ def _wide(theta: Array) -> Array:
   """Returns latents in the precision in which WDR is computed."""
   theta = jnp.asarray(theta)
   _check_floating("theta", theta)
-  return theta.astype(jnp.promote_types(theta.dtype, jnp.float32))
+  return widen(theta)
 
 
 def _check_floating(name: str, theta: Array) -> None:

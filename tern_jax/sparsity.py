@@ -177,11 +177,26 @@ def follow_target(
     The same kind of state, one step on.
   """
   count = state["count"] + 1
-  threshold = refresh(state["threshold"], w, sparsity, count, every)
+  threshold = renew(state["threshold"], w, sparsity, count, every)
   return {"count": count, "threshold": threshold}
 
 
-def refresh(
+def meet_target(state: Arrays, w: Array, sparsity: Schedulable) -> Arrays:
+  """Returns the state with the threshold that fits the latents now.
+
+  Args:
+    state: what `init_target` or `follow_target` returned.
+    w: float, any shape, latents.
+    sparsity: share of zeros, or a schedule of it.
+
+  Returns:
+    The same kind of state, at the same step.
+  """
+  threshold = magnitude_threshold(w, at(sparsity, state["count"]))
+  return {**state, "threshold": threshold}
+
+
+def renew(
   threshold: Array,
   w: Array,
   sparsity: Schedulable,

@@ -7,7 +7,7 @@ saved, restored and looked at as on one device.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -138,18 +138,25 @@ def make_step(
   return step
 
 
-def pmap_step(step: Step, axis_name: str = "data") -> Step:
+def pmap_step(
+  step: Step,
+  axis_name: str = "data",
+  devices: Sequence[jax.Device] | None = None,
+) -> Step:
   """Spreads a step over the local devices with `jax.pmap`.
 
   Args:
     step: made with this `axis_name`.
     axis_name: name of the mapped axis.
+    devices: the devices to use; None takes all.
 
   Returns:
     A step whose batch has a leading axis of devices (see `split_batch`), and
     whose state and metrics have none.
   """
-  return jax.pmap(step, axis_name=axis_name, in_axes=(None, 0), out_axes=None)
+  return jax.pmap(
+    step, axis_name=axis_name, in_axes=(None, 0), out_axes=None, devices=devices
+  )
 
 
 def shard_map_step(
@@ -179,10 +186,14 @@ def shard_map_step(
   return jax.jit(mapped, donate_argnums=0)
 
 
-def data_mesh(axis_name: str = "data") -> Mesh:
-  """Returns a mesh of all devices along one axis."""
-  devices = jax.device_count()
-  return jax.make_mesh((devices,), (axis_name,), axis_types=(AxisType.Auto,))
+def data_mesh(
+  axis_name: str = "data", devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """Returns a mesh of the given devices, or of all, along one axis."""
+  devices = jax.devices() if devices is None else devices
+  return jax.make_mesh(
+    (len(devices),), (axis_name,), (AxisType.Auto,), devices=devices
+  )
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

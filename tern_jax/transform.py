@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from tern_jax.base import Ternarizer, TernParams, call_repr, path_str
+from tern_jax.base import Ternarizer, Ternary, TernParams, call_repr, path_str
 from tern_jax.select import Kernels, check_patterns, check_weights, matches
 
 
@@ -84,21 +84,23 @@ class ParamTransform:
   def discretize(self, params: TernParams, state: dict[str, Any]) -> Any:
     """Returns the user's tree with a `Ternary` at each selected leaf."""
     fn = self._with(params, state, self.method.discretize)
-    return self._map(fn, params.latent)
+    return self._map(lambda path, w: _align(fn(path, w)), params.latent)
 
   def after_step(
     self, params: TernParams, state: dict[str, Any]
   ) -> tuple[TernParams, dict[str, Any]]:
     """Returns (params, state) for the next step; call it after each update."""
-    scales, states = {}, {}
-    fn = self._with(params, state, self.method.after_step)
+    return self._update(self.method.after_step, params, state)
 
-    def step(path: str, w: Any) -> Any:
-      scales[path], states[path] = fn(path, w)
-      return w
+  def refresh(
+    self, params: TernParams, state: dict[str, Any]
+  ) -> tuple[TernParams, dict[str, Any]]:
+    """Returns (params, state) that meet a target exactly, to discretize.
 
-    self._map(step, params.latent)
-    return params.replace(scales=scales), states
+    Call it once when training is over, or after the latents were replaced, by
+    their moving averages for example.
+    """
+    return self._update(self.method.refresh, params, state)
 
   def __repr__(self) -> str:
     """Prints the call that made it."""
@@ -112,6 +114,23 @@ class ParamTransform:
       return fn(printed, leaf) if self.where.selects(printed, leaf) else leaf
 
     return jax.tree_util.tree_map_with_path(visit, tree)
+
+  def _update(
+    self,
+    method_fn: Callable[..., Any],
+    params: TernParams,
+    state: dict[str, Any],
+  ) -> tuple[TernParams, dict[str, Any]]:
+    """Applies a method's function from (scales, state) to (scales, state)."""
+    scales, states = {}, {}
+    fn = self._with(params, state, method_fn)
+
+    def visit(path: str, w: Any) -> Any:
+      scales[path], states[path] = fn(path, w)
+      return w
+
+    self._map(visit, params.latent)
+    return params.replace(scales=scales), states
 
   def _with(
     self, params: TernParams, state: dict[str, Any], fn: Callable[..., Any]
@@ -131,3 +150,17 @@ class ParamTransform:
     """Maps a method's function over the layers of a stacked leaf."""
     is_stack = any(matches(pattern, path) for pattern in self.stacked)
     return jax.vmap(fn) if is_stack else fn
+
+
+def _align(ternary: Ternary) -> Ternary:
+  """Gives the scales of stacked layers, [layers], the rank of the codes."""
+
+  def align(scale: jax.Array) -> jax.Array:
+    if scale.ndim in (0, ternary.codes.ndim):
+      return scale
+    missing = ternary.codes.ndim - scale.ndim
+    return scale.reshape(scale.shape + (1,) * missing)
+
+  return dataclasses.replace(
+    ternary, w_p=align(ternary.w_p), w_n=align(ternary.w_n)
+  )

@@ -9,5 +9,13 @@ os.environ["XLA_FLAGS"] = (
 os.environ["NPROC"] = "16"
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def standard_promotion():
+  """For tests through optax.adam, which mixes floats with an int32 count."""
+  with jax.numpy_dtype_promotion("standard"):
+    yield

@@ -12,6 +12,7 @@ from tern_jax.base import (
   Ternary,
   check_range,
   rms,
+  widen,
 )
 from tern_jax.estimators import straight_through
 from tern_jax.regularizers import check_alpha, wdr_barrier
@@ -20,6 +21,7 @@ from tern_jax.sparsity import (
   check_sparsity,
   follow_target,
   init_target,
+  meet_target,
 )
 
 
@@ -103,9 +105,9 @@ class SCA(Ternarizer):
 
   def latent(self, w: Array) -> Array:
     """Returns Theta for the user's initial weights."""
-    wide = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+    wide = widen(w)
     if self.sigma is None:
-      edge = 1 - jnp.finfo(w.dtype).eps
+      edge = 1 - float(jnp.finfo(w.dtype).eps)
       theta = jnp.arctanh(jnp.clip(wide, -edge, edge))
     else:
       size = rms(wide)
@@ -146,6 +148,14 @@ class SCA(Ternarizer):
       scales = {"a": jnp.maximum(scales["a"], jnp.asarray(tiny, w.dtype))}
     if not self.soft:
       state = follow_target(state, w, self.sparsity, self.every)
+    return scales, state
+
+  def refresh(
+    self, w: Array, scales: Arrays, state: Arrays
+  ) -> tuple[Arrays, Arrays]:
+    """Puts the threshold where these latents meet the asked sparsity."""
+    if not self.soft:
+      state = meet_target(state, w, self.sparsity)
     return scales, state
 
   def _unscaled(self, w: Array, state: Arrays) -> Array:

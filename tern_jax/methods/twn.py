@@ -11,6 +11,7 @@ from tern_jax.base import (
   Ternary,
   check_range,
   reduced_axes,
+  widen,
 )
 from tern_jax.estimators import straight_through
 from tern_jax.sparsity import (
@@ -18,6 +19,7 @@ from tern_jax.sparsity import (
   check_sparsity,
   follow_target,
   init_target,
+  meet_target,
 )
 
 
@@ -76,7 +78,7 @@ class TWN(Ternarizer):
   def discretize(self, w: Array, scales: Arrays, state: Arrays) -> Ternary:
     """Returns codes beyond Delta and the mean magnitude there."""
     del scales
-    magnitude = jnp.abs(w).astype(jnp.promote_types(w.dtype, jnp.float32))
+    magnitude = jnp.abs(widen(w))
     axes = reduced_axes(w, self.channel_axis)
     keep = axes is not None
     if self.sparsity is None:
@@ -98,3 +100,11 @@ class TWN(Ternarizer):
     if self.sparsity is None:
       return scales, state
     return scales, follow_target(state, w, self.sparsity, self.every)
+
+  def refresh(
+    self, w: Array, scales: Arrays, state: Arrays
+  ) -> tuple[Arrays, Arrays]:
+    """Puts the threshold where these latents meet the asked sparsity."""
+    if self.sparsity is None:
+      return scales, state
+    return scales, meet_target(state, w, self.sparsity)

@@ -1,0 +1,306 @@
+"""Every method keeps the contract. A new method is one row in METHODS."""
+
+import dataclasses
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tern_jax
+from tern_jax import SCA, TWN
+from tests import reference
+
+NAMESPACE = {
+  "SCA": SCA,
+  "TWN": TWN,
+  "ramp": tern_jax.ramp,
+}
+METHODS = [
+  SCA(alpha=0.1),
+  SCA(alpha=0.5, sigma=None, scaled=False),
+  SCA(sparsity=0.7),
+  SCA(sparsity=tern_jax.ramp(0.9, 1000), every=5),
+  TWN(),
+  TWN(threshold=1.2),
+  TWN(sparsity=0.6),
+]
+DTYPES = [jnp.float32, jnp.bfloat16]
+
+
+def weights(shape=(48, 32), dtype=jnp.float32, seed=0):
+  w = np.random.default_rng(seed).normal(0, 0.1, shape)
+  return jnp.asarray(w, jnp.float32).astype(dtype)
+
+
+def granular(method, channel_axis):
+  return dataclasses.replace(method, channel_axis=channel_axis)
+
+
+@pytest.fixture(params=METHODS, ids=repr)
+def method(request):
+  return request.param
+
+
+@pytest.fixture(params=[None, -1], ids=["tensor", "channel"])
+def lifted(method, request):
+  return granular(method, request.param)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])
+@pytest.mark.parametrize("shape", [(48, 32), (3, 3, 8, 16)])
+def test_forward_is_the_discretization_bit_for_bit(lifted, dtype, shape):
+  w = weights(shape, dtype)
+  scales, state = lifted.init(w)
+  theta = lifted.latent(w)
+  assert theta.dtype == dtype
+  assert theta.shape == shape
+  ternary = lifted.discretize(theta, scales, state)
+  assert ternary.codes.dtype == jnp.int8
+  assert set(np.unique(ternary.codes)) <= {-1, 0, 1}
+  assert ternary.w_p.dtype == ternary.w_n.dtype == dtype
+  effective = lifted(theta, scales, state)
+  assert effective.dtype == dtype
+  if lifted.soft:
+    assert len(np.unique(np.asarray(effective, np.float32))) > 3
+    return
+  bits = jnp.uint32 if dtype == jnp.float32 else jnp.uint16
+  np.testing.assert_array_equal(
+    np.asarray(effective).view(bits),
+    np.asarray(ternary.dequantize()).view(bits),
+  )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])
+def test_gradients_are_finite_and_of_the_latents_dtype(lifted, dtype):
+  w = weights(dtype=dtype)
+  scales, state = lifted.init(w)
+  g = weights(dtype=dtype, seed=1)
+
+  def loss(theta, scales):
+    return jnp.sum(lifted(theta, scales, state) * g)
+
+  grads = jax.grad(loss, (0, 1))(lifted.latent(w), scales)
+  for x in jax.tree.leaves(grads):
+    assert x.dtype == dtype
+    assert bool(jnp.isfinite(x).all())
+  assert float(jnp.abs(grads[0]).max()) > 0
+
+
+def test_odd_symmetry(lifted):
+  w = weights()
+  scales, state = lifted.init(w)
+  theta = lifted.latent(w)
+  np.testing.assert_array_equal(
+    lifted(-theta, scales, state), -lifted(theta, scales, state)
+  )
+  np.testing.assert_array_equal(
+    lifted.discretize(-theta, scales, state).codes,
+    -lifted.discretize(theta, scales, state).codes,
+  )
+
+
+@pytest.mark.parametrize("value", [0.0, 0.25])
+def test_constant_weights_are_finite(lifted, value):
+  w = jnp.full((8, 4), value)
+  scales, state = lifted.init(w)
+  theta = lifted.latent(w)
+  effective = lifted(theta, scales, state)
+  assert bool(jnp.isfinite(effective).all())
+  if value == 0:
+    assert not effective.any()
+    assert not lifted.discretize(theta, scales, state).codes.any()
+
+
+def test_vmap_equals_loop(method):
+  stack = jnp.stack([weights(seed=i) * 10.0**-i for i in range(3)])
+  scales, state = jax.vmap(method.init)(stack)
+  theta = jax.vmap(method.latent)(stack)
+  got = jax.vmap(method)(theta, scales, state)
+  for i in range(3):
+    one = jax.tree.map(lambda x: x[i], (theta, scales, state))  # noqa: B023
+    np.testing.assert_allclose(got[i], method(*one), rtol=2e-6)
+    scales_i, state_i = method.init(stack[i])
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6),
+      one[1:],
+      (scales_i, state_i),
+    )
+
+
+def test_one_trace_as_a_static_argument(method):
+  traces = []
+
+  def forward(method, theta, scales, state):
+    traces.append(1)
+    return method(theta, scales, state)
+
+  compiled = jax.jit(forward, static_argnums=0)
+  w = weights()
+  args = (method.latent(w), *method.init(w))
+  for copy in (method, dataclasses.replace(method)):
+    compiled(copy, *args)
+  assert len(traces) == 1
+
+
+def test_repr_eval_pickle_hash(method):
+  assert eval(repr(method), NAMESPACE) == method
+  assert pickle.loads(pickle.dumps(method)) == method
+  assert hash(method) == hash(dataclasses.replace(method))
+
+
+def test_after_step_keeps_structure_dtypes_and_positive_scales(method):
+  w = weights()
+  scales, state = method.init(w)
+  negative = jax.tree.map(lambda x: -x, scales)
+  after = jax.jit(method.after_step)(method.latent(w), negative, state)
+  assert jax.tree.structure(after) == jax.tree.structure((scales, state))
+  jax.tree.map(
+    lambda a, b: (a.dtype, a.shape) == (b.dtype, b.shape),
+    after,
+    (scales, state),
+  )
+  assert all(bool((s > 0).all()) for s in jax.tree.leaves(after[0]))
+
+
+@pytest.mark.parametrize("method", [SCA(sparsity=0.7), TWN(sparsity=0.7)])
+def test_refresh_meets_the_sparsity_for_other_latents(method):
+  w = weights((64, 64))
+  scales, state = method.init(w)
+  averaged = 0.5 * method.latent(w) + 0.1 * weights((64, 64), seed=5)
+
+  def zeros(state):
+    codes = method.discretize(averaged, scales, state).codes
+    return int(jnp.sum(codes == 0))
+
+  assert abs(zeros(state) - round(0.7 * w.size)) > 100
+  _, fresh = method.refresh(averaged, scales, state)
+  assert zeros(fresh) == round(0.7 * w.size)
+
+
+def test_hyper_parameters_may_be_traced():
+  w = weights()
+
+  def zeros(alpha, sparsity):
+    soft, hard, twn = (
+      SCA(alpha=alpha),
+      SCA(sparsity=sparsity),
+      TWN(sparsity=sparsity),
+    )
+    return [
+      jnp.mean(m.discretize(m.latent(w), *m.init(w)).codes == 0)
+      for m in (soft, hard, twn)
+    ]
+
+  alphas, targets = jnp.array([0.05, 0.1, 0.5]), jnp.array([0.5, 0.75, 0.875])
+  soft, hard, twn = jax.jit(jax.vmap(zeros))(alphas, targets)
+  assert hard.tolist() == twn.tolist() == targets.tolist()
+  for got, alpha in zip(soft, (0.05, 0.1, 0.5), strict=True):
+    expected = reference.predicted_sparsity(0.2, alpha)
+    assert float(got) == pytest.approx(expected, abs=0.03)
+
+
+class TestSca:
+  def test_latents_and_scale_of_the_user_s_weights(self):
+    for spread in (1e-3, 0.1, 5.0):
+      w = weights() * spread
+      method = SCA(alpha=0.1)
+      theta = method.latent(w)
+      scales, state = method.init(w)
+      assert float(jnp.sqrt(jnp.mean(theta**2))) == pytest.approx(0.2, rel=1e-5)
+      size = jnp.sqrt(jnp.mean(method(theta, scales, state) ** 2))
+      assert float(size) == pytest.approx(
+        float(jnp.sqrt(jnp.mean(w**2))), rel=1e-5
+      )
+
+  def test_published_form_starts_at_the_user_s_weights(self):
+    w = weights()
+    method = SCA(alpha=0.1, sigma=None, scaled=False)
+    effective = method(method.latent(w), *method.init(w))
+    np.testing.assert_allclose(effective, w, rtol=1e-5, atol=1e-7)
+
+  def test_codes_at_alpha_and_at_sparsity_are_the_reference_s(self):
+    w = weights((64, 64))
+    for alpha in (0.0, 0.05, 0.5, 1.5):
+      method = SCA(alpha=alpha)
+      theta = method.latent(w)
+      codes = method.discretize(theta, *method.init(w)).codes
+      np.testing.assert_array_equal(codes, reference.sca_alpha(theta, alpha))
+    for sparsity in (0.0, 0.3, 0.9, 0.999):
+      method = SCA(sparsity=sparsity)
+      theta = method.latent(w)
+      codes = method.discretize(theta, *method.init(w)).codes
+      np.testing.assert_array_equal(
+        codes, reference.codes_at_sparsity(theta, sparsity)
+      )
+
+  @pytest.mark.parametrize("channel_axis", [None, -1, 0])
+  def test_gradients_in_closed_form(self, channel_axis):
+    w, g = weights(), weights(seed=1)
+    method = SCA(sparsity=0.4, channel_axis=channel_axis)
+    theta, (scales, state) = method.latent(w), method.init(w)
+    codes = method.discretize(theta, scales, state).codes.astype(jnp.float32)
+
+    def loss(theta, scales):
+      return jnp.sum(method(theta, scales, state) * g)
+
+    d_theta, d_scales = jax.grad(loss, (0, 1))(theta, scales)
+    np.testing.assert_allclose(
+      d_theta, scales["a"] * g * (1 - jnp.tanh(theta) ** 2), rtol=1e-5
+    )
+    axes = {None: None, -1: 0, 0: 1}[channel_axis]
+    expected = jnp.sum(g * codes, axes, keepdims=axes is not None)
+    np.testing.assert_allclose(d_scales["a"], expected, rtol=1e-4, atol=1e-6)
+
+  def test_zero_weights_can_learn(self):
+    method = SCA(sparsity=0.5)
+    scales, _ = method.init(jnp.zeros((16, 4)))
+    assert float(scales["a"]) == 0.25
+
+  def test_bad_input(self):
+    for kwargs in ({}, {"alpha": 0.1, "sparsity": 0.5}):
+      with pytest.raises(ValueError, match="give exactly one"):
+        SCA(**kwargs)
+    with pytest.raises(ValueError, match=r"alpha must lie in \[0, 2\), got 2"):
+      SCA(alpha=2)
+    with pytest.raises(ValueError, match="sparsity must lie in"):
+      SCA(sparsity=-0.1)
+    with pytest.raises(ValueError, match="sigma must lie in"):
+      SCA(alpha=0.1, sigma=0.0)
+    with pytest.raises(ValueError, match="channel_axis=2 is no axis"):
+      SCA(alpha=0.1, channel_axis=2).init(weights())
+
+
+class TestTwn:
+  @pytest.mark.parametrize("channel_axis", [None, -1, 0])
+  def test_codes_and_scale_are_the_reference_s(self, channel_axis):
+    w = weights((64, 40))
+    method = TWN(channel_axis=channel_axis)
+    got = method.discretize(w, *method.init(w))
+    codes, scale = reference.twn(w, 0.7, channel_axis)
+    np.testing.assert_array_equal(got.codes, codes)
+    np.testing.assert_allclose(got.w_p, scale, rtol=1e-5)
+    np.testing.assert_array_equal(got.w_p, got.w_n)
+
+  def test_zeros_of_a_gaussian_are_those_of_theory(self):
+    w = weights((1000, 1000))
+    method = TWN()
+    codes = method.discretize(w, *method.init(w)).codes
+    # erf(0.7 sqrt(2 / pi) / sqrt(2)): mean|w| is sqrt(2 / pi) sigma.
+    assert float(jnp.mean(codes == 0)) == pytest.approx(0.4235, abs=0.002)
+
+  def test_the_gradient_passes_unchanged(self):
+    w, g = weights(), weights(seed=1)
+    method = TWN()
+    args = method.init(w)
+    got = jax.grad(lambda w: jnp.sum(method(w, *args) * g))(w)
+    np.testing.assert_array_equal(got, g)
+
+  def test_bad_input(self):
+    with pytest.raises(ValueError, match="threshold must lie in"):
+      TWN(threshold=-1.0)
+    with pytest.raises(ValueError, match="sparsity must lie in"):
+      TWN(sparsity=1.0)
+    with pytest.raises(ValueError, match="every must lie in"):
+      TWN(sparsity=0.5, every=0)

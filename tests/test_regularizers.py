@@ -1,0 +1,436 @@
+import equinox as eqx
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import tern_jax
+from tern_jax.training import split_batch
+from tests import reference
+
+rng = np.random.default_rng(0)
+THETA = rng.normal(0, 0.5, (40, 30))
+
+
+@pytest.fixture
+def x64():
+  with jax.enable_x64(True):
+    yield
+
+
+def tree(dtype=jnp.float32):
+  """Parameters and gradients of two layers and a bias."""
+  r = np.random.default_rng(1)
+  shapes = {"a": {"kernel": (8, 6), "bias": (6,)}, "b": {"kernel": (6, 4)}}
+
+  def draw(scale):
+    return jax.tree.map(
+      lambda s: jnp.asarray(r.normal(0, scale, s), dtype),
+      shapes,
+      is_leaf=lambda s: isinstance(s, tuple),
+    )
+
+  return draw(0.5), draw(0.1)
+
+
+def added(tx, grads, params, steps=1):
+  """What a transform adds to the gradients at its last of some updates."""
+  state = tx.init(params)
+  update = jax.jit(tx.update)
+  for _ in range(steps):
+    updates, state = update(grads, state, params)
+  return jax.tree.map(lambda u, g: u - g, updates, grads)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 0.5, 1.0, 1.9])
+def test_wdr_and_its_gradient_in_float64(x64, alpha):
+  theta = jnp.asarray(THETA)
+  assert theta.dtype == jnp.float64
+  np.testing.assert_allclose(
+    tern_jax.wdr(theta, alpha), reference.wdr(THETA, alpha), rtol=1e-12
+  )
+  closed = reference.wdr_grad(THETA, alpha)
+  np.testing.assert_allclose(
+    tern_jax.wdr_grad(theta, alpha), closed, rtol=1e-11, atol=1e-14
+  )
+  np.testing.assert_allclose(
+    jax.grad(tern_jax.wdr)(theta, alpha), closed, rtol=1e-11, atol=1e-14
+  )
+  tx = tern_jax.wdr_transform(alpha, strength=0.25)
+  got = added(tx, jnp.zeros_like(theta), theta)
+  np.testing.assert_allclose(got, 0.25 * closed, rtol=1e-11, atol=1e-14)
+  h = 1e-6
+  for i, j in ((0, 0), (3, 7), (39, 29)):
+    up, down = THETA.copy(), THETA.copy()
+    up[i, j] += h
+    down[i, j] -= h
+    slope = (reference.wdr(up, alpha) - reference.wdr(down, alpha)) / (2 * h)
+    assert got[i, j] == pytest.approx(0.25 * slope, abs=1e-7)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("sigma", [0.1, 0.3, 1.0])
+def test_predicted_sparsity_and_its_inverse(sigma, alpha):
+  closed = reference.predicted_sparsity(sigma, alpha)
+  got = tern_jax.predicted_sparsity(sigma, alpha)
+  assert float(got) == pytest.approx(closed, abs=1e-6)
+  sample = np.random.default_rng(0).normal(0, sigma, 200_000)
+  theta = jnp.asarray(sample, jnp.float32)
+  measured = float(tern_jax.predicted_sparsity(theta, alpha))
+  assert measured == pytest.approx(closed, abs=0.004)
+  if 0.01 < closed < 0.99:
+    back = tern_jax.alpha_for_sparsity(sigma, closed)
+    assert float(back) == pytest.approx(alpha, rel=2e-4)
+    empirical = tern_jax.alpha_for_sparsity(theta, measured)
+    assert float(empirical) == pytest.approx(alpha, rel=0.01)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("sigma", [0.3, 0.6])
+def test_wdr_flow_ends_at_the_predicted_sparsity(sigma, alpha):
+  sample = np.random.default_rng(2).normal(0, sigma, (100, 100))
+  theta = jnp.asarray(sample, jnp.float32)
+  # Total strength 200: far beyond the 50 that the slowest alpha needs.
+  tx = optax.chain(tern_jax.wdr_transform(alpha, 1.0), optax.sgd(0.2))
+
+  def step(carry, _):
+    theta, state = carry
+    updates, state = tx.update(jnp.zeros_like(theta), state, theta)
+    return (optax.apply_updates(theta, updates), state), None
+
+  (end, _), _ = jax.lax.scan(step, (theta, tx.init(theta)), length=1000)
+  codes = jnp.round(jnp.tanh(end))
+  predicted = reference.predicted_sparsity(sigma, alpha)
+  measured = float(jnp.mean(codes == 0))
+  assert abs(measured - predicted) <= 0.02
+  # The flow changes no basin: the prediction from the latents is exact but
+  # for latents so near the barrier that they have not left it yet.
+  at_start = float(tern_jax.predicted_sparsity(theta, alpha))
+  assert abs(measured - at_start) <= 0.002
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_coupled_before_adam_is_the_loss_term(standard_promotion, dtype):
+  params, grads = tree(dtype)
+  lam, alpha = 0.3, 0.2
+  tx = optax.chain(tern_jax.wdr_transform(alpha, lam), optax.adam(1e-2))
+  updates, _ = tx.update(grads, tx.init(params), params)
+
+  with_term = jax.tree.map(
+    lambda g, p: (
+      g.astype(jnp.float32)
+      + lam * jax.grad(tern_jax.wdr)(p.astype(jnp.float32), alpha)
+    ).astype(dtype),
+    grads,
+    params,
+  )
+  adam = optax.adam(1e-2)
+  expected, _ = adam.update(with_term, adam.init(params), params)
+  assert jax.tree.map(lambda u: u.dtype, updates) == jax.tree.map(
+    lambda p: p.dtype, params
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a.astype(jnp.float32), b.astype(jnp.float32), rtol=1e-2
+    ),
+    updates,
+    expected,
+  )
+
+
+def test_decoupled_after_adam_adds_undisturbed(standard_promotion):
+  params, grads = tree()
+  chain = optax.chain(
+    optax.scale_by_adam(), tern_jax.wdr_transform(0.2, 0.3), optax.scale(-1e-2)
+  )
+  updates, _ = chain.update(grads, chain.init(params), params)
+  adam = optax.scale_by_adam()
+  plain, _ = adam.update(grads, adam.init(params), params)
+  jax.tree.map(
+    lambda u, a, p: np.testing.assert_allclose(
+      u, -1e-2 * (a + 0.3 * reference.wdr_grad(p, 0.2)), rtol=1e-5, atol=1e-8
+    ),
+    updates,
+    plain,
+    params,
+  )
+
+
+def test_schedules_of_alpha_and_strength():
+  params, grads = tree()
+  tx = tern_jax.wdr_transform(
+    alpha=optax.linear_schedule(0.1, 0.5, 4),
+    strength=optax.linear_schedule(0.0, 1.0, 10),
+  )
+  assert float(jnp.abs(added(tx, grads, params)["a"]["kernel"]).max()) == 0
+  got = added(tx, grads, params, steps=4)["a"]["kernel"]  # count is 3
+  expected = 0.3 * reference.wdr_grad(params["a"]["kernel"], 0.4)
+  np.testing.assert_allclose(got, expected, atol=1e-7)
+
+
+def test_alpha_as_a_tree_and_as_a_prefix_of_it():
+  params, grads = tree()
+  tx = tern_jax.wdr_transform({"a": 0.1, "b": {"kernel": 0.9}}, strength=1.0)
+  got = added(tx, grads, params)
+  for layer, name, alpha in (
+    ("a", "kernel", 0.1),
+    ("a", "bias", 0.1),
+    ("b", "kernel", 0.9),
+  ):
+    np.testing.assert_allclose(
+      got[layer][name],
+      reference.wdr_grad(params[layer][name], alpha),
+      atol=1e-6,
+    )
+
+
+def test_relative_strength_scales_wdr_to_each_gradient():
+  params, grads = tree()
+  grads = {"a": grads["a"], "b": {"kernel": 100 * grads["b"]["kernel"]}}
+  kappa = optax.linear_schedule(0.0, 2.0, 2)
+  tx = tern_jax.wdr_transform(0.3, tern_jax.relative(kappa))
+  got = added(tx, grads, params, steps=2)  # kappa is 1
+  for layer in ("a", "b"):
+    g, extra = grads[layer]["kernel"], got[layer]["kernel"]
+    r = reference.wdr_grad(params[layer]["kernel"], 0.3)
+    scale = np.linalg.norm(g) / np.linalg.norm(r)
+    np.testing.assert_allclose(extra, scale * r, rtol=1e-4, atol=1e-6)
+    assert np.linalg.norm(extra) == pytest.approx(np.linalg.norm(g), rel=1e-5)
+
+
+def test_relative_strength_is_finite_at_zero_gradients_and_stationary_points():
+  tx = tern_jax.wdr_transform(0.3, tern_jax.relative(1.0))
+  ones, zeros = jnp.ones((3, 3)), jnp.zeros((3, 3))
+  assert added(tx, zeros, ones).tolist() == zeros.tolist()
+  assert added(tx, ones, zeros).tolist() == zeros.tolist()
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_at_sparsity_keeps_the_barrier_of_sca(standard_promotion, every):
+  target = tern_jax.ramp(0.8, steps=60)
+  method = tern_jax.SCA(sparsity=target, every=every)
+  tx = optax.chain(
+    tern_jax.wdr_transform(
+      tern_jax.at_sparsity(target, every), tern_jax.relative(0.5)
+    ),
+    optax.adam(0.01),
+  )
+  r = np.random.default_rng(0)
+  w = method.latent(jnp.asarray(r.normal(size=(30, 20)), jnp.float32))
+  scales, state = method.init(w)
+  opt_state = tx.init(w)
+
+  @jax.jit
+  def step(w, scales, state, opt_state, grads):
+    updates, opt_state = tx.update(grads, opt_state, w)
+    w = optax.apply_updates(w, updates)
+    return w, *method.after_step(w, scales, state), opt_state
+
+  for _ in range(45):
+    grads = jnp.asarray(r.normal(size=w.shape), jnp.float32)
+    in_force = state["threshold"]
+    w, scales, state, opt_state = step(w, scales, state, opt_state, grads)
+    assert opt_state[0].threshold == in_force
+
+
+def test_at_sparsity_adds_the_gradient_at_the_quantile():
+  params, grads = tree()
+  tx = tern_jax.wdr_transform(tern_jax.at_sparsity(0.5), strength=1.0)
+  got = added(tx, grads, params)["a"]["kernel"]
+  theta = np.asarray(params["a"]["kernel"])
+  inner = np.sort(np.abs(np.tanh(theta)).ravel())
+  toward_zero = np.sign(got) == np.sign(theta)  # descent subtracts it
+  assert toward_zero.sum() == theta.size // 2
+  assert np.abs(np.tanh(theta))[toward_zero].max() == pytest.approx(
+    inner[theta.size // 2 - 1]
+  )
+
+
+def test_masks_partition_and_none_updates():
+  params, grads = tree()
+  where = tern_jax.kernels(exclude="b")
+  got = added(tern_jax.wdr_transform(0.2, 1.0, mask=where), grads, params)
+  assert float(jnp.abs(got["a"]["kernel"]).max()) > 0
+  assert float(jnp.abs(got["a"]["bias"]).max()) == 0
+  assert float(jnp.abs(got["b"]["kernel"]).max()) == 0
+
+  split = optax.partition(
+    {"t": tern_jax.wdr_transform(0.2, 1.0), "f": optax.identity()},
+    {"a": {"kernel": "t", "bias": "f"}, "b": {"kernel": "f"}},
+  )
+  jax.tree.map(np.testing.assert_array_equal, added(split, grads, params), got)
+
+  tx = tern_jax.wdr_transform(0.2, 1.0)
+  holes = {"a": {"kernel": grads["a"]["kernel"], "bias": None}, "b": None}
+  updates, _ = tx.update(
+    {"a": holes["a"], "b": {"kernel": None}}, tx.init(params), params
+  )
+  assert updates["a"]["bias"] is None
+  assert updates["b"]["kernel"] is None
+  np.testing.assert_allclose(
+    updates["a"]["kernel"] - grads["a"]["kernel"],
+    reference.wdr_grad(params["a"]["kernel"], 0.2),
+    atol=1e-6,
+  )
+
+
+def test_inject_hyperparams_and_multi_steps(standard_promotion):
+  params, grads = tree()
+  where = tern_jax.kernels()
+  tx = optax.inject_hyperparams(tern_jax.wdr_transform, static_args="mask")(
+    alpha=0.2, strength=0.5, mask=where
+  )
+  state = tx.init(params)
+  state.hyperparams["alpha"] = jnp.asarray(0.7)
+  updates, state = jax.jit(tx.update)(grads, state, params)
+  np.testing.assert_allclose(
+    updates["a"]["kernel"] - grads["a"]["kernel"],
+    0.5 * reference.wdr_grad(params["a"]["kernel"], 0.7),
+    atol=1e-6,
+  )
+
+  every_two = optax.MultiSteps(tern_jax.wdr_transform(0.2, 0.5), 2)
+  state = every_two.init(params)
+  first, state = every_two.update(grads, state, params)
+  second, state = every_two.update(grads, state, params)
+  assert float(jnp.abs(first["a"]["kernel"]).max()) == 0
+  np.testing.assert_allclose(
+    second["a"]["kernel"] - grads["a"]["kernel"],
+    0.5 * reference.wdr_grad(params["a"]["kernel"], 0.2),
+    atol=1e-6,
+  )
+
+
+def test_one_compiled_sweep_over_alpha():
+  params, grads = tree()
+  traces = []
+
+  @jax.jit
+  def sweep(alphas):
+    traces.append(1)
+    return jax.vmap(
+      lambda a: added(tern_jax.wdr_transform(a, 1.0), grads, params)
+    )(alphas)
+
+  alphas = jnp.array([0.1, 0.5, 1.0])
+  got = sweep(alphas)["b"]["kernel"]
+  sweep(alphas / 2)
+  assert len(traces) == 1
+  for row, alpha in zip(got, (0.1, 0.5, 1.0), strict=True):
+    expected = reference.wdr_grad(params["b"]["kernel"], alpha)
+    np.testing.assert_allclose(row, expected, atol=1e-6)
+
+
+def test_pmap_gives_each_device_the_same():
+  params, grads = tree()
+  tx = tern_jax.wdr_transform(tern_jax.at_sparsity(0.5), tern_jax.relative(1.0))
+  expected = added(tx, grads, params)
+  n = jax.device_count()
+  shared = jax.tree.map(lambda g: jnp.stack([g] * n), grads)
+  got = jax.pmap(lambda g: added(tx, g, params), axis_name="data")(shared)
+  for i in range(n):
+    jax.tree.map(
+      lambda e, g: np.testing.assert_allclose(g[i], e, atol=1e-6),  # noqa: B023
+      expected,
+      got,
+    )
+  assert split_batch(np.zeros((n * 2, 3)), n).shape == (n, 2, 3)
+
+
+def test_stacked_layers_are_looked_at_one_by_one():
+  r = np.random.default_rng(0)
+  stack = r.normal(0, 1, (3, 20, 10)) * np.array([0.1, 1, 3])[:, None, None]
+  params = {"blocks": {"kernel": jnp.asarray(stack, jnp.float32)}}
+  grads = jax.tree.map(lambda p: 0.1 * jnp.ones_like(p), params)
+  args = (tern_jax.at_sparsity(0.6), tern_jax.relative(0.5))
+  tx = tern_jax.wdr_transform(*args, stacked=("blocks",))
+  got = added(tx, grads, params, steps=2)["blocks"]["kernel"]
+  alone = tern_jax.wdr_transform(*args)
+  for i in range(3):
+    one = {"kernel": params["blocks"]["kernel"][i]}
+    g = {"kernel": grads["blocks"]["kernel"][i]}
+    expected = added(alone, g, one, steps=2)["kernel"]
+    np.testing.assert_allclose(got[i], expected, atol=1e-6)
+
+
+class _Net(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(4)(nn.relu(nn.Dense(8)(x)))
+
+
+def _nnx_params():
+  return nnx.split(nnx.Linear(8, 6, rngs=nnx.Rngs(0)), nnx.Param, ...)[1]
+
+
+@pytest.mark.parametrize(
+  "params",
+  [
+    _Net().init(jax.random.key(0), jnp.ones((1, 6)))["params"],
+    _nnx_params(),
+    eqx.filter(
+      eqx.nn.MLP(4, 2, 8, 2, key=jax.random.key(0)), eqx.is_inexact_array
+    ),
+    hk.transform(lambda x: hk.nets.MLP([8, 4])(x)).init(
+      jax.random.key(0), jnp.ones((1, 6))
+    ),
+  ],
+  ids=["linen", "nnx", "equinox", "haiku"],
+)
+def test_any_tree_in_an_existing_chain(params):
+  where = tern_jax.kernels()
+  tx = optax.chain(
+    optax.clip(1.0), tern_jax.wdr_transform(0.1, 1e-3, mask=where), optax.sgd(1)
+  )
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = jax.jit(tx.update)(zeros, tx.init(params), params)
+  assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+  def check(selected, u, p):
+    expected = -1e-3 * reference.wdr_grad(p, 0.1) if selected else 0 * p
+    np.testing.assert_allclose(u, expected, atol=1e-8)
+
+  jax.tree.map(check, where(params), updates, params)
+
+
+def test_bad_input():
+  params, grads = tree()
+  for alpha in (2.0, -0.1, float("nan"), {"a": 0.1, "b": 3.0}):
+    with pytest.raises(ValueError, match=r"alpha must lie in \[0, 2\)"):
+      tern_jax.wdr_transform(alpha, 1.0)
+  with pytest.raises(ValueError, match="strength must lie in"):
+    tern_jax.wdr_transform(0.1, -1.0)
+  with pytest.raises(ValueError, match="kappa must lie in"):
+    tern_jax.relative(-1.0)
+  with pytest.raises(ValueError, match="sparsity must lie in"):
+    tern_jax.at_sparsity(1.5)
+  with pytest.raises(ValueError, match="every must lie in"):
+    tern_jax.at_sparsity(0.5, every=0)
+  with pytest.raises(ValueError, match="sigma must lie in"):
+    tern_jax.predicted_sparsity(-1.0, 0.1)
+  tx = tern_jax.wdr_transform(0.1, 1.0)
+  state = tx.init(params)
+  with pytest.raises(
+    ValueError, match=r"tx.update\(grads, opt_state, params\)"
+  ):
+    tx.update(grads, state)
+  ints = {"w": jnp.ones((2, 2), jnp.int32)}
+  with pytest.raises(TypeError, match="w is int32"):
+    tx.update(ints, state, ints)
+  with pytest.raises(TypeError, match="theta is int32"):
+    tern_jax.wdr(jnp.ones(3, jnp.int32), 0.1)
+  with pytest.raises(ValueError, match="'head' matches no leaf"):
+    tern_jax.wdr_transform(0.1, 1.0, stacked=("head",)).init(params)
+
+
+def test_strengths_print_as_their_calls():
+  assert repr(tern_jax.relative(tern_jax.late_kappa(100))) == (
+    "relative(kappa=late_kappa(steps=100))"
+  )
+  assert repr(tern_jax.at_sparsity(tern_jax.ramp(0.9, 100), every=5)) == (
+    "at_sparsity(sparsity=ramp(sparsity=0.9, steps=100), every=5)"
+  )

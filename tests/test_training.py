@@ -1,0 +1,218 @@
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import tern_jax
+from tern_jax import training
+from tern_jax.training import TrainState
+
+
+class _Net(nn.Module):
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.Dense(16)(x)
+    x = nn.BatchNorm(
+      use_running_average=not train, momentum=0.8, axis_name=self.axis_name
+    )(x)
+    return nn.Dense(3)(nn.relu(x))
+
+
+def loss_fn(model):
+  def loss(weights, model_state, batch, key):
+    del key
+    logits, new = model.apply(
+      {"params": weights, **model_state},
+      batch["x"],
+      train=True,
+      mutable=["batch_stats"],
+    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+    accuracy = jnp.mean(jnp.argmax(logits, -1) == batch["y"], dtype=jnp.float32)
+    return jnp.mean(losses), (dict(new), {"accuracy": accuracy})
+
+  return loss
+
+
+def batches(steps, size=32):
+  r = np.random.default_rng(0)
+  for _ in range(steps):
+    y = r.integers(0, 3, size).astype(np.int32)
+    x = r.normal(size=(size, 5)).astype(np.float32) + y[:, None]
+    yield {"x": x, "y": y}
+
+
+STEPS = 30
+TARGET = tern_jax.ramp(0.5, STEPS)
+TERN = tern_jax.ParamTransform(tern_jax.SCA(sparsity=TARGET, every=4))
+TX = optax.chain(
+  tern_jax.wdr_transform(
+    tern_jax.at_sparsity(TARGET, every=4),
+    tern_jax.relative(tern_jax.late_kappa(STEPS)),
+    mask=tern_jax.kernels(),
+  ),
+  optax.sgd(0.3, momentum=0.9),
+)
+
+
+def start(tern=TERN, tx=TX):
+  variables = _Net().init(jax.random.key(0), jnp.ones((2, 5)), train=False)
+  return training.init_state(
+    variables["params"],
+    tx,
+    tern,
+    {"batch_stats": variables["batch_stats"]},
+    seed=3,
+  )
+
+
+def run(step, state, split=lambda b: b, steps=STEPS):
+  losses = []
+  for batch in batches(steps):
+    state, metrics = step(state, split(batch))
+    losses.append(float(metrics["loss"]))
+  return state, np.array(losses)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  step = jax.jit(training.make_step(loss_fn(_Net()), TX, TERN))
+  return run(step, start())
+
+
+def close(a, b, rtol=2e-5, atol=2e-6):
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b
+  )
+
+
+def test_one_device_learns_at_the_asked_sparsity(one_device):
+  state, losses = one_device
+  assert losses[-1] < 0.6 * losses[0]
+  assert int(state.step) == STEPS
+  ternary = TERN.discretize(*TERN.refresh(state.params, state.tern_state))
+  assert float(jnp.mean(ternary["Dense_0"]["kernel"].codes == 0)) == 0.5
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("wrapper", ["pmap", "shard_map", "vmap"])
+def test_the_same_numbers_on_any_number_of_devices(
+  one_device, wrapper, devices
+):
+  step = training.make_step(loss_fn(_Net("data")), TX, TERN, "data")
+
+  def split(batch):
+    return training.split_batch(batch, devices)
+
+  if wrapper == "pmap":
+    parallel = training.pmap_step(step, devices=jax.devices()[:devices])
+  elif wrapper == "vmap":
+    parallel = jax.jit(
+      jax.vmap(step, axis_name="data", in_axes=(None, 0), out_axes=None)
+    )
+  else:
+    mesh = training.data_mesh(devices=jax.devices()[:devices])
+    parallel = training.shard_map_step(step, mesh)
+
+    def split(batch):
+      return jax.device_put(batch, jax.NamedSharding(mesh, P("data")))
+
+  state, losses = run(parallel, start(), split)
+  expected_state, expected_losses = one_device
+  np.testing.assert_allclose(losses, expected_losses, rtol=2e-5)
+  close(state.params, expected_state.params)
+  close(state.model_state, expected_state.model_state)
+  # The state carries no device axis.
+  assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, start())
+
+
+def test_float_run_equals_a_plain_loop():
+  tx = optax.sgd(0.1)
+  state = start(None, tx)
+  step = jax.jit(training.make_step(loss_fn(_Net()), tx))
+  got, _ = run(step, state, steps=3)
+  params, stats = state.params, state.model_state
+  for batch in batches(3):
+    grads, (stats, _) = jax.grad(loss_fn(_Net()), has_aux=True)(
+      params, stats, batch, None
+    )
+    params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+  close(got.params, params)
+  close(got.model_state, stats)
+
+
+def test_each_step_has_its_own_key():
+  seen = []
+
+  def loss(weights, model_state, batch, key):
+    return jnp.sum(weights["w"] * batch), (
+      model_state,
+      {"noise": jax.random.normal(key)},
+    )
+
+  tx = optax.sgd(0.0)
+  step = jax.jit(training.make_step(loss, tx))
+  state = training.init_state({"w": jnp.ones(())}, tx, seed=1)
+  for _ in range(2):
+    state, metrics = step(state, jnp.ones(()))
+    seen.append(float(metrics["noise"]))
+  key = jax.random.key(1)
+  expected = [jax.random.normal(jax.random.fold_in(key, i)) for i in range(2)]
+  np.testing.assert_allclose(seen, expected, rtol=1e-6)
+
+
+def test_batch_statistics_are_reestimated_for_the_rounded_weights(one_device):
+  state, _ = one_device
+  model = _Net()
+  ternary = TERN.discretize(state.params, state.tern_state)
+  rounded = jax.tree.map(
+    lambda leaf: (
+      3 * leaf.dequantize() if isinstance(leaf, tern_jax.Ternary) else leaf
+    ),
+    ternary,
+    is_leaf=lambda leaf: isinstance(leaf, tern_jax.Ternary),
+  )
+
+  def update(weights, model_state, batch):
+    _, new = model.apply(
+      {"params": weights, **model_state},
+      batch["x"],
+      train=True,
+      mutable=["batch_stats"],
+    )
+    return dict(new)
+
+  data = list(batches(40, size=512))
+  new = training.reestimate_model_state(
+    update, rounded, state.model_state, data
+  )
+  x = np.concatenate([b["x"] for b in data])
+  dense = rounded["Dense_0"]
+  hidden = x @ np.asarray(dense["kernel"]) + np.asarray(dense["bias"])
+  got = new["batch_stats"]["BatchNorm_0"]
+  np.testing.assert_allclose(got["mean"], hidden.mean(0), rtol=0.1, atol=0.1)
+  old = state.model_state["batch_stats"]["BatchNorm_0"]
+  assert float(jnp.abs(got["mean"] - old["mean"]).max()) > 0.5
+
+
+def test_split_batch_says_what_does_not_fit():
+  with pytest.raises(
+    ValueError, match="batch of 30 cannot be shared evenly by 8"
+  ):
+    training.split_batch(np.zeros((30, 2)), 8)
+
+
+def test_state_is_a_plain_tree():
+  state = start()
+  leaves, structure = jax.tree.flatten(state)
+  again = jax.tree.unflatten(structure, leaves)
+  assert isinstance(again, TrainState)
+  assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+  assert dataclasses.replace(state, step=state.step + 1).step == 1
