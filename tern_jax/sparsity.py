@@ -9,6 +9,9 @@ from jax.typing import DTypeLike
 
 from tern_jax.base import Array, Arrays, call_repr, check_range
 
+#: Share of the weights by which a target may be missed while it is followed.
+TOLERANCE = 1e-3
+
 #: A number, an array, or a schedule from the step count to one.
 Schedulable = Any
 
@@ -76,8 +79,13 @@ def ramp(sparsity: float, steps: int, until: float = 0.5) -> Ramp:
   return Ramp(sparsity, steps, until)
 
 
-def magnitude_threshold(x: Array, sparsity: Array | float) -> Array:
-  """Finds a threshold that exactly the asked share of magnitudes lies under.
+def magnitude_threshold(
+  x: Array,
+  sparsity: Array | float,
+  guess: Array | None = None,
+  tolerance: float = 0.0,
+) -> Array:
+  """Finds a threshold that the asked share of magnitudes lies under.
 
   With k = round(sparsity * n), it is a value v such that k magnitudes satisfy
   |x| <= v (more only if ties forbid k). Found by interpolated bisection over
@@ -87,6 +95,8 @@ def magnitude_threshold(x: Array, sparsity: Array | float) -> Array:
   Args:
     x: float, any shape; compared in float32.
     sparsity: 0-d, share of zeros in [0, 1].
+    guess: float32, 0-d, where to look first, such as the last threshold.
+    tolerance: share of the weights by which k may be missed.
 
   Returns:
     float32, 0-d; 0 for an empty array.
@@ -99,8 +109,9 @@ def magnitude_threshold(x: Array, sparsity: Array | float) -> Array:
   n = x.size
   if not n:
     return jnp.zeros((), jnp.float32)
-  magnitude = jnp.abs(x.astype(jnp.float32))
+  magnitude = jnp.atleast_1d(jnp.abs(x.astype(jnp.float32)))
   k = jnp.round(jnp.asarray(sparsity, jnp.float32) * n).astype(jnp.int32)
+  slack = jnp.asarray(tolerance * n, jnp.int32)
 
   def bits(value: Array) -> Array:
     return jax.lax.bitcast_convert_type(value, jnp.int32)
@@ -108,41 +119,55 @@ def magnitude_threshold(x: Array, sparsity: Array | float) -> Array:
   def value(pattern: Array) -> Array:
     return jax.lax.bitcast_convert_type(pattern, jnp.float32)
 
+  def count_under(threshold: Array) -> Array:
+    # Rows are counted in float32, exactly, because XLA:CPU vectorizes that
+    # and not the sum of integers.
+    under = (magnitude <= threshold).astype(jnp.float32)
+    return jnp.sum(jnp.sum(under, -1).astype(jnp.int32), dtype=jnp.int32)
+
   def proceed(carry: tuple[Array, ...]) -> Array:
-    _, low, high, _, count_high = carry
-    return (high - low > 1) & (count_high != k)
+    _, _, low, high, _, _, missed = carry
+    return (high - low > 1) & (missed > slack)
 
   def narrow(carry: tuple[Array, ...]) -> tuple[Array, ...]:
-    step, low, high, count_low, count_high = carry
+    step, at, low, high, count_low, count_high, _ = carry
+    count = count_under(value(at))
+    enough = count >= k
+    low = jnp.where(enough, low, at)
+    high = jnp.where(enough, at, high)
+    count_low = jnp.where(enough, count_low, count)
+    count_high = jnp.where(enough, count, count_high)
+    missed = jnp.abs(count - k)
     # Interpolation lands on k at once where the density is smooth; halving
     # values or bit patterns bounds the passes where it is not.
     share = (k - count_low).astype(jnp.float32) / (
       count_high - count_low
     ).astype(jnp.float32)
     width = value(high) - value(low)
-    guess = jnp.stack(
+    following = jnp.stack(
       [
         bits(value(low) + share * width),
         bits(value(low) + 0.5 * width),
         low + (high - low) // 2,
       ]
     )[jnp.array([0, 0, 1, 0, 2])[step % 5]]
-    guess = jnp.clip(guess, low + 1, high - 1)
-    count = jnp.sum(magnitude <= value(guess), dtype=jnp.int32)
-    enough = count >= k
-    return (
-      step + 1,
-      jnp.where(enough, low, guess),
-      jnp.where(enough, guess, high),
-      jnp.where(enough, count_low, count),
-      jnp.where(enough, count, count_high),
-    )
+    following = jnp.clip(following, low + 1, high - 1)
+    at = jnp.where(missed > slack, following, at)
+    return step + 1, at, low, high, count_low, count_high, missed
 
   zero = jnp.zeros((), jnp.int32)
-  zeros = jnp.sum(magnitude <= 0.0, dtype=jnp.int32)
-  start = (zero, zero, bits(jnp.max(magnitude)), zeros, zero + n)
-  _, _, high, _, _ = jax.lax.while_loop(proceed, narrow, start)
-  return jnp.where(zeros >= k, 0.0, value(high))
+  highest = bits(jnp.max(magnitude))
+  zeros = count_under(jnp.zeros((), jnp.float32))
+  if guess is None:
+    # As if magnitudes were spread evenly.
+    first = bits(jnp.asarray(sparsity, jnp.float32) * value(highest))
+  else:
+    first = bits(guess)
+  first = jnp.clip(first, zero + 1, jnp.maximum(highest - 1, 1))
+  start = (zero, first, zero, highest, zeros, zero + n, zero + n)
+  _, at, _, high, _, _, missed = jax.lax.while_loop(proceed, narrow, start)
+  found = jnp.where(missed <= slack, value(at), value(high))
+  return jnp.where(zeros >= k, 0.0, found)
 
 
 def init_target(w: Array, sparsity: Schedulable) -> Arrays:
@@ -217,6 +242,8 @@ def renew(
   """
   return jax.lax.cond(
     count % every == 0,
-    lambda: magnitude_threshold(w, at(sparsity, count)),
+    lambda: magnitude_threshold(
+      w, at(sparsity, count), guess=threshold, tolerance=TOLERANCE
+    ),
     lambda: threshold,
   )

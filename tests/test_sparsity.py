@@ -95,8 +95,10 @@ def test_follow_target_looks_at_the_quantile_every_few_steps():
     state = follow(state)
     shares.append(float(jnp.mean(jnp.abs(w) <= state["threshold"])))
   assert shares[8] == 0.0
-  assert shares[9] == shares[18] == pytest.approx(0.8 * (1 - 0.8**3), abs=6e-4)
-  assert shares[49] == shares[59] == pytest.approx(0.8)
+  assert (
+    shares[9] == shares[18] == pytest.approx(0.8 * (1 - 0.8**3), abs=1.6e-3)
+  )
+  assert shares[49] == shares[59] == pytest.approx(0.8, abs=1e-3)
   assert int(state["count"]) == 60
 
 

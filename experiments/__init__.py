@@ -1,0 +1,1 @@
+"""Experiments with tern_jax: one file is one claim."""
