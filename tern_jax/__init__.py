@@ -1,11 +1,23 @@
 """Sparse ternary networks in JAX: exact sparsity, packed checkpoints."""
 
+from tern_jax import checkpoint as checkpoint
+from tern_jax import linen as linen
+from tern_jax import metrics as metrics
+from tern_jax import nnx as nnx
+from tern_jax import training as training
 from tern_jax.base import LABELS as LABELS
 from tern_jax.base import Ternarizer as Ternarizer
 from tern_jax.base import Ternary as Ternary
 from tern_jax.base import TernParams as TernParams
+from tern_jax.checkpoint import CheckpointError as CheckpointError
+from tern_jax.checkpoint import load_packed as load_packed
+from tern_jax.checkpoint import save_packed as save_packed
 from tern_jax.methods import SCA as SCA
 from tern_jax.methods import TWN as TWN
+from tern_jax.packed import PackedTernary as PackedTernary
+from tern_jax.packed import pack as pack
+from tern_jax.packed import unpack as unpack
+from tern_jax.packed import validate as validate
 from tern_jax.regularizers import alpha_for_sparsity as alpha_for_sparsity
 from tern_jax.regularizers import at_sparsity as at_sparsity
 from tern_jax.regularizers import late_kappa as late_kappa
