@@ -332,33 +332,27 @@ def wdr_transform(
   if not isinstance(strength, Relative):
     _check_strength("strength", strength)
 
-  def over_layers(path: str, fn: Any) -> Any:
-    return jax.vmap(fn) if any(matches(p, path) for p in stacked) else fn
-
-  def find(path: Any, theta: Array, count: Array, old: Array | None) -> Array:
-    fn = (
-      (lambda t: magnitude_threshold(t, at(alpha.sparsity, count)))
-      if old is None
-      else (lambda t, o: renew(o, t, alpha.sparsity, count, alpha.every))
-    )
-    args = (theta,) if old is None else (theta, old)
-    return over_layers(path_str(path), fn)(*args)
+  def lift(path: Any, fn: Any, in_axes: Any = 0) -> Any:
+    is_stack = any(matches(p, path_str(path)) for p in stacked)
+    return jax.vmap(fn, in_axes) if is_stack else fn
 
   def init(params: Any) -> WdrState:
-    paths = [
-      path_str(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)
-    ]
-    check_patterns(stacked, paths)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    check_patterns(stacked, [path_str(path) for path, _ in leaves])
     count = jnp.zeros((), jnp.int32)
-    threshold = ()
-    if isinstance(alpha, AtSparsity):
-      threshold = jax.tree_util.tree_map_with_path(
-        lambda path, theta: find(path, theta, count, None), params
-      )
+    if not isinstance(alpha, AtSparsity):
+      return WdrState(count, ())
+
+    def start(theta: Array) -> Array:
+      return magnitude_threshold(theta, at(alpha.sparsity, count))
+
+    threshold = jax.tree_util.tree_map_with_path(
+      lambda path, theta: lift(path, start)(theta), params
+    )
     return WdrState(count, threshold)
 
   def update(
-    updates: Any, state: WdrState, params: Any = None
+    updates: Any, state: Any, params: Any = None
   ) -> tuple[Any, WdrState]:
     if params is None:
       raise ValueError(
@@ -367,10 +361,12 @@ def wdr_transform(
       )
     count, threshold = state
     if isinstance(alpha, AtSparsity):
+
+      def follow(theta: Array, old: Array) -> Array:
+        return renew(old, theta, alpha.sparsity, count, alpha.every)
+
       threshold = jax.tree_util.tree_map_with_path(
-        lambda path, theta, old: find(path, theta, count, old),
-        params,
-        threshold,
+        lambda path, *args: lift(path, follow)(*args), params, threshold
       )
       alphas = jax.tree.map(lambda t: 2 * jnp.square(jnp.tanh(t)), threshold)
     else:
@@ -380,31 +376,34 @@ def wdr_transform(
       if u is None:
         return None
       _check_floating(path_str(path), theta)
+      a = at(a, count, widen(theta).dtype)
 
       def add_one(u: Array, theta: Array, a: Array) -> Array:
-        r = wdr_grad(theta, a)
-        g = u.astype(r.dtype)
-        if isinstance(strength, Relative):
-          # The ratio of norms is the ratio of root mean squares.
-          ratio = _norm(g) / jnp.maximum(_norm(r), jnp.finfo(r.dtype).tiny)
-          factor = at(strength.kappa, count, r.dtype) * ratio
-        else:
-          factor = at(strength, count, r.dtype)
-        return (g + factor * r).astype(u.dtype)
+        return _add(u, wdr_grad(theta, a), strength, count)
 
-      a = at(a, count, widen(theta).dtype)
-      fn = over_layers(path_str(path), add_one)
-      if fn is not add_one and not a.ndim:
-        a = jnp.broadcast_to(a, theta.shape[:1])
-      return fn(u, theta, a)
+      in_axes = (0, 0, 0 if a.ndim else None)
+      return lift(path, add_one, in_axes)(u, theta, a)
 
     updates = jax.tree_util.tree_map_with_path(
       add, updates, params, alphas, is_leaf=lambda x: x is None
     )
-    return updates, WdrState(optax.safe_increment(count), threshold)
+    count = jnp.asarray(optax.safe_increment(count))
+    return updates, WdrState(count, threshold)
 
   transform = optax.GradientTransformation(init, update)
   return transform if mask is None else optax.masked(transform, mask)
+
+
+def _add(u: Array, r: Array, strength: Any, count: Array) -> Array:
+  """Returns u + strength * r in the dtype of u."""
+  g = u.astype(r.dtype)
+  if isinstance(strength, Relative):
+    # The ratio of norms is the ratio of root mean squares.
+    ratio = _norm(g) / jnp.maximum(_norm(r), jnp.finfo(r.dtype).tiny)
+    factor = at(strength.kappa, count, r.dtype) * ratio
+  else:
+    factor = at(strength, count, r.dtype)
+  return (g + factor * r).astype(u.dtype)
 
 
 def _norm(x: Array) -> Array:

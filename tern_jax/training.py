@@ -72,7 +72,10 @@ def init_state(
   >>> int(float_run.step), float_run.tern_state
   (0, {})
   """
-  params, tern_state = (tree, {}) if tern is None else tern.init(tree)
+  params: Any = tree
+  tern_state: dict[str, Any] = {}
+  if tern is not None:
+    params, tern_state = tern.init(tree)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -121,7 +124,7 @@ def make_step(
     # gradients under shard_map, silently, by the number of devices.
     grads = average(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params: Any = optax.apply_updates(state.params, updates)
     tern_state = state.tern_state
     if tern is not None:
       params, tern_state = tern.after_step(params, tern_state)
