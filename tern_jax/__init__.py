@@ -13,7 +13,9 @@ from tern_jax.checkpoint import CheckpointError as CheckpointError
 from tern_jax.checkpoint import load_packed as load_packed
 from tern_jax.checkpoint import save_packed as save_packed
 from tern_jax.methods import SCA as SCA
+from tern_jax.methods import TTQ as TTQ
 from tern_jax.methods import TWN as TWN
+from tern_jax.methods import AbsMean as AbsMean
 from tern_jax.packed import PackedTernary as PackedTernary
 from tern_jax.packed import pack as pack
 from tern_jax.packed import unpack as unpack

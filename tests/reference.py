@@ -43,6 +43,19 @@ def twn(w, threshold=0.7, channel_axis=None):
   return (np.sign(w) * beyond).astype(np.int8), scale
 
 
+def absmean(w):
+  """Codes and scale of BitNet b1.58."""
+  w = np.asarray(w, np.float64)
+  scale = np.mean(np.abs(w))
+  return np.clip(np.round(w / scale), -1, 1).astype(np.int8), scale
+
+
+def ttq_codes(w, threshold=0.05):
+  w = np.asarray(w, np.float64)
+  beyond = np.abs(w) > threshold * np.max(np.abs(w))
+  return (np.sign(w) * beyond).astype(np.int8)
+
+
 def sca_alpha(theta, alpha):
   """Codes of latents at the barrier |tanh(theta)| = sqrt(alpha / 2)."""
   w = np.tanh(np.asarray(theta, np.float64))

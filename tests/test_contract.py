@@ -9,14 +9,10 @@ import numpy as np
 import pytest
 
 import tern_jax
-from tern_jax import SCA, TWN
+from tern_jax import SCA, TTQ, TWN, AbsMean
 from tests import reference
 
-NAMESPACE = {
-  "SCA": SCA,
-  "TWN": TWN,
-  "ramp": tern_jax.ramp,
-}
+NAMESPACE = vars(tern_jax)
 METHODS = [
   SCA(alpha=0.1),
   SCA(alpha=0.5, sigma=None, scaled=False),
@@ -25,6 +21,9 @@ METHODS = [
   TWN(),
   TWN(threshold=1.2),
   TWN(sparsity=0.6),
+  TTQ(),
+  TTQ(threshold=0.3, start="one"),
+  AbsMean(),
 ]
 DTYPES = [jnp.float32, jnp.bfloat16]
 
@@ -92,11 +91,14 @@ def test_odd_symmetry(lifted):
   w = weights()
   scales, state = lifted.init(w)
   theta = lifted.latent(w)
+  # Mirrored weights have mirrored scales, where a method has two.
+  mirror = {"w_p": "w_n", "w_n": "w_p"}
+  mirrored = {mirror.get(name, name): s for name, s in scales.items()}
   np.testing.assert_array_equal(
-    lifted(-theta, scales, state), -lifted(theta, scales, state)
+    lifted(-theta, mirrored, state), -lifted(theta, scales, state)
   )
   np.testing.assert_array_equal(
-    lifted.discretize(-theta, scales, state).codes,
+    lifted.discretize(-theta, mirrored, state).codes,
     -lifted.discretize(theta, scales, state).codes,
   )
 
@@ -304,3 +306,65 @@ class TestTwn:
       TWN(sparsity=1.0)
     with pytest.raises(ValueError, match="every must lie in"):
       TWN(sparsity=0.5, every=0)
+
+
+class TestTtq:
+  def test_codes_and_cluster_means(self):
+    w = weights((64, 40))
+    method = TTQ(threshold=0.3)
+    scales, state = method.init(w)
+    codes = reference.ttq_codes(w, 0.3)
+    got = method.discretize(w, scales, state)
+    np.testing.assert_array_equal(got.codes, codes)
+    magnitude = np.abs(np.asarray(w))
+    assert float(scales["w_p"]) == pytest.approx(magnitude[codes > 0].mean())
+    assert float(scales["w_n"]) == pytest.approx(magnitude[codes < 0].mean())
+    ones, _ = TTQ(start="one").init(w)
+    assert {name: float(s) for name, s in ones.items()} == {
+      "w_n": 1.0,
+      "w_p": 1.0,
+    }
+
+  @pytest.mark.parametrize("channel_axis", [None, -1])
+  def test_gradients_in_closed_form(self, channel_axis):
+    w, g = weights(), weights(seed=1)
+    method = TTQ(threshold=0.3, channel_axis=channel_axis)
+    scales, state = method.init(w)
+    codes = reference.ttq_codes(w, 0.3)
+
+    def loss(w, scales):
+      return jnp.sum(method(w, scales, state) * g)
+
+    d_w, d_scales = jax.grad(loss, (0, 1))(w, scales)
+    factor = np.where(
+      codes > 0, scales["w_p"], np.where(codes < 0, scales["w_n"], 1)
+    )
+    np.testing.assert_allclose(d_w, factor * g, rtol=1e-5)
+    axis, keep = (None, False) if channel_axis is None else (0, True)
+    for name, sign in (("w_p", 1), ("w_n", -1)):
+      total = np.sum(
+        sign * np.asarray(g) * (codes == sign), axis, keepdims=keep
+      )
+      np.testing.assert_allclose(d_scales[name], total, rtol=1e-4, atol=1e-5)
+
+  def test_bad_input(self):
+    with pytest.raises(ValueError, match="threshold must lie in"):
+      TTQ(threshold=1.0)
+    with pytest.raises(ValueError, match='must be "means" or "one"'):
+      TTQ(start="two")
+
+
+class TestAbsMean:
+  def test_codes_and_scale_are_the_reference_s(self):
+    w = weights((64, 40))
+    method = AbsMean()
+    got = method.discretize(w, *method.init(w))
+    codes, scale = reference.absmean(w)
+    np.testing.assert_array_equal(got.codes, codes)
+    assert float(got.w_p) == pytest.approx(scale, rel=1e-5)
+
+  def test_the_gradient_passes_unchanged(self):
+    w, g = weights(), weights(seed=1)
+    method = AbsMean()
+    got = jax.grad(lambda w: jnp.sum(method(w, *method.init(w)) * g))(w)
+    np.testing.assert_array_equal(got, g)

@@ -1,0 +1,59 @@
+"""AbsMean: the ternary weights of BitNet b1.58."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from tern_jax.base import (
+  Array,
+  Arrays,
+  Ternarizer,
+  Ternary,
+  reduced_axes,
+  widen,
+)
+from tern_jax.estimators import straight_through
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class AbsMean(Ternarizer):
+  """Weights rounded in units of their mean magnitude, straight through.
+
+  With `m = mean|w|` the code is `clip(round(w / m), -1, 1)` and the scale m:
+  31 % zeros on normal weights. The gradient passes to w unchanged.
+
+  Args:
+    channel_axis: None for one m a tensor; else one for each index of this
+      axis, -1 for the output channels of Flax and Haiku, 0 for Equinox's.
+
+  >>> w = jnp.array([[0.1, -0.2], [0.3, -0.4]])
+  >>> method = AbsMean()
+  >>> ternary = method.discretize(w, *method.init(w))
+  >>> ternary.codes.tolist(), float(ternary.w_p)
+  ([[0, -1], [1, -1]], 0.25)
+
+  Source: Ma et al., arXiv 2402.17764, equations 1 to 3.
+  """
+
+  channel_axis: int | None = None
+
+  def init(self, w: Array) -> tuple[Arrays, Arrays]:
+    """Returns no scales and no state."""
+    del w
+    return {}, {}
+
+  def __call__(self, w: Array, scales: Arrays, state: Arrays) -> Array:
+    """Returns the ternary weights, with the gradient of w."""
+    ternary = self.discretize(w, scales, state)
+    return straight_through(w, ternary.dequantize())
+
+  def discretize(self, w: Array, scales: Arrays, state: Arrays) -> Ternary:
+    """Returns the rounded codes and the mean magnitude."""
+    del scales, state
+    magnitude = jnp.abs(widen(w))
+    axes = reduced_axes(w, self.channel_axis)
+    mean = jnp.mean(magnitude, axes, keepdims=axes is not None)
+    # Halves round to even, hence |w| = m / 2 to 0.
+    codes = jnp.where(magnitude > mean / 2, jnp.sign(w), 0).astype(jnp.int8)
+    scale = mean.astype(w.dtype)
+    return Ternary(codes=codes, w_p=scale, w_n=scale)
