@@ -1,0 +1,232 @@
+"""The command line of the experiments: one typed config, read by tyro."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+
+import tern_jax
+from tern_jax.base import Ternarizer
+
+
+class UsageError(Exception):
+  """What was asked for cannot be done; the message says what to do."""
+
+
+class Recipe(NamedTuple):
+  """How a method is trained.
+
+  Args:
+    method: the ternarizer.
+    regularizer: transform of the latents' gradients, before Adam.
+    onset: step at which the loss has chosen, and the codes start to settle.
+  """
+
+  method: Ternarizer
+  regularizer: optax.GradientTransformation
+  onset: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sca:
+  """SCA at an asked sparsity, or with the paper's alpha."""
+
+  sparsity: float | None = None
+  """Asked share of zeros; 0.7 where no alpha is given."""
+  alpha: float | None = None
+  """The paper's controller of sparsity, instead of an asked one."""
+  strength: float = 0.05
+  """With alpha: the final strength of WDR, after a quadratic ramp."""
+
+  @property
+  def asked(self) -> float | None:
+    """The sparsity asked for; None where alpha was given."""
+    if self.sparsity is None and self.alpha is None:
+      return 0.7
+    return self.sparsity
+
+  def recipe(self, steps: int) -> Recipe:
+    """Returns the recipe of `tern_jax.SCA`, or the paper's for alpha."""
+    if self.alpha is None:
+      target = tern_jax.ramp(self.asked, steps)
+      kappa = tern_jax.late_kappa(steps)
+      return Recipe(
+        tern_jax.SCA(sparsity=target),
+        tern_jax.wdr_transform(
+          tern_jax.at_sparsity(target), tern_jax.relative(kappa)
+        ),
+        round(kappa.onset * steps),
+      )
+
+    def strength(count: jax.Array) -> jax.Array:
+      done = jnp.asarray(count, jnp.float32) / steps
+      return self.strength * jnp.clip((done - 0.3) / 0.5, 0, 1) ** 2
+
+    return Recipe(
+      tern_jax.SCA(alpha=self.alpha, sparsity=self.sparsity),
+      tern_jax.wdr_transform(self.alpha, strength),
+      round(0.3 * steps),
+    )
+
+  def predict(self, theta: jax.Array) -> float:
+    """Returns the sparsity that WDR will make of the latents at its onset."""
+    alpha = self.alpha
+    if alpha is None:
+      alpha = tern_jax.alpha_for_sparsity(theta, self.asked)
+    return float(tern_jax.predicted_sparsity(theta, alpha))
+
+  axis_label: ClassVar[str] = "tanh of the latents"
+
+  def shown(self, theta: jax.Array) -> jax.Array:
+    """Returns what a histogram of latents shows, on the way to -1, 0, 1."""
+    return jnp.tanh(theta)
+
+
+@dataclasses.dataclass(frozen=True)
+class Twn:
+  """TWN, trained straight through."""
+
+  sparsity: float | None = None
+  """Asked share of zeros; None leaves it to TWN's own threshold."""
+
+  @property
+  def asked(self) -> float | None:
+    """The sparsity asked for; None where TWN chooses."""
+    return self.sparsity
+
+  def recipe(self, steps: int) -> Recipe:
+    """Returns plain straight-through training."""
+    ramped = self.sparsity is not None
+    target = tern_jax.ramp(self.sparsity, steps) if ramped else None
+    method = tern_jax.TWN(sparsity=target)
+    return Recipe(method, optax.identity(), steps // 2)
+
+  def predict(self, theta: jax.Array) -> None:
+    """Returns None: TWN makes no prediction."""
+    del theta
+
+  axis_label: ClassVar[str] = "latents / scale"
+
+  def shown(self, theta: jax.Array) -> jax.Array:
+    """Returns the latents in units of the scale of their codes."""
+    method = tern_jax.TWN(sparsity=self.sparsity)
+    return theta / method.discretize(theta, *method.init(theta)).w_p
+
+
+METHODS = {method.__name__: method for method in (Sca, Twn)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """All that a run depends on."""
+
+  method: Sca | Twn = Sca()
+  """How weights are made ternary."""
+  data: Literal["digits", "mnist"] = "digits"
+  """Data set."""
+  data_dir: str | None = None
+  """Directory of prepared data sets; None for the usual one."""
+  model: Literal["mlp", "lenet5"] = "mlp"
+  """Network."""
+  hidden: tuple[int, ...] = (64, 64)
+  """Widths of the hidden layers of mlp."""
+  exclude: tuple[str, ...] = ()
+  """Patterns of the kernels that stay float, for example Dense_0."""
+  init: Literal["scratch", "float"] = "scratch"
+  """Whether the ternary net starts at random or from the float net."""
+  epochs: int = 10
+  """Passes over the training data, of the float and of the ternary net."""
+  batch_size: int = 128
+  """Images a step, over all devices."""
+  learning_rate: float = 5e-3
+  """Adam's first rate on latents; each rate decays to 5 % by a cosine."""
+  scale_learning_rate: float = 1e-3
+  """Adam's first rate on the scales of ternary weights."""
+  float_learning_rate: float = 1e-3
+  """Adam's first rate on the float net, and on biases and norms."""
+  seed: int = 0
+  """Seed of initial weights and of the order of the data."""
+  parallel: Literal["jit", "pmap", "shard_map"] = "pmap"
+  """How a step is spread over devices; jit takes one."""
+  devices: int | None = None
+  """Devices to use; None for all."""
+  log_every: int = 100
+  """Steps between two lines of metrics."""
+  checkpoint_every: int = 1000
+  """Steps between two checkpoints; a multiple of log_every."""
+  workdir: str | None = None
+  """Directory of the run; None for one under runs/ named by the method."""
+
+  def __post_init__(self):
+    if self.epochs < 1 or self.batch_size < 1 or self.log_every < 1:
+      raise UsageError(
+        f"got epochs={self.epochs}, batch_size={self.batch_size} and"
+        f" log_every={self.log_every}: each must be at least 1."
+      )
+    if self.checkpoint_every < 1 or self.checkpoint_every % self.log_every:
+      raise UsageError(
+        f"checkpoint_every={self.checkpoint_every} is no multiple of"
+        f" log_every={self.log_every}: a run resumes where its log has a line."
+      )
+
+  @property
+  def directory(self) -> Path:
+    """Where the run writes, absolute."""
+    if self.workdir is not None:
+      return Path(self.workdir).resolve()
+    fields = dataclasses.asdict(self.method)
+    if self.method.asked is not None:
+      fields = {"sparsity": self.method.asked}
+    given = [f"{name}{value}" for name, value in fields.items() if value]
+    parts = [self.data, type(self.method).__name__.lower(), *given]
+    return Path("runs", "-".join([*parts, f"seed{self.seed}"])).resolve()
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns the config as JSON holds it, without where the run lies."""
+    record = dataclasses.asdict(self)
+    del record["workdir"]
+    record["method"]["name"] = type(self.method).__name__
+    return json.loads(json.dumps(record))
+
+
+def device_count(config: Config) -> int:
+  """Returns the number of local devices that share a batch.
+
+  Raises:
+    UsageError: they are not there, or cannot share it evenly.
+  """
+  most = 1 if config.parallel == "jit" else jax.local_device_count()
+  devices = most if config.devices is None else config.devices
+  if not 1 <= devices <= most:
+    raise UsageError(
+      f"devices={devices}, but parallel={config.parallel} can use 1 to {most}"
+      " here: give fewer, or another --parallel."
+    )
+  shares = devices * jax.process_count()
+  if config.batch_size % shares:
+    raise UsageError(
+      f"batch_size={config.batch_size} cannot be shared by {shares} devices:"
+      " give a multiple, or fewer --devices."
+    )
+  return devices
+
+
+def parse(default: Config, description: str) -> Config:
+  """Reads the command line of the process.
+
+  Args:
+    default: what the experiment takes where an option is not given.
+    description: text of --help.
+  """
+  return tyro.cli(
+    Config,
+    default=default,
+    description=description,
+    # Options may also follow the method's name.
+    config=(tyro.conf.CascadeSubcommandArgs,),
+  )

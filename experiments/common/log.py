@@ -1,0 +1,208 @@
+"""What a run writes down: config, metrics, events, latents, progress, table.
+
+Only process 0 writes.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from experiments.common import cli
+
+
+def read_config(workdir: Path) -> cli.Config:
+  """Reads the config of a run.
+
+  Raises:
+    UsageError: the directory holds no run.
+  """
+  path = workdir / "config.json"
+  if not path.exists():
+    raise cli.UsageError(
+      f"{workdir} holds no config.json: give a run's directory."
+    )
+  record = json.loads(path.read_text())
+  method = record.pop("method")
+  record = {
+    k: tuple(v) if isinstance(v, list) else v for k, v in record.items()
+  }
+  method = cli.METHODS[method.pop("name")](**method)
+  return cli.Config(method=method, workdir=str(workdir), **record)
+
+
+def claim_workdir(config: cli.Config) -> Path:
+  """Makes the run's directory, or finds the same run there to be resumed.
+
+  Raises:
+    UsageError: the directory holds something else, which is left as it is.
+  """
+  workdir, path = config.directory, config.directory / "config.json"
+  if path.exists():
+    old, new = json.loads(path.read_text()), config.to_json()
+    changed = [
+      f"{name}={old.get(name)} there, {new.get(name)} now"
+      for name in sorted(old.keys() | new.keys())
+      if old.get(name) != new.get(name)
+    ]
+    if changed:
+      raise cli.UsageError(
+        f"{workdir} holds a run with other options: {'; '.join(changed)}."
+        " Choose another --workdir, or give the same options to resume it."
+      )
+  elif workdir.exists() and any(workdir.iterdir()):
+    raise cli.UsageError(
+      f"{workdir} is not empty and holds no run: choose another --workdir."
+    )
+  elif jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(config.to_json(), indent=2) + "\n")
+  return workdir
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+  """Returns the lines of metrics.jsonl, without one that a kill cut short."""
+  path = workdir / "metrics.jsonl"
+  lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+  return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def save_latents(workdir: Path, step: int, latents: dict[str, Any]) -> None:
+  """Keeps {path: latents} of a step."""
+  if jax.process_index() == 0:
+    (workdir / "latents").mkdir(exist_ok=True)
+    np.savez(workdir / "latents" / f"{step}.npz", **latents)
+
+
+def load_latents(workdir: Path, step: int) -> dict[str, np.ndarray]:
+  """Returns {path: latents} of a step that was kept."""
+  with np.load(workdir / "latents" / f"{step}.npz") as kept:
+    return dict(kept)
+
+
+class Log:
+  """The metrics of one phase of a run; a context manager.
+
+  A run that resumes at a checkpoint repeats the steps after it: what they
+  had written is dropped first.
+
+  Args:
+    workdir: directory of the run.
+    phase: "float" or "ternary".
+    start: step at which the phase resumes, 0 at its start.
+    steps: last step.
+  """
+
+  def __init__(self, workdir: Path, phase: str, start: int, steps: int):
+    self.phase, self._steps = phase, steps
+    self._writes = jax.process_index() == 0
+    self._printed = start
+    if not self._writes:
+      return
+    kept = [
+      record
+      for record in read_metrics(workdir)
+      if record["phase"] != phase or record["step"] <= start
+    ]
+    self._file = (workdir / "metrics.jsonl").open("w", buffering=1)
+    for record in kept:
+      self._write_line(record)
+    self._events = SummaryWriter(
+      str(workdir / "tensorboard" / phase), purge_step=start + 1
+    )
+    self._bar = tqdm(
+      desc=f"{phase:7}",
+      total=steps,
+      initial=start,
+      unit="step",
+      disable=not sys.stderr.isatty(),
+    )
+
+  def __enter__(self) -> "Log":
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    if self._writes:
+      self._file.close()
+      self._events.close()
+      self._bar.close()
+
+  def write(self, step: int, metrics: dict[str, float]) -> None:
+    """Writes the metrics of a step."""
+    if not self._writes:
+      return
+    self._write_line({"phase": self.phase, "step": step, **metrics})
+    for name, value in metrics.items():
+      self._events.add_scalar(name, value, step)
+    text = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    self._bar.update(step - self._bar.n)
+    self._bar.set_postfix_str(text)
+    # A file or pipe gets a line for each quarter of the phase instead.
+    quarter = 4 * step // self._steps > 4 * self._printed // self._steps
+    if self._bar.disable and quarter:
+      self._printed = step
+      print(f"{self.phase:7} {step:6d}/{self._steps}  {text}", flush=True)
+
+  def _write_line(self, record: dict[str, Any]) -> None:
+    self._file.write(json.dumps(record) + "\n")
+
+
+def table(result: dict[str, Any]) -> str:
+  """Prints a result for people.
+
+  Args:
+    result: what result.json holds.
+
+  Returns:
+    Lines of at most 80 columns.
+  """
+  rows = [("test accuracy", "%", "correct")]
+  for name, key in (
+    ("float", "float"),
+    ("ternary, as trained", "unrounded"),
+    ("ternary, rounded", "rounded"),
+    ("packed, fresh process", "packed"),
+  ):
+    correct = result["correct"][key]
+    share = 100 * correct / result["total"]
+    rows.append((name, f"{share:.2f}", f"{correct}/{result['total']}"))
+  layers = [("sparsity", "asked", "predicted", "reached", "weights")]
+  whole = {
+    "asked": result["asked_sparsity"],
+    "predicted": result["predicted_sparsity"],
+    "reached": result["sparsity"],
+    "weights": sum(x["weights"] for x in result["layers"].values()),
+  }
+  for name, layer in {**result["layers"], "all layers": whole}.items():
+    shares = [
+      "-" if layer[key] is None else f"{layer[key]:.4f}"
+      for key in ("asked", "predicted", "reached")
+    ]
+    layers.append((name, *shares, f"{layer['weights']:,}"))
+  sizes = [
+    ("size", "", ""),
+    ("packed planes and scales", f"{result['bits_per_weight']:.3f}", "bit/w"),
+    ("entropy", f"{result['entropy_bits_per_weight']:.3f}", "bit/w"),
+    ("packed model in memory", f"{result['packed_bytes']:,}", "bytes"),
+    ("packed model on disk", f"{result['disk_bytes']:,}", "bytes"),
+    ("float32 model", f"{result['float_bytes']:,}", "bytes"),
+  ]
+  return "\n\n".join(map(_aligned, (rows, layers, sizes)))
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+  """Aligns columns: the first to the left, the others to the right."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = [
+    "  ".join(
+      cell.rjust(width) if i else cell.ljust(width)
+      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ).rstrip()
+    for row in rows
+  ]
+  return "\n".join([lines[0], "-" * len(max(lines, key=len)), *lines[1:]])

@@ -1,0 +1,159 @@
+"""The pictures of a run: curves, histograms of latents, sparsity by layer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from experiments.common import cli, log
+
+# Okabe and Ito's colors, told apart by all eyes.
+FLOAT, TERNARY, ACCENT = "#0072B2", "#D55E00", "#666666"
+
+
+def draw(
+  config: cli.Config, result: dict[str, Any], snapshots: Sequence[int]
+) -> None:
+  """Draws the pictures of a run into its directory.
+
+  Args:
+    config: of the run.
+    result: what result.json holds.
+    snapshots: steps whose latents were kept.
+  """
+  workdir, method = config.directory, config.method
+  weights = {
+    f"step {step:,}": {
+      path: np.asarray(method.shown(jnp.asarray(latent)))
+      for path, latent in log.load_latents(workdir, step).items()
+    }
+    for step in snapshots
+  }
+  curves(log.read_metrics(workdir), workdir / "curves.png")
+  histograms(weights, method.axis_label, workdir / "histograms.png")
+  layers(result, workdir / "layers.png")
+
+
+def curves(records: Sequence[dict[str, Any]], path: Path) -> None:
+  """Draws loss, validation accuracy and sparsity over the steps.
+
+  Args:
+    records: lines of metrics.jsonl.
+    path: PNG to write.
+  """
+  figure, axes = _figure(3, width=3.6, height=3.0)
+  panels = (
+    ("loss", "training loss", 1, "log"),
+    ("validation_accuracy", "validation accuracy (%)", 100, "linear"),
+    ("sparsity", "zeros among ternary weights (%)", 100, "linear"),
+  )
+  for axis, (key, label, factor, scale) in zip(axes, panels, strict=True):
+    for phase, color in (("float", FLOAT), ("ternary", TERNARY)):
+      points = [r for r in records if r["phase"] == phase and key in r]
+      axis.plot(
+        [r["step"] for r in points],
+        [factor * r[key] for r in points],
+        color=color,
+        label=phase if points else None,
+        linewidth=1.8,
+      )
+    axis.set(xlabel="step", ylabel=label, yscale=scale)
+  axes[1].legend(frameon=False, loc="lower right")
+  axes[2].set_ylim(0, 100)
+  _save(figure, path)
+
+
+def histograms(
+  snapshots: dict[str, dict[str, np.ndarray]], label: str, path: Path
+) -> None:
+  """Draws how the weights of each layer come to -1, 0 and 1.
+
+  Args:
+    snapshots: {title: {layer: weights}}, in the order of time.
+    label: what is shown, under the lowest row.
+    path: PNG to write.
+  """
+  titles = list(snapshots)
+  layers = list(snapshots[titles[0]])
+  figure, axes = _figure(
+    len(snapshots), len(layers), width=3.0, height=1.7, sharex=True
+  )
+  # Latents in units of their scale reach beyond the codes; tanh does not.
+  largest = max(np.abs(w).max() for w in snapshots[titles[-1]].values())
+  limit = 1.05 if largest <= 1 else 2.5
+  edges = np.linspace(-limit, limit, 64)
+  for column, (title, weights) in enumerate(snapshots.items()):
+    for row, layer in enumerate(layers):
+      axis = axes[row * len(snapshots) + column]
+      values = np.clip(weights[layer].ravel(), edges[0], edges[-1])
+      share = np.full(values.size, 100 / values.size)
+      axis.hist(values, edges, weights=share, color=TERNARY)
+      for code in (-1, 0, 1):
+        axis.axvline(code, color=ACCENT, linewidth=0.8, linestyle=":")
+      axis.set_xticks([-1, 0, 1])
+      if row == 0:
+        axis.set_title(title, fontsize=10)
+      if row == len(layers) - 1:
+        axis.set_xlabel(label)
+      if column == 0:
+        axis.set_ylabel(f"{layer}\n% of weights", fontsize=8)
+  _save(figure, path)
+
+
+def layers(result: dict[str, Any], path: Path) -> None:
+  """Draws the sparsity of each layer: reached, asked and predicted.
+
+  Args:
+    result: what result.json holds.
+    path: PNG to write.
+  """
+  shares = result["layers"]
+  names, rows = list(shares), np.arange(len(shares))
+  figure, (axis,) = _figure(1, width=6.4, height=1.6 + 0.4 * len(shares))
+  reached = [100 * shares[name]["reached"] for name in names]
+  axis.barh(rows, reached, height=0.55, color=TERNARY, label="reached")
+  for row, value in zip(rows, reached, strict=True):
+    inside = {"va": "center", "color": "white", "weight": "bold"}
+    axis.text(1, row, f"{value:.2f}", **inside)
+  for key, color, marker in (("asked", FLOAT, "|"), ("predicted", "k", "x")):
+    values = [shares[name][key] for name in names]
+    if None not in values:
+      axis.plot(
+        [100 * value for value in values],
+        rows,
+        marker,
+        color=color,
+        markersize=18 if marker == "|" else 7,
+        markeredgewidth=2,
+        label=key,
+      )
+  axis.set_yticks(rows, names)
+  axis.invert_yaxis()
+  axis.set(xlim=(0, 100), xlabel="zeros (%)")
+  figure.legend(frameon=False, loc="outside upper right", ncols=3)
+  _save(figure, path)
+
+
+def _figure(
+  columns: int, rows: int = 1, *, width: float, height: float, **kwargs: Any
+) -> tuple[Figure, list[Any]]:
+  """Makes panels of the given size in inches, without pyplot's global state."""
+  figure = Figure(
+    figsize=(width * columns, height * rows), layout="constrained"
+  )
+  grid = figure.subplots(rows, columns, squeeze=False, **kwargs)
+  panels = list(grid.ravel())
+  for axis in panels:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_axisbelow(True)
+    axis.grid(color="#E5E5E5", linewidth=0.7)
+  return figure, panels
+
+
+def _save(figure: Figure, path: Path) -> None:
+  FigureCanvasAgg(figure)
+  figure.savefig(path, dpi=120)

@@ -1,0 +1,24 @@
+"""Sparse ternary digits in a minute: train, pack, evaluate the packed file.
+
+  python -m experiments.digits
+  python -m experiments.digits method:sca --method.sparsity 0.9
+  python -m experiments.digits method:sca --method.alpha 0.1
+  python -m experiments.digits method:twn
+
+Claim: an MLP 64-64-64-10 with all its kernels ternary and 70 % of the weights
+zero is as accurate as the float net, and the packed file gives exactly the
+answers of the net that was trained.
+"""
+
+from experiments.common import cli, run
+
+DEFAULT = cli.Config(epochs=150, batch_size=64)
+
+
+def main() -> None:
+  """Runs the experiment."""
+  run.main(DEFAULT, __doc__)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,213 @@
+"""The experiments end to end, on digits: the record, resuming, errors."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import pytest
+
+from experiments.common import cli, evaluate, log, run
+
+# What may differ between two runs of the same config; orbax writes down times.
+INCIDENTAL = ("seconds", "command", "disk_bytes")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def standard_promotion():
+  # The schedules of optax divide an int32 count by a float.
+  with jax.numpy_dtype_promotion("standard"):
+    yield
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("experiments")
+  return cli.Config(
+    epochs=10,
+    batch_size=64,
+    hidden=(16,),
+    learning_rate=0.02,
+    float_learning_rate=0.02,
+    parallel="jit",
+    log_every=19,
+    checkpoint_every=38,
+    data_dir=str(directory / "tfds"),
+    workdir=str(directory / "whole"),
+  )
+
+
+@pytest.fixture(scope="module")
+def result(config):
+  return run.run(config)
+
+
+def essential(result):
+  return {k: v for k, v in result.items() if k not in INCIDENTAL}
+
+
+def test_the_record_is_consistent(config, result):
+  assert json.loads((config.directory / "result.json").read_text()) == result
+  correct = result["correct"]
+  assert correct["packed"] == correct["rounded"]
+  assert result["accuracy"] == correct["packed"] / result["total"]
+  assert result["total"] == 360
+  assert min(result["accuracy"], result["float_accuracy"]) > 0.8
+  assert result["asked_sparsity"] == 0.7
+  assert result["predicted_sparsity"] == pytest.approx(0.7, abs=0.001)
+  assert result["sparsity"] == pytest.approx(0.7, abs=0.005)
+  assert set(result["layers"]) == {"Dense_0/kernel", "Dense_1/kernel"}
+  for layer in result["layers"].values():
+    assert layer["reached"] == pytest.approx(0.7, abs=0.005)
+  assert 2 < result["bits_per_weight"] < 2.2
+  assert 1 < result["entropy_bits_per_weight"] < 1.19
+  assert result["packed_bytes"] < result["float_bytes"] / 4
+  assert result["packed_bytes"] < result["disk_bytes"]
+  assert result["method"].startswith("ParamTransform(method=SCA(sparsity=ramp(")
+
+
+def test_what_a_run_leaves(config, result):
+  directory = config.directory
+  for name in ("curves", "histograms", "layers"):
+    assert (directory / f"{name}.png").stat().st_size > 10_000
+  for phase in ("float", "ternary"):
+    assert list((directory / "tensorboard" / phase).glob("events.*"))
+    steps = [
+      record["step"]
+      for record in log.read_metrics(directory)
+      if record["phase"] == phase
+    ]
+    assert steps == list(range(19, 191, 19))
+  assert log.read_config(directory) == config
+  table = log.table(result)
+  assert f"{100 * result['accuracy']:.2f}" in table
+  assert max(map(len, table.splitlines())) <= 80
+
+
+def test_a_finished_run_is_not_repeated(config, result, monkeypatch):
+  monkeypatch.setattr(run, "train", None)
+  assert run.run(config) == result
+
+
+def test_a_run_that_was_killed_resumes_bit_for_bit(
+  config, result, tmp_path, monkeypatch
+):
+  again = dataclasses.replace(config, workdir=str(tmp_path / "killed"))
+  write, deaths = log.Log.write, ["ternary", "float"]
+
+  def killed(self, step, metrics):
+    write(self, step, metrics)
+    # One line later than a checkpoint, so that steps are to be repeated.
+    if deaths and self.phase == deaths[-1] and step == 3 * 19:
+      deaths.pop()
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(log.Log, "write", killed)
+  for phase in ("float", "ternary"):
+    with pytest.raises(KeyboardInterrupt):
+      run.run(again)
+    last = log.read_metrics(again.directory)[-1]
+    assert (last["phase"], last["step"]) == (phase, 3 * 19)
+  assert essential(run.run(again)) == essential(result)
+  assert log.read_metrics(again.directory) == log.read_metrics(config.directory)
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
+def test_two_devices_share_a_batch(config, tmp_path, parallel):
+  again = dataclasses.replace(
+    config,
+    parallel=parallel,
+    devices=2,
+    hidden=(),
+    epochs=1,
+    method=cli.Twn(),
+    workdir=str(tmp_path / "run"),
+  )
+  measured = run.run(again)
+  assert measured["devices"].startswith("2 x")
+  assert measured["asked_sparsity"] is None
+  assert measured["predicted_sparsity"] is None
+  assert 0.3 < measured["sparsity"] < 0.6
+  assert "-" in log.table(measured)
+
+
+def test_other_options_do_not_overwrite_a_run(config, result):
+  other = dataclasses.replace(config, seed=1)
+  with pytest.raises(cli.UsageError, match="seed=0 there, 1 now"):
+    run.run(other)
+  assert log.read_config(config.directory) == config
+
+
+def test_a_directory_of_something_else_is_left_alone(config, result, tmp_path):
+  (tmp_path / "thesis.txt").write_text("mine")
+  taken = dataclasses.replace(config, workdir=str(tmp_path))
+  with pytest.raises(cli.UsageError, match="is not empty and holds no run"):
+    run.run(taken)
+  assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_data_set_that_is_not_prepared(tmp_path, monkeypatch, capsys):
+  arguments = ["--data-dir", str(tmp_path), "--workdir", str(tmp_path / "run")]
+  monkeypatch.setattr("sys.argv", ["mnist", *arguments])
+  with pytest.raises(SystemExit) as stopped:
+    run.main(cli.Config(data="mnist", model="lenet5"), "MNIST")
+  assert stopped.value.code == 2
+  told = capsys.readouterr().err
+  assert told.startswith("error: Data set 'mnist' is not prepared")
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_packed_file_that_answers_otherwise_is_an_error(
+  config, result, tmp_path, monkeypatch
+):
+  again = dataclasses.replace(config, workdir=str(tmp_path / "run"))
+  shutil.copytree(config.directory, again.directory)
+  (again.directory / "result.json").unlink()
+  monkeypatch.setattr(evaluate, "in_fresh_process", lambda _: {"correct": -1})
+  with pytest.raises(RuntimeError, match="gives -1 right answers"):
+    run.run(again)
+  assert not (again.directory / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"epochs": 0}, "at least 1"),
+    ({"log_every": 30, "checkpoint_every": 50}, "no multiple of log_every=30"),
+    ({"parallel": "pmap", "devices": 99}, "can use 1 to"),
+    ({"parallel": "pmap", "devices": 3}, "cannot be shared by 3 devices"),
+  ],
+)
+def test_options_that_do_not_fit(changes, message):
+  with pytest.raises(cli.UsageError, match=message):
+    cli.device_count(dataclasses.replace(cli.Config(), **changes))
+
+
+@pytest.mark.parametrize(
+  ("arguments", "method", "directory"),
+  [
+    ([], cli.Sca(), "digits-sca-sparsity0.7-seed0"),
+    (["method:twn", "--seed", "3"], cli.Twn(), "digits-twn-seed3"),
+    (
+      ["method:sca", "--method.sparsity", "0.9"],
+      cli.Sca(sparsity=0.9),
+      "digits-sca-sparsity0.9-seed0",
+    ),
+    (
+      ["method:sca", "--method.alpha", "0.1"],
+      cli.Sca(alpha=0.1),
+      "digits-sca-alpha0.1-strength0.05-seed0",
+    ),
+  ],
+)
+def test_the_command_line(arguments, method, directory, monkeypatch):
+  monkeypatch.setattr("sys.argv", ["digits", *arguments])
+  config = cli.parse(cli.Config(), "Digits")
+  assert config.method == method
+  assert config.directory.name == directory
+
+
+def test_the_paper_face_predicts_by_its_alpha():
+  theta = 0.2 * jax.random.normal(jax.random.key(0), (100, 100))
+  assert cli.Sca(alpha=0.1).predict(theta) == pytest.approx(0.744, abs=0.02)
+  assert cli.Sca(sparsity=0.9).predict(theta) == pytest.approx(0.9, abs=1e-3)
