@@ -4,7 +4,13 @@
   python -m experiments.mnist method:twn
 
 Claim: LeNet-5 with all its kernels ternary and 70 % of the weights zero is as
-accurate as the float net.
+accurate as the float net, to .2 points.
+
+Expected: seed 0, test accuracy: float 99.18 %, ternary as trained, rounded and
+from the packed file 99.15 %, at a sparsity of .699 and 16,352 bytes against
+246,824.
+
+Time: 7 minutes on 2 CPU cores shared with other work.
 """
 
 from experiments.common import cli, run

@@ -508,11 +508,12 @@ def _explained(task: str, path: Path) -> Iterator[None]:
 
 
 def _probe(path: Path) -> None:
-  """Raises an OSError if a folder cannot be made; makes its parents."""
+  """Raises an OSError if no folder can be made there; makes its parents."""
   # A save that fails inside orbax leaves threads that wait for five minutes.
-  if jax.process_index() == 0 and not path.exists():
-    path.mkdir(parents=True)
-    path.rmdir()
+  if jax.process_index() == 0:
+    probe = path.with_name(f".{path.name}.probe")
+    probe.mkdir(parents=True, exist_ok=True)
+    probe.rmdir()
 
 
 def _steps(directory: Path) -> list[int]:
@@ -540,7 +541,11 @@ def _swap(fresh: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
       path.rename(old)
-    fresh.rename(path)
+    try:
+      fresh.rename(path)
+    except OSError:
+      old.rename(path)
+      raise
     shutil.rmtree(old, ignore_errors=True)
   multihost_utils.sync_global_devices(f"tern_jax swapped {path}")
 

@@ -93,9 +93,9 @@ def pack(tree: Any) -> Any:
     The same tree with a `PackedTernary` in place of each `Ternary`.
 
   Raises:
-    TypeError: codes are not int8, or scales are not floating of one dtype.
-    ValueError: scales do not broadcast to the codes, or codes outside
-      {-1, 0, 1}; traced codes are not looked at.
+    TypeError: codes are not int8.
+    ValueError: scales are not floating of one dtype or do not broadcast to
+      the codes, or codes outside {-1, 0, 1}; traced codes are not looked at.
 
   >>> codes = jnp.ones((16, 3), jnp.int8)
   >>> tree = {"kernel": Ternary(codes, jnp.array(1.0), jnp.array(1.0))}

@@ -23,12 +23,6 @@ from tern_jax.checkpoint import (
 )
 from tern_jax.packed import pack
 
-# Orbax abandons coroutines when it finds damage.
-pytestmark = pytest.mark.filterwarnings(
-  "ignore::pytest.PytestUnraisableExceptionWarning",
-  "ignore:coroutine .* was never awaited:RuntimeWarning",
-)
-
 
 def ternary(shape, dtype=jnp.float32, scale_shape=(), seed=0):
   rng = np.random.default_rng(seed)
@@ -363,12 +357,17 @@ def damages(data, rng):
     yield b""
     yield data[: len(data) // 2]
     yield data[:-1]
-    for at in rng.choice(len(data), min(len(data), 12), replace=False):
+    for at in rng.choice(len(data), min(len(data), 5), replace=False):
       flipped = bytearray(data)
       flipped[at] ^= 1 << int(rng.integers(8))
       yield bytes(flipped)
 
 
+# Orbax abandons coroutines where it finds damage.
+@pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnraisableExceptionWarning",
+  "ignore:coroutine .* was never awaited:RuntimeWarning",
+)
 def test_damage_is_noticed_or_harmless(tmp_path):
   """Every file, flipped, cut and deleted: an error or the right bits."""
   rng = np.random.default_rng(0)
@@ -395,8 +394,8 @@ def test_damage_is_noticed_or_harmless(tmp_path):
         else:
           assert_same(loaded, wanted)
     file.write_bytes(data)
-  assert tried > 300
-  assert noticed > 50
+  assert tried > 150
+  assert noticed > 40
 
 
 # Training runs.
@@ -482,9 +481,13 @@ def test_any_step_can_be_deployed(tmp_path, uninterrupted):
   assert_same(load_packed(tmp_path / "run"), wanted[4])
   assert_same(load_packed(tmp_path / "run" / "2"), wanted[2])
   assert read_spec(tmp_path / "run")["method"] == "TWN()"
-  assert Checkpointer(tmp_path / "run").latest_step() == 4
+  with Checkpointer(tmp_path / "run") as run:
+    assert run.latest_step() == 4
+    assert run.save(5, uninterrupted[5][0], wanted[2])
+    assert_same(run.restore(start())[0], uninterrupted[5][0])
+  assert_same(load_packed(tmp_path / "run"), wanted[2])
   save_packed(tmp_path / "alone", wanted[4], method="TWN()")
-  alone, step = read_spec(tmp_path / "alone"), read_spec(tmp_path / "run")
+  alone, step = read_spec(tmp_path / "alone"), read_spec(tmp_path / "run" / "4")
   assert alone["leaves"]["packed"] == step["leaves"]["packed"]
 
 

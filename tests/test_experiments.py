@@ -184,6 +184,22 @@ def test_options_that_do_not_fit(changes, message):
 
 
 @pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"batch_size": 5000}, "exceeds the 1257 training images"),
+    ({"exclude": ("head",)}, "'head' matches no leaf"),
+    ({"method": cli.Sca(sparsity=1.5)}, "sparsity must lie in"),
+    ({"method": cli.Sca(sparsity=0.5, alpha=0.1)}, "give exactly one"),
+  ],
+)
+def test_what_does_not_fit_writes_nothing(config, tmp_path, changes, message):
+  changes = {"workdir": str(tmp_path / "run"), **changes}
+  with pytest.raises(cli.UsageError, match=message):
+    run.run(dataclasses.replace(config, **changes))
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
   ("arguments", "method", "directory"),
   [
     ([], cli.Sca(), "digits-sca-sparsity0.7-seed0"),

@@ -19,17 +19,13 @@ class UsageError(Exception):
 
 
 class Recipe(NamedTuple):
-  """How a method is trained.
-
-  Args:
-    method: the ternarizer.
-    regularizer: transform of the latents' gradients, before Adam.
-    onset: step at which the loss has chosen, and the codes start to settle.
-  """
+  """How a method is trained."""
 
   method: Ternarizer
   regularizer: optax.GradientTransformation
+  """Transform of the latents' gradients, before Adam."""
   onset: int
+  """Step at which codes start to settle."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +210,26 @@ def device_count(config: Config) -> int:
       " give a multiple, or fewer --devices."
     )
   return devices
+
+
+def count_steps(config: Config, params: Any, images: int) -> int:
+  """Returns the steps of each training, once the options are known to fit.
+
+  Raises:
+    UsageError: they do not fit the method, the model or the data.
+  """
+  steps = config.epochs * (images // config.batch_size)
+  if not steps:
+    raise UsageError(
+      f"batch_size={config.batch_size} exceeds the {images} training images:"
+      " give a smaller one."
+    )
+  try:
+    config.method.recipe(steps)
+    tern_jax.kernels(exclude=config.exclude).paths(params)
+  except ValueError as error:
+    raise UsageError(str(error)) from error
+  return steps
 
 
 def parse(default: Config, description: str) -> Config:

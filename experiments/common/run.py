@@ -85,17 +85,17 @@ def run(config: cli.Config) -> dict[str, Any]:
   began = time.time()
   dataset = data.load_dataset(config.data, config.data_dir)
   devices = cli.device_count(config)
-  workdir = log.claim_workdir(config)
-  if (workdir / "result.json").exists():
-    return json.loads((workdir / "result.json").read_text())
-
   model = evaluate.make_model(config, dataset.num_classes)
   image = jnp.zeros((1, *dataset.image_shape))
   key = jax.random.key(config.seed)
   # On the host, because shard_map_step takes over the arrays it is given.
   model_state = jax.device_get(model.init(key, image, train=False))
   params = model_state.pop("params")
-  steps = config.epochs * (len(dataset.train["label"]) // config.batch_size)
+  steps = cli.count_steps(config, params, len(dataset.train["label"]))
+  # Nothing is written before all options are known to fit.
+  workdir = log.claim_workdir(config)
+  if (workdir / "result.json").exists():
+    return json.loads((workdir / "result.json").read_text())
 
   tx = adam(config.float_learning_rate, steps)
   start = training.init_state(params, tx, None, model_state, config.seed)
