@@ -123,8 +123,8 @@ class Config:
 
   method: Sca | Twn = Sca()
   """How weights are made ternary."""
-  data: Literal["digits", "mnist"] = "digits"
-  """Data set."""
+  data: str = "digits"
+  """Data set: digits, or any prepared set of images by its tfds name."""
   data_dir: str | None = None
   """Directory of prepared data sets; None for the usual one."""
   model: Literal["mlp", "lenet5"] = "mlp"

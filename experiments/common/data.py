@@ -188,6 +188,7 @@ def _command(name: str, data_dir: Path) -> str:
 def _prepare_digits(data_dir: Path) -> Path:
   try:
     builder = Digits(data_dir=data_dir, file_format="array_record")
+    tfds.disable_progress_bar()
     builder.download_and_prepare()
   except OSError as error:
     # The set is written aside and then renamed. The loser of a race cannot

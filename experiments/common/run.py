@@ -55,7 +55,9 @@ class Phase:
     """Returns the variables with `Ternary` leaves; {} for the float net."""
     if self.tern is None:
       return {}
-    codes = self.tern.discretize(state.params, state.tern_state)
+    # Training follows a target closely; what is packed meets it exactly.
+    params, tern_state = self.tern.refresh(state.params, state.tern_state)
+    codes = self.tern.discretize(params, tern_state)
     return {"params": codes, **state.model_state}
 
   def keep_latents(self, workdir: Path, state: training.TrainState) -> None:
