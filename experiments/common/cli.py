@@ -139,7 +139,7 @@ class Config:
   """Passes over the training data, of the float and of the ternary net."""
   batch_size: int = 128
   """Images a step, over all devices."""
-  learning_rate: float = 5e-3
+  learning_rate: float = 1e-2
   """Adam's first rate on latents; each rate decays to 5 % by a cosine."""
   scale_learning_rate: float = 1e-3
   """Adam's first rate on the scales of ternary weights."""

@@ -46,7 +46,7 @@ class SCA(Ternarizer):
             tern_jax.at_sparsity(target),
             tern_jax.relative(tern_jax.late_kappa(steps)), mask=where)
 
-  Adam needs to move Theta by many times its spread: rates near 5e-3 on the
+  Adam needs to move Theta by many times its spread: rates near 1e-2 on the
   latents, decayed to 5 %, and no weight decay there.
 
   Args:
