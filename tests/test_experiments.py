@@ -7,7 +7,7 @@ import shutil
 import jax
 import pytest
 
-from experiments.common import cli, evaluate, log, run
+from experiments.common import cli, evaluate, log, methods, run
 
 # What may differ between two runs of the same config; orbax writes down times.
 INCIDENTAL = ("seconds", "command", "disk_bytes")
@@ -120,7 +120,7 @@ def test_two_devices_share_a_batch(config, tmp_path, parallel):
     devices=2,
     hidden=(),
     epochs=1,
-    method=cli.Twn(),
+    method=methods.Twn(),
     workdir=str(tmp_path / "run"),
   )
   measured = run.run(again)
@@ -188,8 +188,8 @@ def test_options_that_do_not_fit(changes, message):
   [
     ({"batch_size": 5000}, "exceeds the 1257 training images"),
     ({"exclude": ("head",)}, "'head' matches no leaf"),
-    ({"method": cli.Sca(sparsity=1.5)}, "sparsity must lie in"),
-    ({"method": cli.Sca(sparsity=0.5, alpha=0.1)}, "give exactly one"),
+    ({"method": methods.Sca(sparsity=1.5)}, "sparsity must lie in"),
+    ({"method": methods.Sca(sparsity=0.5, alpha=0.1)}, "give exactly one"),
   ],
 )
 def test_what_does_not_fit_writes_nothing(config, tmp_path, changes, message):
@@ -202,16 +202,16 @@ def test_what_does_not_fit_writes_nothing(config, tmp_path, changes, message):
 @pytest.mark.parametrize(
   ("arguments", "method", "directory"),
   [
-    ([], cli.Sca(), "digits-sca-sparsity0.7-seed0"),
-    (["method:twn", "--seed", "3"], cli.Twn(), "digits-twn-seed3"),
+    ([], methods.Sca(), "digits-sca-sparsity0.7-seed0"),
+    (["method:twn", "--seed", "3"], methods.Twn(), "digits-twn-seed3"),
     (
       ["method:sca", "--method.sparsity", "0.9"],
-      cli.Sca(sparsity=0.9),
+      methods.Sca(sparsity=0.9),
       "digits-sca-sparsity0.9-seed0",
     ),
     (
       ["method:sca", "--method.alpha", "0.1"],
-      cli.Sca(alpha=0.1),
+      methods.Sca(alpha=0.1),
       "digits-sca-alpha0.1-strength0.05-seed0",
     ),
   ],
@@ -223,7 +223,21 @@ def test_the_command_line(arguments, method, directory, monkeypatch):
   assert config.directory.name == directory
 
 
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_has_a_recipe_and_a_picture(name):
+  config = methods.METHODS[name]()
+  recipe = config.recipe(100)
+  theta = recipe.method.latent(jax.random.normal(jax.random.key(0), (32, 16)))
+  shown = config.shown(theta)
+  assert shown.shape == theta.shape
+  # Latents and the codes that they are drawn against have one unit.
+  assert 0.1 < float(abs(shown).mean()) < 2
+  assert 0 <= recipe.onset <= 100
+
+
 def test_the_paper_face_predicts_by_its_alpha():
   theta = 0.2 * jax.random.normal(jax.random.key(0), (100, 100))
-  assert cli.Sca(alpha=0.1).predict(theta) == pytest.approx(0.744, abs=0.02)
-  assert cli.Sca(sparsity=0.9).predict(theta) == pytest.approx(0.9, abs=1e-3)
+  assert methods.Sca(alpha=0.1).predict(theta) == pytest.approx(0.744, abs=0.02)
+  assert methods.Sca(sparsity=0.9).predict(theta) == pytest.approx(
+    0.9, abs=1e-3
+  )

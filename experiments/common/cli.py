@@ -3,125 +3,24 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import optax
 import tyro
 
 import tern_jax
-from tern_jax.base import Ternarizer
+from experiments.common import methods
 
 
 class UsageError(Exception):
   """What was asked for cannot be done; the message says what to do."""
 
 
-class Recipe(NamedTuple):
-  """How a method is trained."""
-
-  method: Ternarizer
-  regularizer: optax.GradientTransformation
-  """Transform of the latents' gradients, before Adam."""
-  onset: int
-  """Step at which codes start to settle."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Sca:
-  """SCA at an asked sparsity, or with the paper's alpha."""
-
-  sparsity: float | None = None
-  """Asked share of zeros; 0.7 where no alpha is given."""
-  alpha: float | None = None
-  """The paper's controller of sparsity, instead of an asked one."""
-  strength: float = 0.05
-  """With alpha: the final strength of WDR, after a quadratic ramp."""
-
-  @property
-  def asked(self) -> float | None:
-    """The sparsity asked for; None where alpha was given."""
-    if self.sparsity is None and self.alpha is None:
-      return 0.7
-    return self.sparsity
-
-  def recipe(self, steps: int) -> Recipe:
-    """Returns the recipe of `tern_jax.SCA`, or the paper's for alpha."""
-    if self.alpha is None:
-      target = tern_jax.ramp(self.asked, steps)
-      kappa = tern_jax.late_kappa(steps)
-      return Recipe(
-        tern_jax.SCA(sparsity=target),
-        tern_jax.wdr_transform(
-          tern_jax.at_sparsity(target), tern_jax.relative(kappa)
-        ),
-        round(kappa.onset * steps),
-      )
-
-    def strength(count: jax.Array) -> jax.Array:
-      done = jnp.asarray(count, jnp.float32) / steps
-      return self.strength * jnp.clip((done - 0.3) / 0.5, 0, 1) ** 2
-
-    return Recipe(
-      tern_jax.SCA(alpha=self.alpha, sparsity=self.sparsity),
-      tern_jax.wdr_transform(self.alpha, strength),
-      round(0.3 * steps),
-    )
-
-  def predict(self, theta: jax.Array) -> float:
-    """Returns the sparsity that WDR will make of the latents at its onset."""
-    alpha = self.alpha
-    if alpha is None:
-      alpha = tern_jax.alpha_for_sparsity(theta, self.asked)
-    return float(tern_jax.predicted_sparsity(theta, alpha))
-
-  axis_label: ClassVar[str] = "tanh of the latents"
-
-  def shown(self, theta: jax.Array) -> jax.Array:
-    """Returns what a histogram of latents shows, on the way to -1, 0, 1."""
-    return jnp.tanh(theta)
-
-
-@dataclasses.dataclass(frozen=True)
-class Twn:
-  """TWN, trained straight through."""
-
-  sparsity: float | None = None
-  """Asked share of zeros; None leaves it to TWN's own threshold."""
-
-  @property
-  def asked(self) -> float | None:
-    """The sparsity asked for; None where TWN chooses."""
-    return self.sparsity
-
-  def recipe(self, steps: int) -> Recipe:
-    """Returns plain straight-through training."""
-    ramped = self.sparsity is not None
-    target = tern_jax.ramp(self.sparsity, steps) if ramped else None
-    method = tern_jax.TWN(sparsity=target)
-    return Recipe(method, optax.identity(), steps // 2)
-
-  def predict(self, theta: jax.Array) -> None:
-    """Returns None: TWN makes no prediction."""
-    del theta
-
-  axis_label: ClassVar[str] = "latents / scale"
-
-  def shown(self, theta: jax.Array) -> jax.Array:
-    """Returns the latents in units of the scale of their codes."""
-    method = tern_jax.TWN(sparsity=self.sparsity)
-    return theta / method.discretize(theta, *method.init(theta)).w_p
-
-
-METHODS = {method.__name__: method for method in (Sca, Twn)}
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
   """All that a run depends on."""
 
-  method: Sca | Twn = Sca()
+  method: methods.Method = dataclasses.field(default_factory=methods.Sca)
   """How weights are made ternary."""
   data: str = "digits"
   """Data set: digits, or any prepared set of images by its tfds name."""

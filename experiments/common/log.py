@@ -13,7 +13,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from experiments.common import cli
+from experiments.common import cli, methods
 
 
 def read_config(workdir: Path) -> cli.Config:
@@ -32,7 +32,7 @@ def read_config(workdir: Path) -> cli.Config:
   record = {
     k: tuple(v) if isinstance(v, list) else v for k, v in record.items()
   }
-  method = cli.METHODS[method.pop("name")](**method)
+  method = methods.METHODS[method.pop("name")](**method)
   return cli.Config(method=method, workdir=str(workdir), **record)
 
 
