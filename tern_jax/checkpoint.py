@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint import v1
 
 from tern_jax.base import Ternary, key_str
 from tern_jax.packed import PackedTernary, validate
@@ -42,6 +42,8 @@ CODECS = ("planes",)
 
 #: Where orbax puts the spec.
 _SPEC = Path("spec", "data.json")
+# Its own annotations refuse pathlib paths, and its own policies.
+ocp: Any = v1
 _number = "{:04d}".format
 _TERNARY = ("nonzero", "sign", "w_p", "w_n")
 
@@ -335,12 +337,15 @@ def _encode(path: tuple[str, ...], x: Any) -> tuple[dict, dict]:
       f"{name}: leaves must be arrays or PackedTernary, got "
       f"{type(x).__name__}: leave it out of the tree."
     )
+  arrays: dict[str, Any]
   if isinstance(x, PackedTernary):
     kind, extra = "ternary", {"axis": x.axis}
     x = jax.tree.map(_host, x)
     validate({name: x})
     arrays = {k: getattr(x, k) for k in _TERNARY}
-  elif jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+  elif isinstance(x, jax.Array) and jnp.issubdtype(
+    x.dtype, jax.dtypes.prng_key
+  ):
     kind, extra = "key", {"impl": str(jax.random.key_impl(x))}
     arrays = {"value": _host(jax.random.key_data(x))}
   elif x.dtype == bool or jnp.issubdtype(x.dtype, jnp.number):
@@ -438,7 +443,7 @@ def _read(path: Path, part: str, entries: dict) -> dict[Any, Any]:
   return leaves
 
 
-def _decode(entry: dict, arrays: dict[str, np.ndarray]) -> Any:
+def _decode(entry: dict, arrays: dict[str, Any]) -> Any:
   """Returns the leaf that `_encode` turned into an entry and arrays."""
   if entry["kind"] == "ternary":
     shape, axis = tuple(entry["shape"]), entry["axis"]
@@ -484,7 +489,7 @@ def _nest(leaves: dict[tuple[str, ...], Any]) -> Any:
 # Files.
 
 
-def _context() -> ocp.Context:
+def _context() -> Any:
   """Returns an orbax context that stores the spec as JSON."""
   context = ocp.Context()
   context.checkpointables.registry = ocp.handlers.local_registry().add(

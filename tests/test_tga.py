@@ -60,16 +60,19 @@ def reference(w, delta, mean=False, channel_axis=None):
   return codes, mu + sigma * mills(delta / sigma), mills_grad(delta / sigma)
 
 
-def grads(method, w, g, scales=None):
-  scales = method.init(w)[0] if scales is None else scales
-
-  @jax.jit
-  def both(w, scales, g):
-    _, pull = jax.vjp(lambda *args: method(*args, {}), w, scales)
-    return pull(g)
-
-  dw, dscales = both(w, scales, g)
+def pull_back(method, w, scales, g):
+  """Gradients of w and Delta, given those of the effective weights."""
+  _, pull = jax.vjp(lambda *args: method(*args, {}), w, scales)
+  dw, dscales = pull(g)
   return dw, dscales["delta"]
+
+
+compiled = jax.jit(pull_back, static_argnums=0)
+
+
+def grads(method, w, g, scales=None):
+  scales = jax.jit(method.init)(w)[0] if scales is None else scales
+  return compiled(method, w, scales, g)
 
 
 class TestInverseMills:
@@ -149,6 +152,7 @@ class TestTruncatedGaussianScale:
       assert float(slopes[0]) == 1
 
   def test_finite_differences_in_float64(self):
+    @jax.jit
     def scale(x):
       return truncated_gaussian_scale(*x)
 
@@ -172,9 +176,9 @@ class TestForward:
   def test_codes_and_scale_are_the_reference_s(self, method, channel_axis):
     w = weights((64, 40), mu=0.02)
     method = dataclasses.replace(method, channel_axis=channel_axis)
-    scales, state = method.init(w)
+    scales, state = jax.jit(method.init)(w)
     assert state == {}
-    got = method.discretize(w, scales, state)
+    got = jax.jit(method.discretize)(w, scales, state)
     codes, scale, _ = reference(w, scales["delta"], method.mean, channel_axis)
     np.testing.assert_array_equal(got.codes, codes)
     np.testing.assert_allclose(got.w_p, scale, rtol=3e-6)
@@ -257,6 +261,7 @@ class TestGradients:
       g = jnp.asarray(weights(seed=1), jnp.float64)
       method = TGA(clamp=None)
 
+      @jax.jit
       def loss(delta):
         return jnp.sum(method(w, {"delta": delta}, {}) * g)
 
@@ -275,6 +280,7 @@ class TestGradients:
       method = TGA(mean=True, detach=False, clamp=None)
       scales, _ = method.init(w)
 
+      @jax.jit
       def loss(w):
         return jnp.sum(method(w, scales, {}) * g)
 
@@ -328,7 +334,7 @@ class TestGradients:
     method = dataclasses.replace(method, channel_axis=channel_axis)
     g = weights(dtype=dtype, seed=1)
     for w in (weights(dtype=dtype), *(jnp.full_like(g, v) for v in (0, 0.25))):
-      start = method.init(w)[0]["delta"]
+      start = jax.jit(method.init)(w)[0]["delta"]
       for delta in (start, 0 * start, 5 * start, start + 1):
         for x in grads(method, w, g, {"delta": delta}):
           assert x.dtype == dtype
@@ -342,6 +348,7 @@ class TestGradients:
     def slope(norm, surrogate):
       method = TGA(clamp=None, surrogate=surrogate)
 
+      @jax.jit
       def loss(scales):
         y = jnp.asarray(x, jnp.float32) @ method(w, scales, {})
         if norm:
@@ -374,7 +381,7 @@ class TestContract:
   def test_zero_and_constant_weights(self, method):
     for value in (0.0, 0.25):
       w = jnp.full((8, 4), value)
-      effective = method(w, *method.init(w))
+      effective = jax.jit(lambda w: method(w, *method.init(w)))(w)
       assert bool(jnp.isfinite(effective).all())
       # Around their mean, or at one sigma, constant weights are all zero.
       within = method.mean or method.delta >= 1
@@ -384,9 +391,9 @@ class TestContract:
   def test_vmap_equals_loop(self, method):
     stack = jnp.stack([weights(seed=i) * 10.0**-i for i in range(3)])
     scales, state = jax.vmap(method.init)(stack)
-    got = jax.vmap(method)(stack, scales, state)
+    got = jax.jit(jax.vmap(method))(stack, scales, state)
     for i in range(3):
-      want = method(stack[i], *method.init(stack[i]))
+      want = jax.jit(lambda w: method(w, *method.init(w)))(stack[i])
       np.testing.assert_allclose(got[i], want, rtol=2e-6)
 
   @pytest.mark.parametrize("method", METHODS, ids=repr)
@@ -401,7 +408,7 @@ class TestContract:
     def both(delta, clamp, width):
       method = TGA(delta=delta, clamp=clamp, surrogate=width)
       codes = method.discretize(w, *method.init(w)).codes
-      return jnp.mean(codes == 0), grads(method, w, g)[1]
+      return jnp.mean(codes == 0), pull_back(method, w, method.init(w)[0], g)[1]
 
     deltas, clamps = jnp.array([0.3, 0.6, 1.2]), jnp.array([1e-3, 1e-4, 1e-9])
     zeros, slopes = jax.jit(jax.vmap(both))(deltas, clamps, deltas)

@@ -272,7 +272,7 @@ def load_dataset(
     for split in ("train", "validation", "test")
   }
   splits = {split: arrays(source) for split, source in sources.items()}
-  features = sources["train"].dataset_info.features
+  features: Any = sources["train"].dataset_info.features
   mean, std = channel_statistics(splits["train"]["image"])
   return Dataset(
     name=name,

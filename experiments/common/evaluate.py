@@ -70,7 +70,8 @@ def make_counter(
 
   @jax.jit
   def count_batch(variables: Any, batch: Any) -> jax.Array:
-    answers = jnp.argmax(model.apply(variables, batch["image"], False), -1)
+    logits: Any = model.apply(variables, batch["image"], train=False)
+    answers = jnp.argmax(logits, -1)
     right = (answers == batch["label"]) & (batch["weight"] > 0)
     return jnp.sum(right, dtype=jnp.int32)
 
@@ -157,7 +158,9 @@ def judge(
   }
   shares = [x["predicted"] for x in layers.values()]
   weights = [x["weights"] for x in layers.values()]
-  predicted = None if None in shares else np.average(shares, weights=weights)
+  predicted = None
+  if None not in shares:
+    predicted = float(np.average(np.array(shares), weights=weights))
   seen = {k: count(nets[k], dataset.validation) for k in nets}
   files = [f for f in (config.directory / "packed").rglob("*") if f.is_file()]
   return {

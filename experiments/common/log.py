@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from experiments.common import cli, methods
 
+Rows = list[tuple[str, ...]]
+
 
 def read_config(workdir: Path) -> cli.Config:
   """Reads the config of a run.
@@ -27,11 +29,10 @@ def read_config(workdir: Path) -> cli.Config:
     raise cli.UsageError(
       f"{workdir} holds no config.json: give a run's directory."
     )
-  record = json.loads(path.read_text())
+  record: dict[str, Any] = json.loads(path.read_text())
   method = record.pop("method")
-  record = {
-    k: tuple(v) if isinstance(v, list) else v for k, v in record.items()
-  }
+  for name, value in record.items():
+    record[name] = tuple(value) if isinstance(value, list) else value
   method = methods.METHODS[method.pop("name")](**method)
   return cli.Config(method=method, workdir=str(workdir), **record)
 
@@ -161,7 +162,7 @@ def table(result: dict[str, Any]) -> str:
   Returns:
     Lines of at most 80 columns.
   """
-  rows = [("test accuracy", "%", "correct")]
+  rows: Rows = [("test accuracy", "%", "correct")]
   for name, key in (
     ("float", "float"),
     ("ternary, as trained", "unrounded"),
@@ -171,7 +172,7 @@ def table(result: dict[str, Any]) -> str:
     correct = result["correct"][key]
     share = 100 * correct / result["total"]
     rows.append((name, f"{share:.2f}", f"{correct}/{result['total']}"))
-  layers = [("sparsity", "asked", "predicted", "reached", "weights")]
+  layers: Rows = [("sparsity", "asked", "predicted", "reached", "weights")]
   whole = {
     "asked": result["asked_sparsity"],
     "predicted": result["predicted_sparsity"],
@@ -184,7 +185,7 @@ def table(result: dict[str, Any]) -> str:
       for key in ("asked", "predicted", "reached")
     ]
     layers.append((name, *shares, f"{layer['weights']:,}"))
-  sizes = [
+  sizes: Rows = [
     ("size", "", ""),
     ("packed planes and scales", f"{result['bits_per_weight']:.3f}", "bit/w"),
     ("entropy", f"{result['entropy_bits_per_weight']:.3f}", "bit/w"),
@@ -195,7 +196,7 @@ def table(result: dict[str, Any]) -> str:
   return "\n\n".join(map(_aligned, (rows, layers, sizes)))
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> str:
+def _aligned(rows: Rows) -> str:
   """Aligns columns: the first to the left, the others to the right."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = [

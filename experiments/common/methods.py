@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ class Sca:
 
   def recipe(self, steps: int) -> Recipe:
     """Returns the recipe of `tern_jax.SCA`, or the paper's for alpha."""
-    if self.alpha is None:
+    if self.asked is not None and self.alpha is None:
       target = tern_jax.ramp(self.asked, steps)
       kappa = tern_jax.late_kappa(steps)
       return Recipe(
@@ -65,8 +65,8 @@ class Sca:
 
   def predict(self, theta: jax.Array) -> float:
     """Returns the sparsity that WDR will make of the latents at its onset."""
-    alpha = self.alpha
-    if alpha is None:
+    alpha: Any = self.alpha
+    if self.asked is not None:
       alpha = tern_jax.alpha_for_sparsity(theta, self.asked)
     return float(tern_jax.predicted_sparsity(theta, alpha))
 

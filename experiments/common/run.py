@@ -62,6 +62,7 @@ class Phase:
 
   def keep_latents(self, workdir: Path, state: training.TrainState) -> None:
     """Keeps the latents of a step for the prediction and the pictures."""
+    assert self.tern is not None
     leaves = jax.tree_util.tree_leaves_with_path(state.params.latent)
     log.save_latents(
       workdir,
