@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tern_jax
-from tern_jax import SCA, TTQ, TWN, AbsMean
+from tern_jax import EC2T, SCA, TTQ, TWN, AbsMean
 from tests import reference
 
 NAMESPACE = vars(tern_jax)
@@ -24,6 +24,8 @@ METHODS = [
   TTQ(),
   TTQ(threshold=0.3, start="one"),
   AbsMean(),
+  EC2T(),
+  EC2T(gamma=0.6, s=0.4, largest=10_000),
 ]
 DTYPES = [jnp.float32, jnp.bfloat16]
 
@@ -91,14 +93,17 @@ def test_odd_symmetry(lifted):
   w = weights()
   scales, state = lifted.init(w)
   theta = lifted.latent(w)
-  # Mirrored weights have mirrored scales, where a method has two.
-  mirror = {"w_p": "w_n", "w_n": "w_p"}
-  mirrored = {mirror.get(name, name): s for name, s in scales.items()}
+  # Mirrored weights have mirrored scales and thresholds, if they have two.
+  mirror = {"w_p": "w_n", "w_n": "w_p", "t_p": "t_n", "t_n": "t_p"}
+  mirrored = [
+    {mirror.get(name, name): x for name, x in arrays.items()}
+    for arrays in (scales, state)
+  ]
   np.testing.assert_array_equal(
-    lifted(-theta, mirrored, state), -lifted(theta, scales, state)
+    lifted(-theta, *mirrored), -lifted(theta, scales, state)
   )
   np.testing.assert_array_equal(
-    lifted.discretize(-theta, mirrored, state).codes,
+    lifted.discretize(-theta, *mirrored).codes,
     -lifted.discretize(theta, scales, state).codes,
   )
 

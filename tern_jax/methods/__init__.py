@@ -6,6 +6,10 @@ Methods never import one another.
 """
 
 from tern_jax.methods.absmean import AbsMean as AbsMean
+from tern_jax.methods.ec2t import EC2T as EC2T
+from tern_jax.methods.ec2t import ec2t_assign as ec2t_assign
+from tern_jax.methods.ec2t import ec2t_lambda_max as ec2t_lambda_max
+from tern_jax.methods.ec2t import ec2t_thresholds as ec2t_thresholds
 from tern_jax.methods.sca import SCA as SCA
 from tern_jax.methods.ttq import TTQ as TTQ
 from tern_jax.methods.twn import TWN as TWN

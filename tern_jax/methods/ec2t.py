@@ -1,0 +1,269 @@
+"""EC2T: entropy-constrained trained ternarization.
+
+A weight w goes to the centroid c of {-w_n, 0, w_p} of the lowest cost
+`(w - c)^2 - lambda log2 P_c`, where P_c is the share of the layer's weights
+whose nearest centroid is c; P_0 is raised to `min_p_0`, at the others' expense.
+For three centroids on a line that is two thresholds, found once a step.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from tern_jax.base import (
+  Array,
+  Arrays,
+  Ternarizer,
+  Ternary,
+  check_range,
+  reduced_axes,
+  widen,
+)
+from tern_jax.estimators import scaled_straight_through
+
+
+def ec2t_lambda_max(
+  w: Array, w_p: Array, w_n: Array, min_p_0: float = 0.5
+) -> Array:
+  """The least lambda at which one of the two sign clusters is empty.
+
+  `lambda_p = (w_max^2 - (w_max - w_p)^2) / (log2 P_0 - log2 P_p)`, lambda_n
+  likewise with |w_min| and w_n; the smaller of the two. A cluster of channels
+  is empty once it is in all. One that is empty already, or that no lambda
+  empties because P_0 is no larger, is left out; 0 if both are.
+
+  Args:
+    w: float, any shape, latents.
+    w_p: float, 0-d or of the rank of w with ones beside the channels, > 0.
+    w_n: float, shape of w_p, > 0.
+    min_p_0: least P_0, in [0, 1).
+
+  Returns:
+    0-d, float32 or wider, finite and >= 0.
+
+  >>> w, c = jnp.array([-1., 0., 0., 0., 2.]), jnp.array(.5)
+  >>> round(float(ec2t_lambda_max(w, c, c)), 4)
+  0.4732
+
+  Source: Marban et al., arXiv 2004.01077, section 3.
+  """
+  ones = tuple(i for i, n in enumerate(w_p.shape) if n == 1)
+  axes = ones if w_p.ndim else None
+  rate_p, rate_n = _rates(w, w_p, w_n, min_p_0)
+
+  def emptied_at(signed: Array, scale: Array, rate: Array) -> Array:
+    # w_max^2 - (w_max - w_p)^2, without the cancellation.
+    gain = jnp.max(widen(scale) * (2 * _top(signed, axes) - widen(scale)))
+    empties = (gain > 0) & (rate > 0)
+    return jnp.where(empties, gain / jnp.where(empties, rate, 1), jnp.inf)
+
+  lambda_p = emptied_at(widen(w), w_p, rate_p)
+  least = jnp.minimum(lambda_p, emptied_at(-widen(w), w_n, rate_n))
+  return jnp.where(jnp.isfinite(least), least, 0)
+
+
+def ec2t_thresholds(
+  w: Array, w_p: Array, w_n: Array, lam: Array | float, min_p_0: float = 0.5
+) -> tuple[Array, Array]:
+  """Thresholds of the cheapest centroids: w_p above t_p, -w_n below -t_n.
+
+  `t_p = (w_p^2 + lambda (log2 P_0 - log2 P_p)) / (2 w_p)`, likewise t_n. Where
+  `t_p < -t_n`, possible for P_0 < 0.5 only, zero is nowhere the cheapest, and
+  both become the point at which the signs cost the same.
+
+  Args:
+    w: float, any shape, latents.
+    w_p: float, 0-d or of the rank of w with ones beside the channels, > 0.
+    w_n: float, shape of w_p, > 0.
+    lam: 0-d, lambda >= 0.
+    min_p_0: least P_0, in [0, 1).
+
+  Returns:
+    (t_p, t_n), each of the shape of w_p, float32 or wider, finite.
+
+  >>> w, c = jnp.array([-1., 0., 0., 0., 2.]), jnp.array(.5)
+  >>> t_p, t_n = ec2t_thresholds(w, c, c, ec2t_lambda_max(w, c, c))
+  >>> round(float(t_p), 4), round(float(t_n), 4)
+  (1.0, 1.0)
+
+  Source: Marban et al., arXiv 2004.01077, section 3, solved for w.
+  """
+  rate_p, rate_n = _rates(w, w_p, w_n, min_p_0)
+  w_p, w_n = widen(w_p), widen(w_n)
+  half_lam = 0.5 * jnp.asarray(lam, w_p.dtype)
+  # Centroids of dead channels are tiny: their thresholds must not overflow.
+  big = float(jnp.finfo(w_p.dtype).max)
+  t_p = jnp.clip(0.5 * w_p + half_lam * rate_p / w_p, -big, big)
+  t_n = jnp.clip(0.5 * w_n + half_lam * rate_n / w_n, -big, big)
+  even = (w_p * t_p - w_n * t_n) / (w_p + w_n)
+  crossed = t_p < -t_n
+  return jnp.where(crossed, even, t_p), jnp.where(crossed, -even, t_n)
+
+
+def ec2t_assign(
+  w: Array, w_p: Array, w_n: Array, lam: Array | float, min_p_0: float = 0.5
+) -> Array:
+  """Codes of the cheapest centroids, `argmin_c (w - c)^2 - lambda log2 P_c`.
+
+  Args:
+    w: float, any shape, latents.
+    w_p: float, 0-d or of the rank of w with ones beside the channels, > 0.
+    w_n: float, shape of w_p, > 0.
+    lam: 0-d, lambda >= 0; 0 gives the nearest centroids.
+    min_p_0: least P_0, in [0, 1).
+
+  Returns:
+    int8, shape of w, in {-1, 0, 1}; ties go to 0.
+
+  >>> w, c = jnp.array([-1., 0., 0., 0., 2.]), jnp.array(.5)
+  >>> ec2t_assign(w, c, c, 0.).tolist(), ec2t_assign(w, c, c, .6).tolist()
+  ([-1, 0, 0, 0, 1], [0, 0, 0, 0, 1])
+
+  Source: Marban et al., arXiv 2004.01077, section 3.
+  """
+  return _codes(w, *ec2t_thresholds(w, w_p, w_n, lam, min_p_0))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class EC2T(Ternarizer):
+  """Trained ternary weights under an entropy constraint.
+
+  The codes are `ec2t_assign` at `lambda = gamma delta ec2t_lambda_max`. The
+  centroids learn by `dL/dw_p = sum of g over +1`, `dL/dw_n = -(sum of g over
+  -1)`; the latents get g times the magnitude of their cluster, 1 at 0.
+
+  Continue a trained float net, at a rate of the centroids far below that of
+  the latents (1e-5 beside 1e-4). The last third of a run keeps the codes:
+
+      method = dataclasses.replace(method, frozen=True)
+      state = dataclasses.replace(state, opt_state=tx.init(state.params))
+
+  Args:
+    gamma: the knob of sparsity in [0, 1), a number or a traced array.
+    s: centroids start at `w_p = s max(W)`, `w_n = s |min(W)|`.
+    largest: size of the largest ternary layer; smaller ones are spared by
+      `delta = (size / largest + 0.05) / 1.05`. None for delta = 1.
+    min_scale: centroids stay at or above `min_scale std(W)`.
+    min_p_0: P_0 counts as at least this.
+    scaled_gradient: False passes g to the latents unchanged.
+    frozen: True or a traced array: thresholds stay, and latents get a gradient
+      of 0. Momentum from before and weight decay would still move latents, so
+      start the optimizer anew, as above, and mask decay.
+    channel_axis: None for two centroids a tensor; else two for each index of
+      this axis, -1 for the output channels of Flax and Haiku, 0 for Equinox's.
+      Shares and lambda are always those of the whole tensor.
+
+  Raises:
+    ValueError: a hyper-parameter is out of range, or a layer is larger than
+      the largest.
+
+  >>> w = jnp.array([[0.1, -0.2], [0.3, -0.4]])
+  >>> method = EC2T(gamma=0.5, s=0.9)
+  >>> ternary = method.discretize(w, *method.init(w))
+  >>> ternary.codes.tolist(), round(float(ternary.w_n), 4)
+  ([[0, 0], [1, -1]], 0.36)
+
+  Source: Marban, Becking, Wiedemann & Samek, arXiv 2004.01077, section 3.
+  Differs from the paper: dL/dw_n has its true sign, which the authors' code
+  reverses; the two floors are that code's; clusters that are empty keep
+  lambda finite; layers that stay float are left as they are (no "ECP").
+  """
+
+  gamma: Any = 0.15
+  s: float = 0.3
+  largest: int | None = None
+  min_scale: float = 0.675
+  min_p_0: float = 0.5
+  scaled_gradient: bool = True
+  frozen: Any = False
+  channel_axis: int | None = None
+
+  def __post_init__(self):
+    check_range("gamma", self.gamma, 0, 1, "0.05 is mild, 0.45 is sparse")
+    check_range("s", self.s, 1e-6, 2, "the paper has 0.2 to 0.45")
+    check_range("largest", self.largest, 1, float("inf"), "count weights")
+    check_range("min_scale", self.min_scale, 0, float("inf"), "try 0.675")
+    check_range("min_p_0", self.min_p_0, 0, 1, "0 lifts the floor")
+
+  def init(self, w: Array) -> tuple[Arrays, Arrays]:
+    """Returns the centroids, and the thresholds."""
+    axes = reduced_axes(w, self.channel_axis)
+    sides = {"w_n": -widen(w), "w_p": widen(w)}
+    tops = {k: _top(side, axes) for k, side in sides.items()}
+    scales = self._clamp(w, {k: self.s * top for k, top in tops.items()})
+    return scales, self._thresholds(w, scales)
+
+  def __call__(self, w: Array, scales: Arrays, state: Arrays) -> Array:
+    """Returns the ternary weights, with the gradients of the class."""
+    # Scales are widened so that their gradients are summed in float32.
+    wide = {name: widen(scale) for name, scale in scales.items()}
+    hard = self.discretize(w, wide, state).dequantize().astype(w.dtype)
+    unscaled = (hard == 0) | (not self.scaled_gradient)
+    factor = jnp.where(unscaled, 1, jnp.abs(hard))
+    factor = jnp.where(self.frozen, 0, factor)
+    return scaled_straight_through(w, hard, factor)
+
+  def discretize(self, w: Array, scales: Arrays, state: Arrays) -> Ternary:
+    """Returns the codes beyond the thresholds, and the centroids."""
+    return Ternary(_codes(w, **state), **scales)
+
+  def after_step(
+    self, w: Array, scales: Arrays, state: Arrays
+  ) -> tuple[Arrays, Arrays]:
+    """Keeps the centroids at their floor, and assigns anew unless frozen."""
+    return self.refresh(w, self._clamp(w, scales), state)
+
+  def refresh(
+    self, w: Array, scales: Arrays, state: Arrays
+  ) -> tuple[Arrays, Arrays]:
+    """Assigns these latents anew, unless frozen."""
+    now = self._thresholds(w, scales)
+    return scales, {k: jnp.where(self.frozen, state[k], now[k]) for k in now}
+
+  def _clamp(self, w: Array, scales: Arrays) -> Arrays:
+    axes = reduced_axes(w, self.channel_axis)
+    std = jnp.std(widen(w), axes, keepdims=axes is not None)
+    # The tiny one keeps centroids positive where all weights are equal.
+    floor = jnp.maximum(self.min_scale * std, float(jnp.finfo(w.dtype).tiny))
+    held = {k: jnp.maximum(widen(v), floor) for k, v in scales.items()}
+    return {k: v.astype(w.dtype) for k, v in held.items()}
+
+  def _thresholds(self, w: Array, scales: Arrays) -> Arrays:
+    largest = w.size if self.largest is None else self.largest
+    if w.size > largest:
+      raise ValueError(
+        f"EC2T got largest={largest} and a layer of {w.size} weights: give the"
+        " size of the largest layer that is made ternary."
+      )
+    delta = (w.size / largest + 0.05) / 1.05
+    w_p, w_n = scales["w_p"], scales["w_n"]
+    most = ec2t_lambda_max(w, w_p, w_n, self.min_p_0)
+    lam = jnp.asarray(self.gamma, most.dtype) * delta * most
+    t_p, t_n = ec2t_thresholds(w, w_p, w_n, lam, self.min_p_0)
+    return {"t_n": t_n, "t_p": t_p}
+
+
+def _top(x: Array, axes: tuple[int, ...] | None) -> Array:
+  return jnp.max(x, axes, keepdims=axes is not None, initial=0)
+
+
+def _codes(w: Array, t_p: Array, t_n: Array) -> Array:
+  plus, minus = widen(w) > t_p, widen(w) < -t_n
+  # Subtracted in float, as XLA:CPU miscompiles some fused int8 maths.
+  return (plus.astype(w.dtype) - minus.astype(w.dtype)).astype(jnp.int8)
+
+
+def _rates(
+  w: Array, w_p: Array, w_n: Array, min_p_0: float
+) -> tuple[Array, Array]:
+  """Bits that + and - cost more than 0; finite if a cluster is empty."""
+  wide = widen(w)
+  tiny = float(jnp.finfo(wide.dtype).tiny)
+  p_p = jnp.mean(wide > 0.5 * widen(w_p), dtype=wide.dtype)
+  p_n = jnp.mean(wide < -0.5 * widen(w_n), dtype=wide.dtype)
+  p_0 = jnp.maximum(1 - p_p - p_n, min_p_0)
+  shrink = (1 - p_0) / jnp.maximum(p_p + p_n, tiny)
+  shares = jnp.stack([p_p * shrink, p_0, p_n * shrink])
+  b_p, b_0, b_n = jnp.log2(jnp.maximum(shares, tiny))
+  return b_0 - b_p, b_0 - b_n
