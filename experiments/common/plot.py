@@ -10,9 +10,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.common import cli, log
+from tern_jax import metrics
+from tern_jax.checkpoint import load_packed
 
 # Okabe and Ito's colors, told apart by all eyes.
 FLOAT, TERNARY, ACCENT = "#0072B2", "#D55E00", "#666666"
+CODES = {-1: "#56B4E9", 0: "#999999", 1: "#D55E00"}
 
 
 def draw(
@@ -33,8 +36,13 @@ def draw(
     }
     for step in snapshots
   }
+  packed = load_packed(workdir / "packed")["params"]
+  codes = {
+    path: np.asarray(leaf.codes)
+    for path, leaf in metrics.ternary_leaves(packed).items()
+  }
   curves(log.read_metrics(workdir), workdir / "curves.png")
-  histograms(weights, method.axis_label, workdir / "histograms.png")
+  histograms(weights, codes, method.axis_label, workdir / "histograms.png")
   layers(result, workdir / "layers.png")
 
 
@@ -68,12 +76,16 @@ def curves(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def histograms(
-  snapshots: dict[str, dict[str, np.ndarray]], label: str, path: Path
+  snapshots: dict[str, dict[str, np.ndarray]],
+  codes: dict[str, np.ndarray],
+  label: str,
+  path: Path,
 ) -> None:
   """Draws how the weights of each layer come to -1, 0 and 1.
 
   Args:
     snapshots: {title: {layer: weights}}, in the order of time.
+    codes: {layer: final codes}, by which weights are colored throughout.
     label: what is shown, under the lowest row.
     path: PNG to write.
   """
@@ -89,9 +101,17 @@ def histograms(
   for column, (title, weights) in enumerate(snapshots.items()):
     for row, layer in enumerate(layers):
       axis = axes[row * len(snapshots) + column]
-      values = np.clip(weights[layer].ravel(), edges[0], edges[-1])
-      share = np.full(values.size, 100 / values.size)
-      axis.hist(values, edges, weights=share, color=TERNARY)
+      values = np.clip(weights[layer], edges[0], edges[-1])
+      share = 100 / values.size
+      groups = [values[codes[layer] == code] for code in CODES]
+      axis.hist(
+        groups,
+        edges,
+        weights=[np.full(group.size, share) for group in groups],
+        color=list(CODES.values()),
+        label=[f"ends as {code}" for code in CODES],
+        stacked=True,
+      )
       for code in (-1, 0, 1):
         axis.axvline(code, color=ACCENT, linewidth=0.8, linestyle=":")
       axis.set_xticks([-1, 0, 1])
@@ -101,6 +121,10 @@ def histograms(
         axis.set_xlabel(label)
       if column == 0:
         axis.set_ylabel(f"{layer}\n% of weights", fontsize=8)
+  handles, names = axes[0].get_legend_handles_labels()
+  figure.legend(
+    handles, names, frameon=False, loc="outside upper right", ncols=3
+  )
   _save(figure, path)
 
 
