@@ -14,12 +14,17 @@ from tern_jax.checkpoint import load_packed as load_packed
 from tern_jax.checkpoint import save_packed as save_packed
 from tern_jax.methods import EC2T as EC2T
 from tern_jax.methods import SCA as SCA
+from tern_jax.methods import TGA as TGA
 from tern_jax.methods import TTQ as TTQ
 from tern_jax.methods import TWN as TWN
 from tern_jax.methods import AbsMean as AbsMean
 from tern_jax.methods import ec2t_assign as ec2t_assign
 from tern_jax.methods import ec2t_lambda_max as ec2t_lambda_max
 from tern_jax.methods import ec2t_thresholds as ec2t_thresholds
+from tern_jax.methods import inverse_mills as inverse_mills
+from tern_jax.methods import (
+  truncated_gaussian_scale as truncated_gaussian_scale,
+)
 from tern_jax.packed import PackedTernary as PackedTernary
 from tern_jax.packed import pack as pack
 from tern_jax.packed import unpack as unpack

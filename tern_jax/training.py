@@ -91,6 +91,7 @@ def make_step(
   tx: optax.GradientTransformation,
   tern: ParamTransform | None = None,
   axis_name: str | None = None,
+  scales_first: bool = False,
 ) -> Step:
   """Makes the pure training step, to be wrapped by jit, pmap or shard_map.
 
@@ -102,10 +103,21 @@ def make_step(
     tern: the same as given to `init_state`.
     axis_name: mapped axis over which gradients, metrics and model state are
       averaged; None on one device.
+    scales_first: update the scales first, and take the gradient of the
+      latents at the new scales on the same batch, as TGA's authors do (arXiv
+      1810.01018): two forwards and backwards a step. The transform must treat
+      latents and scales apart, as `optax.partition` by `LABELS` does.
 
   Returns:
     `step(state, batch) -> (state, metrics)`, metrics with "loss" among them.
+
+  Raises:
+    ValueError: scales_first without tern: there are no scales.
   """
+  if scales_first and tern is None:
+    raise ValueError(
+      "scales_first=True needs tern: a float run has no scales to update."
+    )
 
   def average(tree: Any) -> Any:
     return tree if axis_name is None else _pmean(tree, axis_name)
@@ -117,12 +129,20 @@ def make_step(
       weights = params if tern is None else tern(params, state.tern_state)
       return loss_fn(weights, state.model_state, batch, key)
 
-    (value, (model_state, metrics)), grads = jax.value_and_grad(
-      loss, has_aux=True
-    )(state.params)
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    (value, (model_state, metrics)), grads = value_and_grad(state.params)
     # Differentiate first, average then: averaging inside the loss would sum
     # gradients under shard_map, silently, by the number of devices.
     grads = average(grads)
+    if scales_first:
+      # A look ahead: the optimizer's state moves only below, where the scales
+      # get the same update once more.
+      ahead, _ = tx.update(grads, state.opt_state, state.params)
+      moved: Any = optax.apply_updates(state.params, ahead)
+      (value, (model_state, metrics)), second = value_and_grad(
+        state.params.replace(scales=moved.scales)
+      )
+      grads = grads.replace(latent=average(second).latent)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
     tern_state = state.tern_state

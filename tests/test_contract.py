@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tern_jax
-from tern_jax import EC2T, SCA, TTQ, TWN, AbsMean
+from tern_jax import EC2T, SCA, TGA, TTQ, TWN, AbsMean
 from tests import reference
 
 NAMESPACE = vars(tern_jax)
@@ -26,6 +26,9 @@ METHODS = [
   AbsMean(),
   EC2T(),
   EC2T(gamma=0.6, s=0.4, largest=10_000),
+  TGA(),
+  TGA(surrogate=0.5),
+  TGA(delta=0.05, of_max=True, detach=False),
 ]
 DTYPES = [jnp.float32, jnp.bfloat16]
 

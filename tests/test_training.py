@@ -148,6 +148,47 @@ def test_float_run_equals_a_plain_loop():
   close(got.model_state, stats)
 
 
+def test_scales_first_equals_two_optimizers():
+  r = np.random.default_rng(0)
+  x, y, w = (
+    jnp.asarray(r.normal(size=shape), jnp.float32)
+    for shape in ((64, 8), (64, 4), (8, 4))
+  )
+  tern = tern_jax.ParamTransform(tern_jax.TGA(clamp=None))
+  latent_tx = optax.sgd(0.1, momentum=0.9)
+  scale_tx = optax.sgd(0.01, momentum=0.9, nesterov=True)
+  tx = optax.partition(
+    {"latent": latent_tx, "scales": scale_tx}, tern_jax.LABELS
+  )
+
+  def loss(weights, model_state, batch, key):
+    del key
+    error = jnp.mean((batch[0] @ weights["w"] - batch[1]) ** 2)
+    return error, (model_state, {})
+
+  state = training.init_state({"w": w}, tx, tern)
+  params, tern_state = state.params, state.tern_state
+  step = jax.jit(training.make_step(loss, tx, tern, scales_first=True))
+  grad = jax.jit(
+    jax.grad(lambda p: loss(tern(p, tern_state), {}, (x, y), None)[0])
+  )
+  of_latent, of_scales = (
+    latent_tx.init(params.latent),
+    scale_tx.init(params.scales),
+  )
+  for _ in range(5):
+    state, _ = step(state, (x, y))
+    updates, of_scales = scale_tx.update(grad(params).scales, of_scales)
+    scales = optax.apply_updates(params.scales, updates)
+    params = params.replace(scales=scales)
+    updates, of_latent = latent_tx.update(grad(params).latent, of_latent)
+    latent = optax.apply_updates(params.latent, updates)
+    params, _ = tern.after_step(params.replace(latent=latent), tern_state)
+  close(state.params, params)
+  with pytest.raises(ValueError, match="scales_first=True needs tern"):
+    training.make_step(loss, tx, scales_first=True)
+
+
 def test_each_step_has_its_own_key():
   seen = []
 

@@ -140,6 +140,20 @@ class Ttq(StraightThrough):
 
 
 @dataclasses.dataclass(frozen=True)
+class Tga(StraightThrough):
+  """TGA, with a trained threshold a layer."""
+
+  surrogate: float | None = 0.5
+  """Width of the window in which the threshold sees codes change, in sigma;
+  None lets it learn through the scale alone, at rates far below 1e-3."""
+
+  def method(self, steps: int) -> Ternarizer:
+    """Returns TGA."""
+    del steps
+    return tern_jax.TGA(surrogate=self.surrogate)
+
+
+@dataclasses.dataclass(frozen=True)
 class Absmean(StraightThrough):
   """AbsMean, the ternary weights of BitNet b1.58."""
 
@@ -149,5 +163,5 @@ class Absmean(StraightThrough):
     return tern_jax.AbsMean()
 
 
-Method = Sca | Twn | Ttq | Absmean
-METHODS = {method.__name__: method for method in (Sca, Twn, Ttq, Absmean)}
+Method = Sca | Twn | Ttq | Tga | Absmean
+METHODS = {m.__name__: m for m in (Sca, Twn, Ttq, Tga, Absmean)}

@@ -11,5 +11,10 @@ from tern_jax.methods.ec2t import ec2t_assign as ec2t_assign
 from tern_jax.methods.ec2t import ec2t_lambda_max as ec2t_lambda_max
 from tern_jax.methods.ec2t import ec2t_thresholds as ec2t_thresholds
 from tern_jax.methods.sca import SCA as SCA
+from tern_jax.methods.tga import TGA as TGA
+from tern_jax.methods.tga import inverse_mills as inverse_mills
+from tern_jax.methods.tga import (
+  truncated_gaussian_scale as truncated_gaussian_scale,
+)
 from tern_jax.methods.ttq import TTQ as TTQ
 from tern_jax.methods.twn import TWN as TWN

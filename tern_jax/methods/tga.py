@@ -1,0 +1,246 @@
+"""TGA: weights and threshold optimized together, by truncated Gaussians."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from tern_jax.base import (
+  Array,
+  Arrays,
+  Ternarizer,
+  Ternary,
+  check_range,
+  reduced_axes,
+  widen,
+)
+from tern_jax.estimators import straight_through
+
+
+def inverse_mills(t: Array | float) -> Array:
+  """Inverse Mills ratio, `lambda(t) = phi(t) / (1 - Phi(t))`.
+
+  The mean of a standard normal variable beyond t. Its derivative is
+  `lambda (lambda - t)`, from 2 / pi at 0 to 1.
+
+  Args:
+    t: float, any shape; made for t >= 0. Computed in float32 or wider.
+
+  Returns:
+    Shape and dtype of t.
+
+  >>> round(float(inverse_mills(0.0)), 4), float(inverse_mills(1e4))
+  (0.7979, 10000.0)
+  """
+  t = jnp.asarray(t)
+  return _mills(widen(t)).astype(t.dtype)
+
+
+def truncated_gaussian_scale(
+  delta: Array | float, sigma: Array | float, mu: Array | float = 0.0
+) -> Array:
+  """Mean of normal weights beyond a threshold, `E[w | w > mu + Delta]`.
+
+  `S = mu + sigma lambda(Delta / sigma)` for w ~ N(mu, sigma^2); with mu = 0
+  the scale of least squared error for the weights with |w| > Delta.
+
+  Args:
+    delta: float, any shape, threshold >= 0 as a distance from mu.
+    sigma: broadcastable to delta, >= 0; at 0 the limit `mu + delta`.
+    mu: broadcastable to delta.
+
+  Returns:
+    Shape and dtype of delta. Computed in float32 or wider.
+
+  >>> round(float(truncated_gaussian_scale(0.612, 1.0)), 3)
+  1.224
+
+  Source: He & Fan, arXiv 1810.01018.
+  """
+  delta = jnp.asarray(delta)
+  d = widen(delta)
+  s, m = (jnp.asarray(x).astype(d.dtype) for x in (sigma, mu))
+  # So far out lambda(t) is t to the last bit, and Delta / sigma may overflow.
+  limit = d >= 1e6 * s
+  mills = inverse_mills(d / jnp.where(limit, 1, s))
+  return (m + jnp.where(limit, d, s * mills)).astype(delta.dtype)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class TGA(Ternarizer):
+  """Threshold trained with the weights, through the scale that it implies.
+
+  `W = S sign(w) 1[|w| > Delta]` with `S = sigma lambda(Delta / sigma)`, sigma
+  the root mean square of w. The gradient passes to w unchanged. Delta learns
+  through S only: `dL/dDelta = lambda'(Delta / sigma) sum_i dL/dW_i code_i`.
+
+  Behind a normalization layer the loss does not depend on S, so that sum is
+  zero and Delta stays where it starts; Adam turns its rounding noise into
+  full steps. There, use SGD on the scales, freeze them, or give a `surrogate`,
+  which lets the changing codes speak. Elsewhere Delta tends to run to 3 sigma,
+  that is to all zeros: it must not travel sigma in a run, so keep `steps *
+  rate * clamp / (1 - momentum)` of SGD below; with a surrogate it holds. A
+  run with Delta frozen (rate 0) is the control for any claim that the
+  threshold learned something.
+
+  Args:
+    delta: where Delta starts, in units of sigma; 0.612 has the least squared
+      error on normal weights, with 46 % zeros.
+    of_max: start at `delta * max|w|` instead.
+    clamp: bound of |dL/dDelta|; None for none. Each device clamps before
+      gradients are averaged; for the same numbers on any number of devices
+      give None, and `optax.clip(1e-3)` before the optimizer of the scales.
+    mean: the codes lie around mu = mean(w), `sign(w - mu) 1[|w - mu| >
+      Delta]`, `S = mu + sigma lambda(Delta / sigma)` and sigma is about mu.
+    detach: take mu and sigma as constants in the gradient.
+    surrogate: width, in units of sigma, of the box around the threshold in
+      which Delta also sees codes change: `dL/dDelta -= sum_i dL/dW_i S
+      sign(w_i) 1[||w_i| - Delta| < h / 2] / h`; None for none.
+    channel_axis: None for one Delta and S a tensor; else one for each index
+      of this axis, -1 for the output channels of Flax and Haiku, 0 for
+      Equinox's.
+
+  Raises:
+    ValueError: a hyper-parameter is out of range.
+
+  >>> w = jnp.array([[0.1, -0.2], [0.3, -0.4]])
+  >>> method = TGA()
+  >>> scales, state = method.init(w)
+  >>> round(float(scales["delta"]), 4)
+  0.1643
+  >>> method.discretize(w, scales, state).codes.tolist()
+  [[0, -1], [1, -1]]
+
+  Source: He & Fan, arXiv 1810.01018. Differs from the paper, which is
+  `TGA(delta=0.05, of_max=True, mean=True, detach=False)`: sigma divides by n,
+  not n - 1; the gradient of Delta passes the bounds [0, 3 sigma], so that it
+  can come back from them. Weights and Delta step together; the paper's two
+  steps a batch are a matter of the training step.
+  """
+
+  delta: float = 0.6
+  of_max: bool = False
+  clamp: float | None = 1e-3
+  mean: bool = False
+  detach: bool = True
+  surrogate: float | None = None
+  channel_axis: int | None = None
+
+  def __post_init__(self):
+    inf = float("inf")
+    hint = "try 0.6, or 0.05 with of_max=True"
+    check_range("delta", self.delta, 0, inf, hint)
+    check_range("clamp", self.clamp, 0, inf, "try 1e-3, or None")
+    check_range("surrogate", self.surrogate, 1e-6, inf, "try 0.5, or None")
+
+  def init(self, w: Array) -> tuple[Arrays, Arrays]:
+    """Returns the threshold, of w's dtype, and no state."""
+    _, _, sigma = self._moments(w)
+    unit = sigma
+    if self.of_max:
+      axes = reduced_axes(w, self.channel_axis)
+      unit = jnp.max(jnp.abs(widen(w)), axes, keepdims=axes is not None)
+    delta = jnp.asarray(self.delta).astype(unit.dtype) * unit
+    return {"delta": _bound(delta, sigma).astype(w.dtype)}, {}
+
+  def __call__(self, w: Array, scales: Arrays, state: Arrays) -> Array:
+    """Returns the ternary weights, with gradients of w and Delta."""
+    del state
+    x, mu, sigma = self._moments(w)
+    delta = self._threshold(scales, sigma)
+    ternary, s = self._ternarize(w, x, mu, sigma, delta)
+    # Only the gradient of this is used: of w, and in float32 of Delta.
+    learned = s * ternary.codes.astype(s.dtype)
+    if self.surrogate is not None:
+      h = jnp.asarray(self.surrogate).astype(s.dtype) * sigma
+      h = jax.lax.stop_gradient(jnp.where(h > 0, h, 1))
+      x, jump = jax.lax.stop_gradient((x, s * jnp.sign(x)))
+      learned += jump * jnp.clip((jnp.abs(x) - delta) / h, -0.5, 0.5)
+    return straight_through(w + learned.astype(w.dtype), ternary.dequantize())
+
+  def discretize(self, w: Array, scales: Arrays, state: Arrays) -> Ternary:
+    """Returns the codes beyond Delta and their scale S."""
+    del state
+    x, mu, sigma = self._moments(w)
+    delta = self._threshold(scales, sigma)
+    return self._ternarize(w, x, mu, sigma, delta)[0]
+
+  def after_step(
+    self, w: Array, scales: Arrays, state: Arrays
+  ) -> tuple[Arrays, Arrays]:
+    """Keeps the threshold in (0, 3 sigma]."""
+    _, _, sigma = self._moments(w)
+    delta = _bound(widen(scales["delta"]), sigma)
+    return {"delta": delta.astype(w.dtype)}, state
+
+  def _moments(self, w: Array) -> tuple[Array, Array, Array]:
+    """Returns centered weights, mu and sigma, widened."""
+    x, axes = widen(w), reduced_axes(w, self.channel_axis)
+    keep = axes is not None
+    mu = jnp.mean(x, axes, keepdims=keep)
+    if not self.mean:
+      mu = jnp.zeros_like(mu)
+    x = x - mu
+    square = jnp.mean(jnp.square(x), axes, keepdims=keep)
+    # The gradient of a square root at 0 is infinite.
+    spread = square > 0
+    sigma = jnp.where(spread, jnp.sqrt(jnp.where(spread, square, 1)), 0)
+    if self.detach:
+      mu, sigma = jax.lax.stop_gradient((mu, sigma))
+    return x, mu, sigma
+
+  def _threshold(self, scales: Arrays, sigma: Array) -> Array:
+    """Returns Delta within its bounds, with a clamped gradient."""
+    delta = widen(scales["delta"])
+    limit = jnp.inf if self.clamp is None else self.clamp
+    delta = _clamp_gradient(delta, jnp.asarray(limit).astype(delta.dtype))
+    return straight_through(delta, _bound(delta, sigma))
+
+  def _ternarize(
+    self, w: Array, x: Array, mu: Array, sigma: Array, delta: Array
+  ) -> tuple[Ternary, Array]:
+    """Returns the ternary weights, and S once more in wide precision."""
+    codes = jnp.where(jnp.abs(x) > delta, jnp.sign(x), 0).astype(jnp.int8)
+    s = truncated_gaussian_scale(delta, sigma, mu)
+    narrow = s.astype(w.dtype)
+    return Ternary(codes=codes, w_p=narrow, w_n=narrow), s
+
+
+def _bound(delta: Array, sigma: Array) -> Array:
+  # Never quite 0: weights that are all zero then have zero codes still.
+  tiny = jnp.asarray(jnp.finfo(delta.dtype).tiny, delta.dtype)
+  return jnp.clip(delta, tiny, jnp.maximum(3 * sigma, tiny))
+
+
+@jax.custom_vjp
+def _clamp_gradient(x: Array, limit: Array) -> Array:
+  del limit
+  return x
+
+
+_clamp_gradient.defvjp(
+  lambda x, limit: (x, limit),
+  lambda limit, g: (jnp.clip(g, -limit, limit), jnp.zeros_like(limit)),
+)
+
+
+@jax.custom_jvp
+def _mills(t: Array) -> Array:
+  # phi / (1 - Phi) as written is 0 / 0 from t = 5.15 in float32. JAX 0.10's
+  # erfcx fails beyond an argument of 9.1, so a series takes over before.
+  near, far = jnp.minimum(t, 8), jnp.maximum(t, 8)
+  ratio = (2 / jnp.pi) ** 0.5 / jax.scipy.special.erfcx(near * 0.5**0.5)
+  u = 1 / far
+  v = u * u
+  tail = u * (1 + v * (-2 + v * (10 + v * (-74 + v * 706))))
+  return jnp.where(t < 8, ratio, far + tail)
+
+
+@_mills.defjvp
+def _mills_jvp(primals, tangents):
+  (t,), (dt,) = primals, tangents
+  ratio = _mills(t)
+  v = 1 / jnp.square(jnp.maximum(t, 8))
+  # lambda - t cancels for large t.
+  tail = 1 + v * (-1 + v * (6 + v * (-50 + v * (518 - 6354 * v))))
+  return ratio, jnp.where(t < 8, ratio * (ratio - t), tail) * dt
