@@ -139,15 +139,18 @@ def magnitude_threshold(
     count_high = jnp.where(enough, count, count_high)
     missed = jnp.abs(count - k)
     # Interpolation lands on k at once where the density is smooth; halving
-    # values or bit patterns bounds the passes where it is not.
+    # values or bit patterns bounds the passes where it is not. Beyond the
+    # largest magnitude seen there is nothing to interpolate to, so double.
     share = (k - count_low).astype(jnp.float32) / (
       count_high - count_low
     ).astype(jnp.float32)
     width = value(high) - value(low)
+    bounded = jnp.isfinite(width)
+    doubled = bits(2 * value(low))
     following = jnp.stack(
       [
-        bits(value(low) + share * width),
-        bits(value(low) + 0.5 * width),
+        jnp.where(bounded, bits(value(low) + share * width), doubled),
+        jnp.where(bounded, bits(value(low) + 0.5 * width), doubled),
         low + (high - low) // 2,
       ]
     )[jnp.array([0, 0, 1, 0, 2])[step % 5]]
@@ -155,16 +158,18 @@ def magnitude_threshold(
     at = jnp.where(missed > slack, following, at)
     return step + 1, at, low, high, count_low, count_high, missed
 
-  zero = jnp.zeros((), jnp.int32)
-  highest = bits(jnp.max(magnitude))
+  # The largest magnitude would be the natural bound, but finding a maximum is
+  # several times as slow as counting.
+  zero, infinity = jnp.zeros((), jnp.int32), bits(jnp.array(jnp.inf))
   zeros = count_under(jnp.zeros((), jnp.float32))
   if guess is None:
-    # As if magnitudes were spread evenly.
-    first = bits(jnp.asarray(sparsity, jnp.float32) * value(highest))
-  else:
-    first = bits(guess)
-  first = jnp.clip(first, zero + 1, jnp.maximum(highest - 1, 1))
-  start = (zero, first, zero, highest, zeros, zero + n, zero + n)
+    guess = jnp.zeros((), jnp.float32)
+  # Without a guess, start where normal weights have their quantile.
+  sigma = jnp.sqrt(jnp.mean(jnp.square(magnitude)))
+  quantile = jax.scipy.special.erfinv(jnp.asarray(sparsity, jnp.float32))
+  first = bits(jnp.where(guess > 0, guess, 2**0.5 * sigma * quantile))
+  first = jnp.clip(first, 1, infinity - 1)
+  start = (zero, first, zero, infinity, zeros, zero + n, zero + n)
   _, at, _, high, _, _, missed = jax.lax.while_loop(proceed, narrow, start)
   found = jnp.where(missed <= slack, value(at), value(high))
   return jnp.where(zeros >= k, 0.0, found)
