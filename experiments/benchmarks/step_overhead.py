@@ -5,6 +5,32 @@
 Float and ternary steps of the same model and batch run in turns in one
 process; the figure is the median of the ratios of neighboring turns. Absolute
 times depend on the machine and mean nothing here.
+
+On CPU, set GLIBC_TUNABLES=glibc.malloc.hugetlb=1 to keep page faults out of it.
+
+Last output, on 2 CPU cores of a shared machine (jax 0.10.2; `--rounds 11`, and
+`--model mlp --rounds 9 --steps 10`):
+
+  lenet5, batch 128: step time over float
+    float          1.029  (0.911 to 1.075)
+    SCA(sparsity)  1.070  (0.999 to 1.177)
+    SCA(alpha)     1.007  (0.974 to 1.039)
+    TWN()          0.997  (0.963 to 1.035)
+    TWN(sparsity)  1.063  (1.014 to 1.078)
+    TTQ()          1.017  (0.992 to 1.055)
+    EC2T()         1.005  (0.960 to 1.015)
+    TGA()          1.000  (0.940 to 1.039)
+    AbsMean()      1.007  (0.986 to 1.013)
+  mlp, batch 128: step time over float
+    float          1.004  (0.995 to 1.015)
+    SCA(sparsity)  1.737  (1.677 to 2.072)
+    SCA(alpha)     1.433  (1.260 to 1.734)
+    TWN()          1.269  (1.246 to 1.516)
+    TWN(sparsity)  1.342  (1.161 to 1.490)
+    TTQ()          1.501  (1.490 to 1.958)
+    EC2T()         1.645  (1.563 to 2.039)
+    TGA()          1.431  (1.350 to 1.522)
+    AbsMean()      1.100  (1.061 to 1.166)
 """
 
 import dataclasses
@@ -83,6 +109,10 @@ def methods(options: Options) -> dict[str, tuple[Any, Any]]:
     ),
     "TWN()": (tern_jax.TWN(), optax.identity()),
     "TWN(sparsity)": (tern_jax.TWN(sparsity=target), optax.identity()),
+    "TTQ()": (tern_jax.TTQ(), optax.identity()),
+    "EC2T()": (tern_jax.EC2T(), optax.identity()),
+    "TGA()": (tern_jax.TGA(), optax.identity()),
+    "AbsMean()": (tern_jax.AbsMean(), optax.identity()),
   }
 
 
@@ -107,6 +137,22 @@ def make_run(
   return jax.jit(step, donate_argnums=0), state
 
 
+@dataclasses.dataclass
+class Run:
+  """A jitted step, and the state that it goes on from."""
+
+  step: Any
+  state: training.TrainState
+
+  def turn(self, batch: Any, steps: int) -> float:
+    """Runs some steps; returns the seconds that they took."""
+    start = time.perf_counter()
+    for _ in range(steps):
+      self.state, _ = self.step(self.state, batch)
+    jax.block_until_ready(self.state)
+    return time.perf_counter() - start
+
+
 def main(options: Options) -> dict[str, float]:
   """Runs the benchmark; returns and prints {label: ratio to float}."""
   model, shape = MODELS[options.model]
@@ -116,31 +162,22 @@ def main(options: Options) -> dict[str, float]:
     "label": rng.integers(0, 10, options.batch_size).astype(np.int32),
   }
   batch = jax.device_put(batch)
-  runs = {
-    label: make_run(model, shape, *spec)
-    for label, spec in methods(options).items()
-  }
-
-  def turn(label: str) -> float:
-    step, state = runs[label]
-    start = time.perf_counter()
-    for _ in range(options.steps):
-      state, _ = step(state, batch)
-    jax.block_until_ready(state)
-    runs[label] = (step, state)
-    return time.perf_counter() - start
-
-  for label in runs:  # compile and warm up
-    turn(label)
-  ratios: dict[str, list[float]] = {label: [] for label in runs}
-  for _ in range(options.rounds):
-    for label in runs:
+  specs = methods(options)
+  plain = Run(*make_run(model, shape, *specs["float"]))
+  plain.turn(batch, options.steps)  # compiles and warms up
+  ratios: dict[str, list[float]] = {}
+  for label, spec in specs.items():
+    # Only two runs are alive at a time, so that memory is not what differs.
+    mine = Run(*make_run(model, shape, *spec))
+    mine.turn(batch, options.steps)
+    ratios[label] = []
+    for _ in range(options.rounds):
       # Each turn has its own float neighbors, so that a slow phase of a
       # shared machine hits both sides.
-      before = turn("float")
-      mine = turn(label)
-      after = turn("float")
-      ratios[label].append(2 * mine / (before + after))
+      before = plain.turn(batch, options.steps)
+      own = mine.turn(batch, options.steps)
+      after = plain.turn(batch, options.steps)
+      ratios[label].append(2 * own / (before + after))
   result = {label: statistics.median(r) for label, r in ratios.items()}
   print(f"{options.model}, batch {options.batch_size}: step time over float")
   for label, ratio in result.items():
