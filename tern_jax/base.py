@@ -137,8 +137,12 @@ class Ternarizer(abc.ABC):
     return call_repr(self)
 
 
-def call_repr(obj: Any) -> str:
+def call_repr(obj: Any, name: str | None = None) -> str:
   """Returns the shortest call that makes a dataclass instance again.
+
+  Args:
+    obj: dataclass instance.
+    name: of the function that makes it, if that is not its class.
 
   >>> @dataclasses.dataclass(repr=False)
   ... class Point:
@@ -160,7 +164,7 @@ def call_repr(obj: Any) -> str:
     for f in dataclasses.fields(obj)
     if f.init and differs(f)
   ]
-  return f"{type(obj).__name__}({', '.join(shown)})"
+  return f"{name or type(obj).__name__}({', '.join(shown)})"
 
 
 def widen(x: Array) -> Array:

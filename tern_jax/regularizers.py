@@ -162,7 +162,7 @@ class AtSparsity:
 
   def __repr__(self) -> str:
     """Prints the call that made it."""
-    return call_repr(self).replace("AtSparsity", "at_sparsity", 1)
+    return call_repr(self, "at_sparsity")
 
 
 def at_sparsity(sparsity: Schedulable, every: int = 10) -> AtSparsity:
@@ -199,7 +199,7 @@ class Relative:
 
   def __repr__(self) -> str:
     """Prints the call that made it."""
-    return call_repr(self).replace("Relative", "relative", 1)
+    return call_repr(self, "relative")
 
 
 def relative(kappa: Schedulable) -> Relative:
@@ -234,6 +234,10 @@ class LateKappa:
   first: float = 0.1
   last: float = 30.0
 
+  def __post_init__(self):
+    check_range("steps", self.steps, 1, float("inf"), "count training steps")
+    check_range("onset", self.onset, 0, self.full, "it comes before full")
+
   def __call__(self, count: Array) -> Array:
     """Returns kappa at a step."""
     done = jnp.asarray(count, jnp.float32) / self.steps
@@ -243,7 +247,7 @@ class LateKappa:
 
   def __repr__(self) -> str:
     """Prints the call that made it."""
-    return call_repr(self).replace("LateKappa", "late_kappa", 1)
+    return call_repr(self, "late_kappa")
 
 
 def late_kappa(

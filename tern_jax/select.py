@@ -76,7 +76,7 @@ class Kernels:
 
   def __repr__(self) -> str:
     """Prints the call that made it."""
-    return call_repr(self).replace("Kernels", "kernels", 1)
+    return call_repr(self, "kernels")
 
 
 def kernels(

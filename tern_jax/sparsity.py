@@ -54,7 +54,7 @@ class Ramp:
 
   def __repr__(self) -> str:
     """Prints the call that made it."""
-    return call_repr(self).replace("Ramp", "ramp", 1)
+    return call_repr(self, "ramp")
 
 
 def ramp(sparsity: float, steps: int, until: float = 0.5) -> Ramp:

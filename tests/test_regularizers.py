@@ -410,6 +410,10 @@ def test_bad_input():
     tern_jax.at_sparsity(1.5)
   with pytest.raises(ValueError, match="every must lie in"):
     tern_jax.at_sparsity(0.5, every=0)
+  with pytest.raises(ValueError, match="steps must lie in"):
+    tern_jax.late_kappa(0)
+  with pytest.raises(ValueError, match="onset must lie in"):
+    tern_jax.late_kappa(100, onset=0.95)
   with pytest.raises(ValueError, match="sigma must lie in"):
     tern_jax.predicted_sparsity(-1.0, 0.1)
   tx = tern_jax.wdr_transform(0.1, 1.0)

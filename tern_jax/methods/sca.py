@@ -35,10 +35,11 @@ class SCA(Ternarizer):
     gradient estimator; WDR moves all weights to {-1, 0, 1}. The zeros are the
     latents under the barrier, |W| <= sqrt(alpha / 2). Which share that will be
     is `predicted_sparsity(sigma, alpha)`: 0.744 for the defaults.
-  * `SCA(sparsity=0.9)`, with which the asked sparsity is exact. The barrier
-    sits at that quantile of |W|, so `alpha = 2 quantile^2`; the forward is
-    hard, `a sign(Theta) 1[|W| > barrier]`, with the gradient of tanh(Theta).
-    The loss chooses the codes; a late WDR makes them settle. The recipe:
+  * `SCA(sparsity=0.9)`, with which the asked sparsity is exact: to 0.1 % in
+    training, to the weight after `ParamTransform.refresh`. The barrier sits
+    at that quantile of |W|, so `alpha = 2 quantile^2`; the forward is hard,
+    `a sign(Theta) 1[|W| > barrier]`, with the gradient of tanh(Theta). The
+    loss chooses the codes; a late WDR makes them settle. The recipe:
 
         target = tern_jax.ramp(0.9, steps)
         method = tern_jax.SCA(sparsity=target)
