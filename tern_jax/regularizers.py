@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from tern_jax.base import Array, call_repr, check_range, path_str, widen
-from tern_jax.select import check_patterns, matches
+from tern_jax.select import check_patterns, matches_any
 from tern_jax.sparsity import (
   Schedulable,
   at,
@@ -337,7 +337,7 @@ def wdr_transform(
     _check_strength("strength", strength)
 
   def lift(path: Any, fn: Any, in_axes: Any = 0) -> Any:
-    is_stack = any(matches(p, path_str(path)) for p in stacked)
+    is_stack = matches_any(stacked, path_str(path))
     return jax.vmap(fn, in_axes) if is_stack else fn
 
   def init(params: Any) -> WdrState:

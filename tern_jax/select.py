@@ -49,8 +49,8 @@ class Kernels:
     return (
       name in KERNEL_NAMES
       and getattr(leaf, "ndim", 0) >= 2
-      and (not self.include or any(matches(p, path) for p in self.include))
-      and not any(matches(p, path) for p in self.exclude)
+      and (not self.include or matches_any(self.include, path))
+      and not matches_any(self.exclude, path)
     )
 
   def paths(self, tree: Any) -> list[str]:
@@ -122,6 +122,11 @@ def matches(pattern: str, path: str) -> bool:
     )
     for i in range(len(parts) - len(wanted) + 1)
   )
+
+
+def matches_any(patterns: Sequence[str], path: str) -> bool:
+  """Says whether one of the patterns matches a path."""
+  return any(matches(pattern, path) for pattern in patterns)
 
 
 def check_patterns(patterns: Sequence[str], paths: Sequence[str]) -> None:

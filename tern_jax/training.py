@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from tern_jax.base import Array
@@ -217,11 +217,6 @@ def data_mesh(
   return jax.make_mesh(
     (len(devices),), (axis_name,), (AxisType.Auto,), devices=devices
   )
-
-
-def replicate(tree: Any, mesh: Mesh) -> Any:
-  """Puts a tree on every device of a mesh."""
-  return jax.device_put(tree, NamedSharding(mesh, P()))
 
 
 def split_batch(batch: Any, devices: int) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from tern_jax.base import Ternarizer, Ternary, TernParams, call_repr, path_str
-from tern_jax.select import Kernels, check_patterns, check_weights, matches
+from tern_jax.select import Kernels, check_patterns, check_weights, matches_any
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -148,7 +148,7 @@ class ParamTransform:
 
   def _lift(self, path: str, fn: Callable[..., Any]) -> Callable[..., Any]:
     """Maps a method's function over the layers of a stacked leaf."""
-    is_stack = any(matches(pattern, path) for pattern in self.stacked)
+    is_stack = matches_any(self.stacked, path)
     return jax.vmap(fn) if is_stack else fn
 
 
