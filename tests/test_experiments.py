@@ -70,13 +70,14 @@ def test_what_a_run_leaves(config, result):
   directory = config.directory
   for name in ("curves", "histograms", "layers"):
     assert (directory / f"{name}.png").stat().st_size > 10_000
-  for phase in ("float", "ternary"):
-    assert list((directory / "tensorboard" / phase).glob("events.*"))
-    steps = [
-      record["step"]
-      for record in log.read_metrics(directory)
-      if record["phase"] == phase
-    ]
+  for phase, place in (
+    ("float", config.float_directory),
+    ("ternary", directory),
+  ):
+    assert list((place / "tensorboard" / phase).glob("events.*"))
+    records = log.read_metrics(place)
+    assert {record["phase"] for record in records} == {phase}
+    steps = [record["step"] for record in records]
     assert steps == list(range(19, 191, 19))
   assert log.read_config(directory) == config
   table = log.table(result)
@@ -106,10 +107,34 @@ def test_a_run_that_was_killed_resumes_bit_for_bit(
   for phase in ("float", "ternary"):
     with pytest.raises(KeyboardInterrupt):
       run.run(again)
-    last = log.read_metrics(again.directory)[-1]
+    place = again.float_directory if phase == "float" else again.directory
+    last = log.read_metrics(place)[-1]
     assert (last["phase"], last["step"]) == (phase, 3 * 19)
   assert essential(run.run(again)) == essential(result)
-  assert log.read_metrics(again.directory) == log.read_metrics(config.directory)
+  for place in ("directory", "float_directory"):
+    assert log.read_metrics(getattr(again, place)) == log.read_metrics(
+      getattr(config, place)
+    )
+
+
+def test_runs_share_a_float_net(config, result):
+  ec2t = dataclasses.replace(
+    config,
+    method=methods.Ec2t(gamma=0.5),
+    epochs=3,
+    float_epochs=10,
+    workdir=str(config.directory.parent / "ec2t"),
+  )
+  assert ec2t.float_directory == config.float_directory
+  measured = run.run(ec2t)
+  assert measured["float_accuracy"] == result["float_accuracy"]
+  records = log.read_metrics(ec2t.directory)
+  assert [r["step"] for r in records] == [19, 38, 57]
+  assert records[0]["validation_accuracy"] > 0.6
+  # The last third keeps the codes of the best state before.
+  best = max(records[:2], key=lambda r: r["validation_accuracy"])
+  assert records[2]["sparsity"] == best["sparsity"]
+  assert "frozen=True" in measured["method"]
 
 
 @pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
@@ -172,7 +197,7 @@ def test_a_packed_file_that_answers_otherwise_is_an_error(
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"epochs": 0}, "at least 1"),
+    ({"epochs": 0}, "epochs=0, but it must be at least 1"),
     ({"log_every": 30, "checkpoint_every": 50}, "no multiple of log_every=30"),
     ({"parallel": "pmap", "devices": 99}, "can use 1 to"),
     ({"parallel": "pmap", "devices": 3}, "cannot be shared by 3 devices"),
@@ -202,17 +227,17 @@ def test_what_does_not_fit_writes_nothing(config, tmp_path, changes, message):
 @pytest.mark.parametrize(
   ("arguments", "method", "directory"),
   [
-    ([], methods.Sca(), "digits-sca-sparsity0.7-seed0"),
-    (["method:twn", "--seed", "3"], methods.Twn(), "digits-twn-seed3"),
+    ([], methods.Sca(), "digits-mlp-sca-sparsity0.7-seed0"),
+    (["method:twn", "--seed", "3"], methods.Twn(), "digits-mlp-twn-seed3"),
     (
       ["method:sca", "--method.sparsity", "0.9"],
       methods.Sca(sparsity=0.9),
-      "digits-sca-sparsity0.9-seed0",
+      "digits-mlp-sca-sparsity0.9-seed0",
     ),
     (
       ["method:sca", "--method.alpha", "0.1"],
       methods.Sca(alpha=0.1),
-      "digits-sca-alpha0.1-strength0.05-seed0",
+      "digits-mlp-sca-alpha0.1-strength0.05-seed0",
     ),
   ],
 )
@@ -226,13 +251,15 @@ def test_the_command_line(arguments, method, directory, monkeypatch):
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_method_has_a_recipe_and_a_picture(name):
   config = methods.METHODS[name]()
-  recipe = config.recipe(100)
-  theta = recipe.method.latent(jax.random.normal(jax.random.key(0), (32, 16)))
+  recipe = config.recipe(100, largest=512)
+  w = jax.random.normal(jax.random.key(0), (32, 16))
+  theta = recipe.stages[0].method.latent(w)
   shown = config.shown(theta)
   assert shown.shape == theta.shape
   # Latents and the codes that they are drawn against have one unit.
   assert 0.1 < float(abs(shown).mean()) < 2
   assert 0 <= recipe.onset <= 100
+  assert recipe.stages[-1].last == 100
 
 
 def test_the_paper_face_predicts_by_its_alpha():

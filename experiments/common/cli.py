@@ -1,6 +1,7 @@
 """The command line of the experiments: one typed config, read by tyro."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,10 @@ import tyro
 
 import tern_jax
 from experiments.common import methods
+
+Model = Literal[
+  "mlp", "lenet5", "resnet8", "resnet20", "resnet32", "resnet44", "resnet56"
+]
 
 
 class UsageError(Exception):
@@ -26,22 +31,28 @@ class Config:
   """Data set: digits, or any prepared set of images by its tfds name."""
   data_dir: str | None = None
   """Directory of prepared data sets; None for the usual one."""
-  model: Literal["mlp", "lenet5"] = "mlp"
+  augment: Literal["none", "flip_crop"] = "none"
+  """What is done to training images."""
+  model: Model = "mlp"
   """Network."""
   hidden: tuple[int, ...] = (64, 64)
   """Widths of the hidden layers of mlp."""
   exclude: tuple[str, ...] = ()
   """Patterns of the kernels that stay float, for example Dense_0."""
-  init: Literal["scratch", "float"] = "scratch"
-  """Whether the ternary net starts at random or from the float net."""
+  init: Literal["scratch", "float"] | None = None
+  """Where the ternary net starts, at random or from the float net; None for
+  what the method wants."""
   epochs: int = 10
-  """Passes over the training data, of the float and of the ternary net."""
+  """Passes over the training data, of the ternary net."""
+  float_epochs: int | None = None
+  """Passes over the training data, of the float net; None for as many."""
   batch_size: int = 128
   """Images a step, over all devices."""
-  learning_rate: float = 1e-2
-  """Adam's first rate on latents; each rate decays to 5 % by a cosine."""
-  scale_learning_rate: float = 1e-3
-  """Adam's first rate on the scales of ternary weights."""
+  learning_rate: float | None = None
+  """Adam's first rate on latents, None for the method's own; each rate decays
+  to 5 % by a cosine."""
+  scale_learning_rate: float | None = None
+  """Adam's first rate on the scales of ternary weights, None likewise."""
   float_learning_rate: float = 1e-3
   """Adam's first rate on the float net, and on biases and norms."""
   seed: int = 0
@@ -55,14 +66,15 @@ class Config:
   checkpoint_every: int = 1000
   """Steps between two checkpoints; a multiple of log_every."""
   workdir: str | None = None
-  """Directory of the run; None for one under runs/ named by the method."""
+  """Directory of the run; None for one under runs/ named by the method. The
+  float net is kept in float/ beside it, for all runs that start from it."""
 
   def __post_init__(self):
-    if self.epochs < 1 or self.batch_size < 1 or self.log_every < 1:
-      raise UsageError(
-        f"got epochs={self.epochs}, batch_size={self.batch_size} and"
-        f" log_every={self.log_every}: each must be at least 1."
-      )
+    least_1 = ("epochs", "float_epochs", "batch_size", "log_every")
+    for name in least_1:
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise UsageError(f"{name}={value}, but it must be at least 1.")
     if self.checkpoint_every < 1 or self.checkpoint_every % self.log_every:
       raise UsageError(
         f"checkpoint_every={self.checkpoint_every} is no multiple of"
@@ -77,9 +89,22 @@ class Config:
     fields = dataclasses.asdict(self.method)
     if self.method.asked is not None:
       fields = {"sparsity": self.method.asked}
-    given = [f"{name}{value}" for name, value in fields.items() if value]
-    parts = [self.data, type(self.method).__name__.lower(), *given]
-    return Path("runs", "-".join([*parts, f"seed{self.seed}"])).resolve()
+    given = [
+      name if value is True else f"{name}{value:.4g}"
+      for name, value in fields.items()
+      if value
+    ]
+    name = type(self.method).__name__.lower()
+    parts = [self.data, self.model, name, *given, f"seed{self.seed}"]
+    return Path("runs", "-".join(parts)).resolve()
+
+  @property
+  def float_directory(self) -> Path:
+    """Where the float net is kept, absolute; equal for equal float nets."""
+    record = json.dumps(self.float_record(), sort_keys=True)
+    digest = hashlib.sha256(record.encode()).hexdigest()[:8]
+    name = f"{self.data}-{self.model}-seed{self.seed}-{digest}"
+    return self.directory.parent / "float" / name
 
   def to_json(self) -> dict[str, Any]:
     """Returns the config as JSON holds it, without where the run lies."""
@@ -87,6 +112,26 @@ class Config:
     del record["workdir"]
     record["method"]["name"] = type(self.method).__name__
     return json.loads(json.dumps(record))
+
+  def float_record(self) -> dict[str, Any]:
+    """Returns all that the float net depends on, as JSON holds it."""
+    record = {name: getattr(self, name) for name in _OF_FLOAT}
+    record["epochs"] = self.float_epochs or self.epochs
+    return json.loads(json.dumps(record))
+
+
+#: Fields on which the float net depends, beside its epochs.
+_OF_FLOAT = (
+  "data",
+  "augment",
+  "model",
+  "hidden",
+  "batch_size",
+  "float_learning_rate",
+  "seed",
+  "log_every",
+  "checkpoint_every",
+)
 
 
 def device_count(config: Config) -> int:
@@ -111,24 +156,44 @@ def device_count(config: Config) -> int:
   return devices
 
 
-def count_steps(config: Config, params: Any, images: int) -> int:
-  """Returns the steps of each training, once the options are known to fit.
+def count_steps(config: Config, params: Any, images: int) -> tuple[int, int]:
+  """Returns the steps of both trainings, once the options are known to fit.
+
+  Args:
+    config: the options.
+    params: of the net.
+    images: to train on.
+
+  Returns:
+    (steps of the float net, steps of the ternary net)
 
   Raises:
     UsageError: they do not fit the method, the model or the data.
   """
-  steps = config.epochs * (images // config.batch_size)
-  if not steps:
+  epoch = images // config.batch_size
+  if not epoch:
     raise UsageError(
       f"batch_size={config.batch_size} exceeds the {images} training images:"
       " give a smaller one."
     )
+  steps = config.epochs * epoch
   try:
-    config.method.recipe(steps)
-    tern_jax.kernels(exclude=config.exclude).paths(params)
+    where = tern_jax.kernels(exclude=config.exclude)
+    config.method.recipe(steps, largest_layer(where, params))
   except ValueError as error:
     raise UsageError(str(error)) from error
-  return steps
+  return (config.float_epochs or config.epochs) * epoch, steps
+
+
+def largest_layer(where, params):
+  selected = where.paths(params)
+  from tern_jax.base import path_str
+
+  return max(
+    x.size
+    for k, x in jax.tree_util.tree_leaves_with_path(params)
+    if path_str(k) in selected
+  )
 
 
 def parse(default: Config, description: str) -> Config:

@@ -50,9 +50,12 @@ def make_model(
     classes: outputs.
     axis_name: mapped axis over which batch statistics are shared.
   """
+  if config.model == "mlp":
+    return models.MLP(config.hidden, classes, axis_name)
   if config.model == "lenet5":
     return models.LeNet5(classes, axis_name)
-  return models.MLP(config.hidden, classes, axis_name)
+  depth = int(config.model.removeprefix("resnet"))
+  return models.ResNet((depth - 2) // 6, classes, axis_name)
 
 
 def make_counter(

@@ -37,33 +37,36 @@ def read_config(workdir: Path) -> cli.Config:
   return cli.Config(method=method, workdir=str(workdir), **record)
 
 
-def claim_workdir(config: cli.Config) -> Path:
-  """Makes the run's directory, or finds the same run there to be resumed.
+def claim(directory: Path, record: dict[str, Any]) -> None:
+  """Makes a directory, or finds the same run there to be resumed.
+
+  Args:
+    directory: to write to.
+    record: the options of the run, as JSON holds them.
 
   Raises:
     UsageError: the directory holds something else, which is left as it is.
   """
-  workdir, path = config.directory, config.directory / "config.json"
+  path = directory / "config.json"
   if path.exists():
-    old, new = json.loads(path.read_text()), config.to_json()
+    old = json.loads(path.read_text())
     changed = [
-      f"{name}={old.get(name)} there, {new.get(name)} now"
-      for name in sorted(old.keys() | new.keys())
-      if old.get(name) != new.get(name)
+      f"{name}={old.get(name)} there, {record.get(name)} now"
+      for name in sorted(old.keys() | record.keys())
+      if old.get(name) != record.get(name)
     ]
     if changed:
       raise cli.UsageError(
-        f"{workdir} holds a run with other options: {'; '.join(changed)}."
+        f"{directory} holds a run with other options: {'; '.join(changed)}."
         " Choose another --workdir, or give the same options to resume it."
       )
-  elif workdir.exists() and any(workdir.iterdir()):
+  elif directory.exists() and any(directory.iterdir()):
     raise cli.UsageError(
-      f"{workdir} is not empty and holds no run: choose another --workdir."
+      f"{directory} is not empty and holds no run: choose another --workdir."
     )
   elif jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(config.to_json(), indent=2) + "\n")
-  return workdir
+    directory.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:

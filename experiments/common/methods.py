@@ -12,19 +12,40 @@ import tern_jax
 from tern_jax.base import Ternarizer
 
 
+class Stage(NamedTuple):
+  """A part of the training of a ternary net."""
+
+  method: Ternarizer
+  last: int
+  """Its last step, counted from the start of the training."""
+  keep_best: bool = False
+  """Whether what goes on is the state of the best validation accuracy."""
+
+
 class Recipe(NamedTuple):
   """How a method is trained."""
 
-  method: Ternarizer
+  stages: tuple[Stage, ...]
+  """One after the other, each with an optimizer of its own."""
   regularizer: optax.GradientTransformation
   """Transform of the latents' gradients, before Adam."""
   onset: int
   """Step at which codes start to settle."""
 
 
+class Rates(NamedTuple):
+  """Adam's first rates."""
+
+  latent: float
+  scale: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Sca:
   """SCA at an asked sparsity, or with the paper's alpha."""
+
+  start: ClassVar[str] = "scratch"
+  rates: ClassVar[Rates] = Rates(latent=1e-2, scale=1e-3)
 
   sparsity: float | None = None
   """Asked share of zeros; 0.7 where no alpha is given."""
@@ -40,13 +61,14 @@ class Sca:
       return 0.7
     return self.sparsity
 
-  def recipe(self, steps: int) -> Recipe:
+  def recipe(self, steps: int, largest: int) -> Recipe:
     """Returns the recipe of `tern_jax.SCA`, or the paper's for alpha."""
+    del largest
     if self.asked is not None and self.alpha is None:
       target = tern_jax.ramp(self.asked, steps)
       kappa = tern_jax.late_kappa(steps)
       return Recipe(
-        tern_jax.SCA(sparsity=target),
+        (Stage(tern_jax.SCA(sparsity=target), steps),),
         tern_jax.wdr_transform(
           tern_jax.at_sparsity(target), tern_jax.relative(kappa)
         ),
@@ -58,7 +80,7 @@ class Sca:
       return self.strength * jnp.clip((done - 0.3) / 0.5, 0, 1) ** 2
 
     return Recipe(
-      tern_jax.SCA(alpha=self.alpha, sparsity=self.sparsity),
+      (Stage(tern_jax.SCA(alpha=self.alpha, sparsity=self.sparsity), steps),),
       tern_jax.wdr_transform(self.alpha, strength),
       round(0.3 * steps),
     )
@@ -81,6 +103,8 @@ class Sca:
 class StraightThrough(abc.ABC):
   """What methods share that are trained by the loss alone."""
 
+  start: ClassVar[str] = "scratch"
+  rates: ClassVar[Rates] = Rates(latent=1e-2, scale=1e-3)
   axis_label: ClassVar[str] = "latents / scale"
 
   @property
@@ -89,12 +113,18 @@ class StraightThrough(abc.ABC):
     return None
 
   @abc.abstractmethod
-  def method(self, steps: int) -> Ternarizer:
-    """Returns the ternarizer for a run of some steps."""
+  def method(self, steps: int, largest: int) -> Ternarizer:
+    """Returns the ternarizer of a run.
 
-  def recipe(self, steps: int) -> Recipe:
+    Args:
+      steps: of the run.
+      largest: size of the largest layer that is made ternary.
+    """
+
+  def recipe(self, steps: int, largest: int) -> Recipe:
     """Returns plain training."""
-    return Recipe(self.method(steps), optax.identity(), steps // 2)
+    stage = Stage(self.method(steps, largest), steps)
+    return Recipe((stage,), optax.identity(), steps // 2)
 
   def predict(self, theta: jax.Array) -> None:
     """Returns None: there is no prediction."""
@@ -102,7 +132,7 @@ class StraightThrough(abc.ABC):
 
   def shown(self, theta: jax.Array) -> jax.Array:
     """Returns the latents in units of the scale that they start with."""
-    method = self.method(1)
+    method = self.method(1, theta.size)
     ternary = method.discretize(theta, *method.init(theta))
     return 2 * theta / (ternary.w_p + ternary.w_n)
 
@@ -119,8 +149,9 @@ class Twn(StraightThrough):
     """The sparsity asked for; None where TWN chooses."""
     return self.sparsity
 
-  def method(self, steps: int) -> Ternarizer:
+  def method(self, steps: int, largest: int) -> Ternarizer:
     """Returns TWN, its target on a ramp."""
+    del largest
     if self.sparsity is None:
       return tern_jax.TWN()
     return tern_jax.TWN(sparsity=tern_jax.ramp(self.sparsity, steps))
@@ -133,10 +164,39 @@ class Ttq(StraightThrough):
   threshold: float = 0.05
   """Largest latent that is zero, in units of the largest of the layer."""
 
-  def method(self, steps: int) -> Ternarizer:
+  def method(self, steps: int, largest: int) -> Ternarizer:
     """Returns TTQ."""
-    del steps
+    del steps, largest
     return tern_jax.TTQ(self.threshold)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ec2t(StraightThrough):
+  """EC2T, with two trained centroids a layer; wants a trained float net."""
+
+  gamma: float = 0.2
+  """Knob of the entropy constraint, in [0, 1)."""
+  s: float = 0.3
+  """Where the centroids start, in units of the largest latents."""
+  frozen: float = 1 / 3
+  """Share of the steps, at the end, in which no weight changes its code."""
+
+  start: ClassVar[str] = "float"
+  # Fast centroids empty whole layers where the constraint is strong.
+  rates: ClassVar[Rates] = Rates(latent=1e-3, scale=1e-5)
+
+  def method(self, steps: int, largest: int) -> Ternarizer:
+    """Returns EC2T, its codes not frozen."""
+    del steps
+    return tern_jax.EC2T(self.gamma, self.s, largest)
+
+  def recipe(self, steps: int, largest: int) -> Recipe:
+    """Returns training with codes free, then, from the best state, frozen."""
+    free = self.method(steps, largest)
+    held = dataclasses.replace(free, frozen=True)
+    onset = round((1 - self.frozen) * steps)
+    stages = Stage(free, onset, keep_best=True), Stage(held, steps)
+    return Recipe(stages, optax.identity(), onset)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,10 +206,17 @@ class Tga(StraightThrough):
   surrogate: float | None = 0.5
   """Width of the window in which the threshold sees codes change, in sigma;
   None lets it learn through the scale alone, at rates far below 1e-3."""
+  frozen: bool = False
+  """Keep each threshold where it starts: the control for what one learns."""
 
-  def method(self, steps: int) -> Ternarizer:
+  @property
+  def rates(self) -> Rates:
+    """Adam's first rates; of the thresholds 0 if they are frozen."""
+    return Rates(latent=1e-2, scale=0.0 if self.frozen else 1e-3)
+
+  def method(self, steps: int, largest: int) -> Ternarizer:
     """Returns TGA."""
-    del steps
+    del steps, largest
     return tern_jax.TGA(surrogate=self.surrogate)
 
 
@@ -157,11 +224,11 @@ class Tga(StraightThrough):
 class Absmean(StraightThrough):
   """AbsMean, the ternary weights of BitNet b1.58."""
 
-  def method(self, steps: int) -> Ternarizer:
+  def method(self, steps: int, largest: int) -> Ternarizer:
     """Returns AbsMean."""
-    del steps
+    del steps, largest
     return tern_jax.AbsMean()
 
 
-Method = Sca | Twn | Ttq | Tga | Absmean
-METHODS = {m.__name__: m for m in (Sca, Twn, Ttq, Tga, Absmean)}
+Method = Sca | Twn | Ttq | Ec2t | Tga | Absmean
+METHODS = {m.__name__: m for m in (Sca, Twn, Ttq, Ec2t, Tga, Absmean)}

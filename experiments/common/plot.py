@@ -41,7 +41,11 @@ def draw(
     path: np.asarray(leaf.codes)
     for path, leaf in metrics.ternary_leaves(packed).items()
   }
-  curves(log.read_metrics(workdir), workdir / "curves.png")
+  records = [
+    *log.read_metrics(config.float_directory),
+    *log.read_metrics(workdir),
+  ]
+  curves(records, workdir / "curves.png")
   histograms(weights, codes, method.axis_label, workdir / "histograms.png")
   layers(result, workdir / "layers.png")
 

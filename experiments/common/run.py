@@ -4,7 +4,9 @@ Both nets get the same epochs. Each phase goes on at its last checkpoint where
 a run was stopped, bit for bit, and a finished run only prints its table.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import platform
 import sys
@@ -21,30 +23,30 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import tern_jax
-from experiments.common import cli, data, evaluate, log, plot
+from experiments.common import augment, cli, data, evaluate, log, plot
 from tern_jax import metrics, training
 from tern_jax.base import Array, path_str
 from tern_jax.checkpoint import Checkpointer
 from tern_jax.packed import pack
 
+AUGMENTATIONS = {"none": None, "flip_crop": augment.flip_and_crop}
+
 
 @dataclasses.dataclass(frozen=True)
-class Phase:
-  """One of the two trainings of a run.
+class Stage:
+  """A part of a training, with a method and an optimizer of its own.
 
   Args:
-    name: "float" or "ternary".
-    tx: optimizer.
-    state: where it starts.
     tern: None for the float net.
-    snapshots: steps at which the latents are kept.
+    tx: optimizer.
+    last: last step.
+    keep_best: end it with the state of the best validation accuracy.
   """
 
-  name: str
+  tern: tern_jax.ParamTransform | None
   tx: optax.GradientTransformation
-  state: training.TrainState
-  tern: tern_jax.ParamTransform | None = None
-  snapshots: tuple[int, ...] = ()
+  last: int
+  keep_best: bool = False
 
   def variables(self, state: training.TrainState) -> Any:
     """Returns what the model is applied to in training."""
@@ -60,17 +62,42 @@ class Phase:
     codes = self.tern.discretize(params, tern_state)
     return {"params": codes, **state.model_state}
 
-  def keep_latents(self, workdir: Path, state: training.TrainState) -> None:
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """One of the two trainings of a run.
+
+  Args:
+    name: "float" or "ternary".
+    directory: where it writes.
+    state: where it starts.
+    stages: one after the other.
+    snapshots: steps at which the latents are kept.
+  """
+
+  name: str
+  directory: Path
+  state: training.TrainState
+  stages: tuple[Stage, ...]
+  snapshots: tuple[int, ...] = ()
+
+  @property
+  def final(self) -> Stage:
+    """The last stage."""
+    return self.stages[-1]
+
+  def keep_latents(self, state: training.TrainState) -> None:
     """Keeps the latents of a step for the prediction and the pictures."""
-    assert self.tern is not None
+    assert self.final.tern is not None
+    where = self.final.tern.where
     leaves = jax.tree_util.tree_leaves_with_path(state.params.latent)
     log.save_latents(
-      workdir,
+      self.directory,
       int(state.step),
       {
         path_str(path): leaf
         for path, leaf in leaves
-        if self.tern.where.selects(path_str(path), leaf)
+        if where.selects(path_str(path), leaf)
       },
     )
 
@@ -88,35 +115,30 @@ def run(config: cli.Config) -> dict[str, Any]:
   began = time.time()
   dataset = data.load_dataset(config.data, config.data_dir)
   devices = cli.device_count(config)
-  model = evaluate.make_model(config, dataset.num_classes)
-  image = jnp.zeros((1, *dataset.image_shape))
-  key = jax.random.key(config.seed)
-  # On the host, because shard_map_step takes over the arrays it is given.
-  model_state = jax.device_get(model.init(key, image, train=False))
-  params = model_state.pop("params")
-  steps = cli.count_steps(config, params, len(dataset.train["label"]))
+  params, model_state = initial_variables(config, dataset)
+  images = len(dataset.train["label"])
+  _, steps = cli.count_steps(config, params, images)
   # Nothing is written before all options are known to fit.
-  workdir = log.claim_workdir(config)
+  workdir = config.directory
+  log.claim(workdir, config.to_json())
   if (workdir / "result.json").exists():
     return json.loads((workdir / "result.json").read_text())
 
-  tx = adam(config.float_learning_rate, steps)
-  start = training.init_state(params, tx, None, model_state, config.seed)
-  first = Phase("float", tx, start)
-  floats = train(config, dataset, first, steps)
-  if config.init == "float":
-    params = jax.device_get(floats.params)
-  second = ternary_phase(config, steps, params, model_state)
-  state = train(config, dataset, second, steps)
+  floats = train_float(config, dataset)
+  if (config.init or config.method.start) == "float":
+    params, model_state = floats["params"], dict(floats)
+    del model_state["params"]
+  phase = ternary_phase(config, steps, params, model_state)
+  state = train(config, dataset, phase)
 
   result = evaluate.judge(
     config,
     dataset,
-    floats=first.variables(floats),
-    unrounded=second.variables(state),
-    ternary=second.ternary(state),
-    latents=log.load_latents(workdir, second.snapshots[1]),
-    method=second.tern,
+    floats=floats,
+    unrounded=phase.final.variables(state),
+    ternary=phase.final.ternary(state),
+    latents=log.load_latents(workdir, phase.snapshots[1]),
+    method=phase.final.tern,
   )
   result |= {
     "steps": steps,
@@ -126,45 +148,100 @@ def run(config: cli.Config) -> dict[str, Any]:
     "devices": f"{devices} x {jax.devices()[0].device_kind}",
   }
   if jax.process_index() == 0:
-    plot.draw(config, result, second.snapshots)
+    plot.draw(config, result, phase.snapshots)
     text = json.dumps(result, indent=2) + "\n"
     (workdir / "result.json").write_text(text)
   return result
+
+
+def initial_variables(
+  config: cli.Config, dataset: data.Dataset
+) -> tuple[Any, dict[str, Any]]:
+  """Returns random parameters, and the other variables of the model."""
+  model = evaluate.make_model(config, dataset.num_classes)
+  image = jnp.zeros((1, *dataset.image_shape))
+  variables = model.init(jax.random.key(config.seed), image, train=False)
+  # On the host, because shard_map_step takes over the arrays it is given.
+  model_state = jax.device_get(variables)
+  return model_state.pop("params"), model_state
+
+
+def train_float(config: cli.Config, dataset: data.Dataset) -> Any:
+  """Returns the variables of the float net, trained once for all runs."""
+  params, model_state = initial_variables(config, dataset)
+  images = len(dataset.train["label"])
+  steps, _ = cli.count_steps(config, params, images)
+  tx = adam(config.float_learning_rate, steps)
+  state = training.init_state(params, tx, None, model_state, config.seed)
+  directory = config.float_directory
+  stage = Stage(None, tx, steps)
+  phase = Phase("float", directory, state, (stage,))
+  directory.parent.mkdir(parents=True, exist_ok=True)
+  # Runs that start together share one training: the first one does it.
+  with directory.with_suffix(".lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    log.claim(directory, config.float_record())
+    state = train(config, dataset, phase)
+  return jax.device_get(stage.variables(state))
 
 
 def ternary_phase(
   config: cli.Config, steps: int, params: Any, model_state: Any
 ) -> Phase:
   """Returns the training of the ternary net."""
-  recipe = config.method.recipe(steps)
   where = tern_jax.kernels(exclude=config.exclude)
-  tern = tern_jax.ParamTransform(recipe.method, where)
-  latent = adam(config.learning_rate, steps)
-  tx = optax.partition(
-    {
-      "latent": optax.chain(recipe.regularizer, latent),
-      "scale": adam(config.scale_learning_rate, steps),
-      "float": adam(config.float_learning_rate, steps),
-    },
-    tern_jax.TernParams(
-      # Biases and norms lie beside the latents, but want a float net's rate.
-      latent=jax.tree.map(lambda k: "latent" if k else "float", where(params)),
-      scales="scale",
-    ),
+  recipe = config.method.recipe(steps, cli.largest_layer(where, params))
+  rates = config.method.rates
+  latent_rate, scale_rate = config.learning_rate, config.scale_learning_rate
+  latent_rate = rates.latent if latent_rate is None else latent_rate
+  scale_rate = rates.scale if scale_rate is None else scale_rate
+  labels = tern_jax.TernParams(
+    # Biases and norms lie beside the latents, but want a float net's rate.
+    latent=jax.tree.map(lambda k: "latent" if k else "float", where(params)),
+    scales="scale",
   )
-  state = training.init_state(params, tx, tern, model_state, config.seed)
-  return Phase("ternary", tx, state, tern, (0, recipe.onset, steps))
+  stages, first = [], 0
+  for part in recipe.stages:
+    latent = adam(latent_rate, steps, first)
+    transforms = {
+      "latent": optax.chain(recipe.regularizer, latent),
+      "scale": adam(scale_rate, steps, first),
+      "float": adam(config.float_learning_rate, steps, first),
+    }
+    stages.append(
+      Stage(
+        tern_jax.ParamTransform(part.method, where),
+        optax.partition(transforms, labels),
+        part.last,
+        part.keep_best,
+      )
+    )
+    first = part.last
+  state = training.init_state(
+    params, stages[0].tx, stages[0].tern, model_state, config.seed
+  )
+  snapshots = (0, recipe.onset, steps)
+  return Phase("ternary", config.directory, state, tuple(stages), snapshots)
 
 
-def adam(rate: float, steps: int) -> optax.GradientTransformation:
-  """Adam, its rate decayed to 5 % by a cosine."""
-  return optax.adam(optax.cosine_decay_schedule(rate, steps, alpha=0.05))
+def adam(
+  rate: float, steps: int, first: int = 0
+) -> optax.GradientTransformation:
+  """Adam, its rate decayed to 5 % by a cosine.
+
+  Args:
+    rate: at step 0.
+    steps: over which it decays.
+    first: step at which this optimizer starts.
+  """
+  decay = optax.cosine_decay_schedule(rate, steps, alpha=0.05)
+  return optax.adam(lambda count: decay(count + first))
 
 
 def make_step(
-  config: cli.Config, phase: Phase, classes: int
+  config: cli.Config, stage: Stage, classes: int
 ) -> Callable[[training.TrainState, data.Arrays], Any]:
-  """Makes the step of a phase, which takes this process's part of a batch."""
+  """Makes the step of a stage, which takes this process's part of a batch."""
   axis = None if config.parallel == "jit" else "data"
   devices = cli.device_count(config)
   model = evaluate.make_model(config, classes, axis)
@@ -181,7 +258,7 @@ def make_step(
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
     return jnp.mean(losses), (model_state, {})
 
-  step = training.make_step(loss, phase.tx, phase.tern, axis)
+  step = training.make_step(loss, stage.tx, stage.tern, axis)
   if config.parallel == "jit":
     return jax.jit(step)
   if config.parallel == "pmap":
@@ -196,49 +273,100 @@ def make_step(
 
 
 def train(
-  config: cli.Config, dataset: data.Dataset, phase: Phase, steps: int
+  config: cli.Config, dataset: data.Dataset, phase: Phase
 ) -> training.TrainState:
   """Runs a phase from its latest checkpoint to its last step."""
-  workdir, state, start, losses = config.directory, phase.state, 0, []
+  state, start, losses = phase.state, 0, []
   model = evaluate.make_model(config, dataset.num_classes)
   count = evaluate.make_counter(model, dataset)
-  step = make_step(config, phase, dataset.num_classes)
   batches = data.batches(
     dataset.train,
     config.batch_size,
     seed=config.seed,
     mean=dataset.mean,
     std=dataset.std,
+    augment=AUGMENTATIONS[config.augment],
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  with Checkpointer(workdir / "checkpoints" / phase.name, keep=2) as saved:
+  folder = phase.directory / "checkpoints"
+  with contextlib.ExitStack() as stack:
+    saved = stack.enter_context(Checkpointer(folder / phase.name, keep=2))
     if saved.latest_step() is not None:
       state, position, start = saved.restore(like=state)
       batches.set_state(position)
-    with log.Log(workdir, phase.name, start, steps) as out:
-      for n in range(start + 1, steps + 1):
+    steps = phase.final.last
+    out = stack.enter_context(
+      log.Log(phase.directory, phase.name, start, steps)
+    )
+    for i, stage in enumerate(phase.stages):
+      if start >= stage.last:
+        continue
+      step = make_step(config, stage, dataset.num_classes)
+      best = None
+      if stage.keep_best:
+        best = stack.enter_context(Best(folder / f"{phase.name}-best", state))
+      for n in range(start + 1, stage.last + 1):
         if n - 1 in phase.snapshots:
-          phase.keep_latents(workdir, state)
+          phase.keep_latents(state)
         state, measured = step(state, next(batches))
         losses.append(measured["loss"])
-        if n % config.log_every == 0 or n == steps:
+        if n % config.log_every == 0 or n == stage.last:
           # The only place that waits for the devices.
-          right = count(phase.variables(state), dataset.validation)
+          right = count(stage.variables(state), dataset.validation)
           line = {
             "loss": float(np.mean(jax.device_get(losses))),
             "validation_accuracy": right / len(dataset.validation["label"]),
           }
-          if ternary := phase.ternary(state):
+          if ternary := stage.ternary(state):
             line["sparsity"] = float(metrics.sparsity(ternary))
           out.write(n, line)
           losses.clear()
-        if n % config.checkpoint_every == 0 or n == steps:
-          packed, position = pack(phase.ternary(state)), batches.get_state()
-          saved.save(n, state, packed, extra=position, method=phase.tern)
+          if best is not None:
+            best.offer(n, state, line["validation_accuracy"])
+        if n == stage.last and best is not None:
+          state = dataclasses.replace(best.state, step=state.step)
+        if n == stage.last < steps:
+          opt_state = phase.stages[i + 1].tx.init(state.params)
+          state = dataclasses.replace(state, opt_state=opt_state)
+        if n % config.checkpoint_every == 0 or n == stage.last:
+          packed, position = pack(stage.ternary(state)), batches.get_state()
+          saved.save(n, state, packed, extra=position, method=stage.tern)
+      start = stage.last
   if steps in phase.snapshots:
-    phase.keep_latents(workdir, state)
+    phase.keep_latents(state)
   return state
+
+
+class Best:
+  """The state of the best validation accuracy so far; a context manager.
+
+  Args:
+    directory: where it is kept, so that a run that resumes still has it.
+    like: a state.
+  """
+
+  def __init__(self, directory: Path, like: training.TrainState):
+    self.state, self._accuracy = like, -1.0
+    self._saved = Checkpointer(directory, keep=1)
+    if self._saved.latest_step() is not None:
+      # It may come from a step that is now repeated, with the same outcome.
+      self.state, self._accuracy, _ = self._saved.restore(like=like)
+
+  def __enter__(self) -> "Best":
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self._saved.__exit__(*error)
+
+  def offer(
+    self, step: int, state: training.TrainState, accuracy: float
+  ) -> None:
+    """Takes a state if it is better than all before."""
+    if accuracy > self._accuracy:
+      # On the host, because the next step may take over the arrays.
+      self.state, self._accuracy = jax.device_get(state), accuracy
+      self._saved.save(step, self.state, {}, extra=accuracy)
 
 
 def main(default: cli.Config, description: str) -> None:
