@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 
 from experiments import prepare
 from experiments.common import data
+from experiments.common.augment import flip_and_crop
 
 SIZES = {"train": 1257, "validation": 180, "test": 360}
 MEAN, STD = np.float32([5, 6, 7]), np.float32([1, 2, 4])
@@ -267,7 +268,7 @@ def test_unknown_splits_are_refused(data_dir):
     data.load("digits", "dev", data_dir)
 
 
-# Statistics, standardization, augmentation.
+# Statistics and standardization.
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -292,22 +293,6 @@ def test_statistics_come_from_train_alone(digits):
   np.testing.assert_allclose(digits.mean, image.mean((0, 1, 2)), rtol=1e-6)
   np.testing.assert_allclose(digits.std, image.std((0, 1, 2)), rtol=1e-6)
   assert abs(digits.mean - digits.test["image"].mean()) > 1e-3
-
-
-def test_flip_and_crop_gives_every_shifted_mirror_image():
-  image = np.arange(1, 31, dtype=np.uint8).reshape(5, 3, 2)
-  padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
-  expected = {
-    padded[top : top + 5, left : left + 3][:, ::step].tobytes()
-    for top in range(3)
-    for left in range(3)
-    for step in (-1, 1)
-  }
-  result = data.flip_and_crop(
-    np.stack([image] * 500), np.random.default_rng(0), pad=1
-  )
-  assert (result.shape, result.dtype) == ((500, 5, 3, 2), np.uint8)
-  assert {image.tobytes() for image in result} == expected
 
 
 # Training batches.
@@ -343,7 +328,7 @@ def test_an_epoch_holds_no_example_twice_and_each_epoch_differs():
   assert set(np.concatenate(epochs).tolist()) == set(range(50))
 
 
-@pytest.mark.parametrize("augment", [None, data.flip_and_crop])
+@pytest.mark.parametrize("augment", [None, flip_and_crop])
 def test_the_seed_determines_the_batches(augment):
   split = numbered(50)
   first = take(start(split, 8, seed=3, augment=augment), 14)
@@ -354,7 +339,7 @@ def test_the_seed_determines_the_batches(augment):
   assert not np.array_equal(first[6]["label"], other[0]["label"])
 
 
-@pytest.mark.parametrize("augment", [None, data.flip_and_crop])
+@pytest.mark.parametrize("augment", [None, flip_and_crop])
 @pytest.mark.parametrize("step", [0, 4, 6, 9])
 def test_restoring_continues_bit_for_bit(step, augment):
   split = numbered(50)
@@ -373,7 +358,7 @@ def test_restoring_continues_bit_for_bit(step, augment):
 
 def test_augmentation_differs_by_example_and_by_epoch():
   split = numbered(8)
-  iterator = start(split, 8, augment=data.flip_and_crop)
+  iterator = start(split, 8, augment=flip_and_crop)
   images = np.concatenate(
     [batch["image"][np.argsort(batch["label"])] for batch in take(iterator, 2)]
   )
@@ -383,7 +368,7 @@ def test_augmentation_differs_by_example_and_by_epoch():
   assert not np.array_equal(lit[:8], lit[8:])
 
 
-@pytest.mark.parametrize("augment", [None, data.flip_and_crop])
+@pytest.mark.parametrize("augment", [None, flip_and_crop])
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_processes_share_the_batches_of_one(process_count, augment):
   split = numbered(50)
