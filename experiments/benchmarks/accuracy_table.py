@@ -1,0 +1,163 @@
+"""What each method is worth: accuracy, sparsity and size, side by side.
+
+  python -m experiments.benchmarks.accuracy_table mnist
+  python -m experiments.benchmarks.accuracy_table cifar10 --seeds 0 1 2
+
+Every method continues the same float net of its seed for the same number of
+epochs, with rates chosen on the validation split; the float row is a float net
+trained from the start for the epochs of both. The test split is read once a
+run, at its end. Runs lie in their own directories under --root: the command can
+be stopped and given again, and `table.md` there holds what is done so far.
+"""
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from experiments import cifar10, mnist
+from experiments.common import cli, data, evaluate, methods, run
+
+MNIST = {
+  "TWN": methods.Twn(),
+  "TTQ": methods.Ttq(),
+  "AbsMean": methods.Absmean(),
+  "TGA": methods.Tga(),
+  "EC2T, γ = 0": methods.Ec2t(gamma=0.0),
+  "EC2T, γ = .4": methods.Ec2t(gamma=0.4),
+  "SCA, .8": methods.Sca(sparsity=0.8),
+}
+CIFAR10 = {
+  "TWN": methods.Twn(),
+  "TTQ": methods.Ttq(),
+  "TGA": methods.Tga(),
+  "TGA, frozen Δ": methods.Tga(frozen=True),
+  "EC2T, γ = 0": methods.Ec2t(gamma=0.0),
+  "EC2T, γ = .2": methods.Ec2t(gamma=0.2),
+  "EC2T, γ = .4": methods.Ec2t(gamma=0.4),
+  "SCA, .5": methods.Sca(sparsity=0.5),
+  "SCA, .7": methods.Sca(sparsity=0.7),
+  "SCA, .9": methods.Sca(sparsity=0.9),
+}
+EXPERIMENTS = {
+  "mnist": (
+    MNIST,
+    dataclasses.replace(
+      mnist.DEFAULT, init="float", epochs=5, float_epochs=5, batch_size=128
+    ),
+  ),
+  "cifar10": (CIFAR10, cifar10.DEFAULT),
+}
+#: Columns of the table: title, key of a record, factor, format.
+COLUMNS = (
+  ("validation %", "validation", 100, ".2f"),
+  ("test %", "test", 100, ".2f"),
+  ("zeros %", "sparsity", 100, ".1f"),
+  ("entropy, bit/weight", "entropy", 1, ".2f"),
+)
+Record = dict[str, float | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Command line of the benchmark."""
+
+  experiment: tyro.conf.Positional[Literal["mnist", "cifar10"]]
+  """Data and network; the rows are those methods that suit it."""
+  seeds: tuple[int, ...] = (0, 1, 2)
+  """Seeds, one after the other."""
+  model: cli.Model | None = None
+  """Network, None for the experiment's own."""
+  epochs: int | None = None
+  """Passes of each ternary net, None for the experiment's own."""
+  float_epochs: int | None = None
+  """Passes of the float net that they start from, None likewise."""
+  data_dir: str | None = None
+  """Directory of prepared data sets; None for the usual one."""
+  root: Path = Path("runs/accuracy")
+  """Where the runs lie."""
+
+
+def main(options: Options) -> None:
+  """Trains what is not trained yet, and prints the table."""
+  rows, config = EXPERIMENTS[options.experiment]
+  given = {
+    name: getattr(options, name)
+    for name in ("model", "epochs", "float_epochs", "data_dir")
+    if getattr(options, name) is not None
+  }
+  config = dataclasses.replace(config, **given)
+  dataset = data.load_dataset(config.data, config.data_dir)
+  place = options.root / f"{config.data}-{config.model}"
+  table: dict[str, list[Record]] = {label: [] for label in ("float", *rows)}
+  for seed in options.seeds:
+    # The directory is that of no run: it only tells where the float net lies.
+    seeded = dataclasses.replace(config, seed=seed, workdir=str(place / "none"))
+    table["float"].append(float_record(seeded, dataset))
+    for label, method in rows.items():
+      own = dataclasses.replace(seeded, method=method, workdir=None)
+      workdir = str(place / own.directory.name)
+      result = run.run(dataclasses.replace(own, workdir=workdir))
+      table[label].append(ternary_record(result))
+      (place / "table.md").write_text(markdown(table))
+      (place / "table.json").write_text(json.dumps(table, indent=2) + "\n")
+  print(markdown(table))
+
+
+def float_record(config: cli.Config, dataset: data.Dataset) -> Record:
+  """Trains a float net for the epochs of both trainings, and evaluates it."""
+  both = (config.float_epochs or config.epochs) + config.epochs
+  config = dataclasses.replace(config, float_epochs=both)
+  variables: Any = run.train_float(config, dataset)
+  model = evaluate.make_model(config, dataset.num_classes)
+  count = evaluate.make_counter(model, dataset)
+
+  def accuracy(split: data.Arrays) -> float:
+    return count(variables, split) / len(split["label"])
+
+  return {
+    "validation": accuracy(dataset.validation),
+    "test": accuracy(dataset.test),
+    "sparsity": None,
+    "entropy": None,
+  }
+
+
+def ternary_record(result: dict[str, Any]) -> Record:
+  """Returns what the table shows of a run."""
+  return {
+    "validation": result["validation_accuracy"]["rounded"],
+    "test": result["accuracy"],
+    "sparsity": result["sparsity"],
+    "entropy": result["entropy_bits_per_weight"],
+  }
+
+
+def markdown(table: dict[str, list[Record]]) -> str:
+  """Prints {row: records of its seeds} as mean ± standard deviation.
+
+  >>> rows = {"float": [{"validation": .9, "test": .89, "sparsity": None,
+  ...                    "entropy": None}]}
+  >>> print(markdown(rows).splitlines()[-1])
+  | float | 1 | 90.00 | 89.00 | - | - |
+  """
+  titles = ("", "seeds", *(title for title, *_ in COLUMNS))
+  lines = [titles, ("---",) * len(titles)]
+  for label, records in table.items():
+    cells = []
+    for _, key, factor, form in COLUMNS:
+      values = [r[key] for r in records]
+      known = [factor * v for v in values if v is not None]
+      cell = f"{statistics.mean(known):{form}}" if known else "-"
+      if len(known) > 1:
+        cell += f" ± {statistics.stdev(known):{form}}"
+      cells.append(cell)
+    lines.append((label, str(len(records)), *cells))
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+  main(tyro.cli(Options, description=__doc__))
