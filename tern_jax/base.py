@@ -24,17 +24,21 @@ class Ternary:
   """Ternary weights: codes in {-1, 0, +1} and their two magnitudes.
 
   The dense weight is `w_p` where the code is +1, `-w_n` where it is -1 and 0
-  elsewhere. The granularity is the scales' shape: 0-d for one scale a tensor,
-  the rank of `codes` with ones for one scale a channel.
+  elsewhere. The granularity is the scales' shape: 0-d for one scale a tensor;
+  else the rank of `codes` with axis lengths that divide those of `codes`: 1 for
+  one scale along the axis, n / g for one for each g consecutive weights.
 
   Args:
     codes: int8, any shape, values in {-1, 0, 1}.
-    w_p: float, broadcastable to `codes`, magnitude of the +1 weights.
-    w_n: float, broadcastable to `codes`, magnitude of the -1 weights.
+    w_p: float, magnitude of the +1 weights.
+    w_n: float, magnitude of the -1 weights, of the dtype of w_p.
 
   >>> t = Ternary(jnp.array([1, 0, -1], jnp.int8), jnp.array(2.), jnp.array(3.))
   >>> t.dequantize().tolist()
   [2.0, 0.0, -3.0]
+  >>> groups = jnp.array([2., 5.])
+  >>> Ternary(jnp.ones(4, jnp.int8), groups, groups).dequantize().tolist()
+  [2.0, 2.0, 5.0, 5.0]
   """
 
   codes: Array
@@ -53,10 +57,34 @@ class Ternary:
 
   def dequantize(self) -> Array:
     """Returns the dense weights, of the shape of codes and dtype of w_p."""
-    # Codes are compared in float: XLA:CPU miscompiles some fused int8 maths.
-    c = self.codes.astype(self.w_p.dtype)
-    zero = jnp.zeros((), self.w_p.dtype)
-    return jnp.where(c > 0, self.w_p, jnp.where(c < 0, -self.w_n, zero))
+    return dense(self.codes, self.w_p, self.w_n)
+
+
+def dense(codes: Array, w_p: Array, w_n: Array) -> Array:
+  """Returns w_p where a code is +1, -w_n where it is -1, 0 elsewhere.
+
+  Args:
+    codes: int8 or float, any shape, values in {-1, 0, 1}.
+    w_p: float, of a granularity of `Ternary`.
+    w_n: float, of the dtype of w_p.
+
+  Returns:
+    Shape of codes, dtype of w_p.
+  """
+  # Codes are compared in float: XLA:CPU miscompiles some fused int8 maths.
+  c = codes.astype(w_p.dtype)
+  w_p, w_n = (_repeat(s, codes.shape) for s in (w_p, w_n))
+  zero = jnp.zeros((), w_p.dtype)
+  return jnp.where(c > 0, w_p, jnp.where(c < 0, -w_n, zero))
+
+
+def _repeat(scale: Array, shape: tuple[int, ...]) -> Array:
+  """Makes a scale of any granularity broadcastable to the shape of weights."""
+  for axis in range(-scale.ndim, 0):
+    n, size = scale.shape[axis], shape[axis]
+    if n not in (1, size):
+      scale = jnp.repeat(scale, size // n, axis)
+  return scale
 
 
 @jax.tree_util.register_dataclass
@@ -176,12 +204,13 @@ def widen(x: Array) -> Array:
   return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
-def rms(x: Array, channel_axis: int | None = None) -> Array:
+def rms(x: Array, channel_axis: int | tuple[int, ...] | None = None) -> Array:
   """Root mean square of an array, or of each of its channels.
 
   Args:
     x: float, any shape.
-    channel_axis: None for one value; else one for each index of this axis.
+    channel_axis: None for one value; else one for each index of this axis, or
+      of these axes.
 
   Returns:
     float32 or wider, 0-d, or of the rank of x with ones beside the channels.
@@ -194,23 +223,30 @@ def rms(x: Array, channel_axis: int | None = None) -> Array:
   return jnp.sqrt(jnp.mean(squares, axes, keepdims=axes is not None))
 
 
-def reduced_axes(x: Array, channel_axis: int | None) -> tuple[int, ...] | None:
+def reduced_axes(
+  x: Array, channel_axis: int | tuple[int, ...] | None
+) -> tuple[int, ...] | None:
   """Axes over which a statistic of each channel is taken; None for all.
 
   A statistic over None is 0-d; one over a tuple of axes keeps them as ones.
 
   >>> reduced_axes(jnp.ones((3, 3, 8, 16)), -1)
   (0, 1, 2)
+  >>> reduced_axes(jnp.ones((3, 3, 8, 16)), (0, -1))
+  (1, 2)
   """
   if channel_axis is None:
     return None
-  if not -x.ndim <= channel_axis < x.ndim:
+  kept = channel_axis if isinstance(channel_axis, tuple) else (channel_axis,)
+  if not all(-x.ndim <= axis < x.ndim for axis in kept):
     raise ValueError(
       f"channel_axis={channel_axis} is no axis of an array of shape"
       f" {x.shape}: use -1 for the output channels of Flax kernels, 0 for"
       " Equinox weights, None for one scale a tensor."
     )
-  return tuple(i for i in range(x.ndim) if i != channel_axis % x.ndim)
+  return tuple(
+    i for i in range(x.ndim) if i not in kept and i - x.ndim not in kept
+  )
 
 
 def path_str(path: Iterable[Any]) -> str:

@@ -47,7 +47,7 @@ import tyro
 from flax import linen as nn
 
 import tern_jax
-from experiments.common.models import LeNet5
+from experiments.common.models import LeNet5, ResNet
 from tern_jax import training
 
 
@@ -67,6 +67,7 @@ class WideMLP(nn.Module):
 MODELS = {
   "lenet5": (LeNet5(classes=10), (28, 28, 1)),
   "mlp": (WideMLP(), (32, 32, 3)),
+  "resnet20": (ResNet(blocks=3, classes=10), (32, 32, 3)),
 }
 
 
@@ -75,11 +76,12 @@ class Options:
   """Command line of the benchmark.
 
   Attributes:
-    model: lenet5, or mlp (3072-1024-1024-10).
+    model: lenet5, resnet20, or mlp (3072-1024-1024-10).
     batch_size: examples a step.
     rounds: turns, of which the median ratio is reported.
     steps: steps a turn.
     sparsity: share of zeros asked of the methods that take a target.
+    only: labels of the methods to measure; none given takes all.
   """
 
   model: str = "lenet5"
@@ -87,6 +89,7 @@ class Options:
   rounds: int = 15
   steps: int = 20
   sparsity: float = 0.8
+  only: tuple[str, ...] = ()
 
 
 def methods(options: Options) -> dict[str, tuple[Any, Any]]:
@@ -120,19 +123,26 @@ def make_run(
   model: nn.Module, shape: tuple[int, ...], method: Any, regularizer: Any
 ) -> tuple[Any, training.TrainState]:
   """Returns the jitted step of one method, and its state."""
-  variables = model.init(jax.random.key(0), jnp.ones((1, *shape)), train=False)
+  image = jnp.ones((1, *shape))
+  model_state: Any = dict(model.init(jax.random.key(0), image, train=False))
+  params = model_state.pop("params")
   tern = None if method is None else tern_jax.ParamTransform(method)
   tx = optax.chain(regularizer, optax.adam(1e-3))
 
   def loss_fn(weights, model_state, batch, key):
     del key
-    logits: Any = model.apply({"params": weights}, batch["image"], train=True)
+    logits, model_state = model.apply(
+      {"params": weights, **model_state},
+      batch["image"],
+      train=True,
+      mutable=list(model_state),
+    )
     losses = optax.softmax_cross_entropy_with_integer_labels(
       logits, batch["label"]
     )
     return jnp.mean(losses), (model_state, {})
 
-  state = training.init_state(variables["params"], tx, tern)
+  state = training.init_state(params, tx, tern, model_state)
   step = training.make_step(loss_fn, tx, tern)
   return jax.jit(step, donate_argnums=0), state
 
@@ -166,7 +176,8 @@ def main(options: Options) -> dict[str, float]:
   plain = Run(*make_run(model, shape, *specs["float"]))
   plain.turn(batch, options.steps)  # compiles and warms up
   ratios: dict[str, list[float]] = {}
-  for label, spec in specs.items():
+  for label in options.only or specs:
+    spec = specs[label]
     # Only two runs are alive at a time, so that memory is not what differs.
     mine = Run(*make_run(model, shape, *spec))
     mine.turn(batch, options.steps)

@@ -9,6 +9,7 @@ from tern_jax.base import (
   Arrays,
   Ternarizer,
   Ternary,
+  dense,
   reduced_axes,
   widen,
 )
@@ -44,16 +45,20 @@ class AbsMean(Ternarizer):
 
   def __call__(self, w: Array, scales: Arrays, state: Arrays) -> Array:
     """Returns the ternary weights, with the gradient of w."""
-    ternary = self.discretize(w, scales, state)
-    return straight_through(w, ternary.dequantize())
+    del scales, state
+    codes, scale = self._ternarize(w)
+    return straight_through(w, dense(codes, scale, scale))
 
   def discretize(self, w: Array, scales: Arrays, state: Arrays) -> Ternary:
     """Returns the rounded codes and the mean magnitude."""
     del scales, state
+    codes, scale = self._ternarize(w)
+    return Ternary(codes.astype(jnp.int8), w_p=scale, w_n=scale)
+
+  def _ternarize(self, w: Array) -> tuple[Array, Array]:
     magnitude = jnp.abs(widen(w))
     axes = reduced_axes(w, self.channel_axis)
     mean = jnp.mean(magnitude, axes, keepdims=axes is not None)
     # Halves round to even, hence |w| = m / 2 to 0.
-    codes = jnp.where(magnitude > mean / 2, jnp.sign(w), 0).astype(jnp.int8)
-    scale = mean.astype(w.dtype)
-    return Ternary(codes=codes, w_p=scale, w_n=scale)
+    codes = jnp.where(magnitude > mean / 2, jnp.sign(w), 0)
+    return codes.astype(w.dtype), mean.astype(w.dtype)

@@ -17,6 +17,7 @@ from tern_jax.base import (
   Ternarizer,
   Ternary,
   check_range,
+  dense,
   reduced_axes,
   widen,
 )
@@ -122,7 +123,8 @@ def ec2t_assign(
 
   Source: Marban et al., arXiv 2004.01077, section 3.
   """
-  return _codes(w, *ec2t_thresholds(w, w_p, w_n, lam, min_p_0))
+  t_p, t_n = ec2t_thresholds(w, w_p, w_n, lam, min_p_0)
+  return _codes(w, t_p, t_n).astype(jnp.int8)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -198,7 +200,8 @@ class EC2T(Ternarizer):
     """Returns the ternary weights, with the gradients of the class."""
     # Scales are widened so that their gradients are summed in float32.
     wide = {name: widen(scale) for name, scale in scales.items()}
-    hard = self.discretize(w, wide, state).dequantize().astype(w.dtype)
+    codes = _codes(w, **state)
+    hard = dense(codes, wide["w_p"], wide["w_n"]).astype(w.dtype)
     unscaled = (hard == 0) | (not self.scaled_gradient)
     factor = jnp.where(unscaled, 1, jnp.abs(hard))
     factor = jnp.where(self.frozen, 0, factor)
@@ -206,7 +209,7 @@ class EC2T(Ternarizer):
 
   def discretize(self, w: Array, scales: Arrays, state: Arrays) -> Ternary:
     """Returns the codes beyond the thresholds, and the centroids."""
-    return Ternary(_codes(w, **state), **scales)
+    return Ternary(_codes(w, **state).astype(jnp.int8), **scales)
 
   def after_step(
     self, w: Array, scales: Arrays, state: Arrays
@@ -250,8 +253,7 @@ def _top(x: Array, axes: tuple[int, ...] | None) -> Array:
 
 def _codes(w: Array, t_p: Array, t_n: Array) -> Array:
   plus, minus = widen(w) > t_p, widen(w) < -t_n
-  # Subtracted in float, as XLA:CPU miscompiles some fused int8 maths.
-  return (plus.astype(w.dtype) - minus.astype(w.dtype)).astype(jnp.int8)
+  return plus.astype(w.dtype) - minus.astype(w.dtype)
 
 
 def _rates(

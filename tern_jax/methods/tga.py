@@ -11,6 +11,7 @@ from tern_jax.base import (
   Ternarizer,
   Ternary,
   check_range,
+  dense,
   reduced_axes,
   widen,
 )
@@ -148,22 +149,26 @@ class TGA(Ternarizer):
     del state
     x, mu, sigma = self._moments(w)
     delta = self._threshold(scales, sigma)
-    ternary, s = self._ternarize(w, x, mu, sigma, delta)
+    codes, s = self._ternarize(w, x, mu, sigma, delta)
     # Only the gradient of this is used: of w, and in float32 of Delta.
-    learned = s * ternary.codes.astype(s.dtype)
+    learned = s * codes.astype(s.dtype)
     if self.surrogate is not None:
       h = jnp.asarray(self.surrogate).astype(s.dtype) * sigma
       h = jax.lax.stop_gradient(jnp.where(h > 0, h, 1))
       x, jump = jax.lax.stop_gradient((x, s * jnp.sign(x)))
       learned += jump * jnp.clip((jnp.abs(x) - delta) / h, -0.5, 0.5)
-    return straight_through(w + learned.astype(w.dtype), ternary.dequantize())
+    narrow = s.astype(w.dtype)
+    hard = dense(codes, narrow, narrow)
+    return straight_through(w + learned.astype(w.dtype), hard)
 
   def discretize(self, w: Array, scales: Arrays, state: Arrays) -> Ternary:
     """Returns the codes beyond Delta and their scale S."""
     del state
     x, mu, sigma = self._moments(w)
     delta = self._threshold(scales, sigma)
-    return self._ternarize(w, x, mu, sigma, delta)[0]
+    codes, s = self._ternarize(w, x, mu, sigma, delta)
+    narrow = s.astype(w.dtype)
+    return Ternary(codes.astype(jnp.int8), w_p=narrow, w_n=narrow)
 
   def after_step(
     self, w: Array, scales: Arrays, state: Arrays
@@ -198,12 +203,10 @@ class TGA(Ternarizer):
 
   def _ternarize(
     self, w: Array, x: Array, mu: Array, sigma: Array, delta: Array
-  ) -> tuple[Ternary, Array]:
-    """Returns the ternary weights, and S once more in wide precision."""
-    codes = jnp.where(jnp.abs(x) > delta, jnp.sign(x), 0).astype(jnp.int8)
-    s = truncated_gaussian_scale(delta, sigma, mu)
-    narrow = s.astype(w.dtype)
-    return Ternary(codes=codes, w_p=narrow, w_n=narrow), s
+  ) -> tuple[Array, Array]:
+    """Returns the codes in the dtype of w, and S in wide precision."""
+    codes = jnp.where(jnp.abs(x) > delta, jnp.sign(x), 0).astype(w.dtype)
+    return codes, truncated_gaussian_scale(delta, sigma, mu)
 
 
 def _bound(delta: Array, sigma: Array) -> Array:

@@ -11,6 +11,7 @@ from tern_jax.base import (
   Ternarizer,
   Ternary,
   check_range,
+  dense,
   reduced_axes,
   widen,
 )
@@ -83,9 +84,10 @@ class TTQ(Ternarizer):
 
   def __call__(self, w: Array, scales: Arrays, state: Arrays) -> Array:
     """Returns the ternary weights, with the gradients of the class."""
-    hard = self.discretize(w, scales, state).dequantize()
-    one = jnp.ones((), w.dtype)
-    factor = jnp.where(self._codes(w) == 0, one, jnp.abs(hard))
+    del state
+    codes = self._codes(w)
+    hard = dense(codes, scales["w_p"], scales["w_n"])
+    factor = jnp.where(codes == 0, jnp.ones((), w.dtype), jnp.abs(hard))
     return scaled_straight_through(w, hard, factor)
 
   def discretize(self, w: Array, scales: Arrays, state: Arrays) -> Ternary:

@@ -10,6 +10,7 @@ from tern_jax.base import (
   Ternarizer,
   Ternary,
   check_range,
+  dense,
   reduced_axes,
   widen,
 )
@@ -72,26 +73,15 @@ class TWN(Ternarizer):
 
   def __call__(self, w: Array, scales: Arrays, state: Arrays) -> Array:
     """Returns the ternary weights, with the gradient of w."""
-    ternary = self.discretize(w, scales, state)
-    return straight_through(w, ternary.dequantize())
+    del scales
+    codes, scale = self._ternarize(w, state)
+    return straight_through(w, dense(codes, scale, scale))
 
   def discretize(self, w: Array, scales: Arrays, state: Arrays) -> Ternary:
     """Returns codes beyond Delta and the mean magnitude there."""
     del scales
-    magnitude = jnp.abs(widen(w))
-    axes = reduced_axes(w, self.channel_axis)
-    keep = axes is not None
-    if self.sparsity is None:
-      mean = jnp.mean(magnitude, axes, keepdims=keep)
-      delta = jnp.asarray(self.threshold, mean.dtype) * mean
-    else:
-      delta = state["threshold"].astype(magnitude.dtype)
-    beyond = magnitude > delta
-    count = jnp.sum(beyond, axes, magnitude.dtype, keepdims=keep)
-    total = jnp.sum(jnp.where(beyond, magnitude, 0), axes, keepdims=keep)
-    scale = (total / jnp.maximum(count, 1)).astype(w.dtype)
-    codes = jnp.where(beyond, jnp.sign(w), 0).astype(jnp.int8)
-    return Ternary(codes=codes, w_p=scale, w_n=scale)
+    codes, scale = self._ternarize(w, state)
+    return Ternary(codes.astype(jnp.int8), w_p=scale, w_n=scale)
 
   def after_step(
     self, w: Array, scales: Arrays, state: Arrays
@@ -108,3 +98,18 @@ class TWN(Ternarizer):
     if self.sparsity is None:
       return scales, state
     return scales, meet_target(state, w, self.sparsity)
+
+  def _ternarize(self, w: Array, state: Arrays) -> tuple[Array, Array]:
+    magnitude = jnp.abs(widen(w))
+    axes = reduced_axes(w, self.channel_axis)
+    keep = axes is not None
+    if self.sparsity is None:
+      mean = jnp.mean(magnitude, axes, keepdims=keep)
+      delta = jnp.asarray(self.threshold, mean.dtype) * mean
+    else:
+      delta = state["threshold"].astype(magnitude.dtype)
+    beyond = magnitude > delta
+    count = jnp.sum(beyond, axes, magnitude.dtype, keepdims=keep)
+    total = jnp.sum(jnp.where(beyond, magnitude, 0), axes, keepdims=keep)
+    scale = (total / jnp.maximum(count, 1)).astype(w.dtype)
+    return jnp.where(beyond, jnp.sign(w), jnp.zeros((), w.dtype)), scale
