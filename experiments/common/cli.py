@@ -129,8 +129,6 @@ _OF_FLOAT = (
   "batch_size",
   "float_learning_rate",
   "seed",
-  "log_every",
-  "checkpoint_every",
 )
 
 
