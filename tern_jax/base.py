@@ -115,7 +115,8 @@ class Ternarizer(abc.ABC):
 
   A subclass is a frozen dataclass. Its fields are hyper-parameters: Python
   numbers, or traced arrays, so that a sweep over them is one `jax.vmap`. Its
-  methods are pure functions.
+  methods are pure functions. A field `channel_axis`, if it has one, is what
+  `reduced_axes` takes; for groups it is replaced by a tuple of axes.
   """
 
   @property

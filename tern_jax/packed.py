@@ -37,13 +37,14 @@ class PackedTernary:
       `shape[axis]`, or of shape `[ceil(size / 8)]` if `axis` is None;
     - no bit of `sign` is set where that of `nonzero` is not;
     - the bits beyond the last element are zero;
-    - the scales are floating, of one dtype, and broadcast to `shape`.
+    - the scales are floating, of one dtype, and each of their axis lengths
+      divides that of `shape`, as in `Ternary`.
 
   Args:
     nonzero: uint8 bit-plane, set where the weight is not zero.
     sign: uint8 bit-plane, set where the weight is negative.
-    w_p: float, broadcastable to `shape`, magnitude of the +1 weights.
-    w_n: float, broadcastable to `shape`, magnitude of the -1 weights.
+    w_p: float, magnitude of the +1 weights, as in `Ternary`.
+    w_n: float, magnitude of the -1 weights, as in `Ternary`.
     shape: shape of the weights.
     axis: axis of the weights that is packed, None if they are flattened.
 
@@ -94,8 +95,8 @@ def pack(tree: Any) -> Any:
 
   Raises:
     TypeError: codes are not int8.
-    ValueError: scales are not floating of one dtype or do not broadcast to
-      the codes, or codes outside {-1, 0, 1}; traced codes are not looked at.
+    ValueError: scales are not floating of one dtype or do not divide the
+      codes, or codes outside {-1, 0, 1}; traced codes are not looked at.
 
   >>> codes = jnp.ones((16, 3), jnp.int8)
   >>> tree = {"kernel": Ternary(codes, jnp.array(1.0), jnp.array(1.0))}
@@ -246,15 +247,19 @@ def _scale_faults(w_p: Any, w_n: Any, shape: tuple[int, ...]) -> Iterator[str]:
   for name, w in (("w_p", w_p), ("w_n", w_n)):
     if not jnp.issubdtype(w.dtype, jnp.floating):
       yield f"{name} must be floating, got {w.dtype}"
-    if not _broadcasts(w.shape, shape):
-      yield f"{name} of shape {w.shape} does not broadcast to {shape}"
+    if not _divides(w.shape, shape):
+      yield (
+        f"{name} of shape {w.shape} does not divide weights of shape {shape}"
+      )
   if w_p.dtype != w_n.dtype:
     yield f"w_p is {w_p.dtype}, but w_n is {w_n.dtype}"
 
 
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-  pairs = zip(shape[::-1], to[::-1], strict=False)
-  return len(shape) <= len(to) and all(n in (1, m) for n, m in pairs)
+def _divides(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+  pairs = zip(shape[::-1], whole[::-1], strict=False)
+  return len(shape) <= len(whole) and all(
+    m % n == 0 if n else m == 0 for n, m in pairs
+  )
 
 
 def _faults(x: PackedTernary) -> Iterator[str]:

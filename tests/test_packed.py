@@ -97,12 +97,20 @@ def test_compiled_decoding_equals_numpy_inside_a_fusion(shape):
   assert float(total) == codes.sum(dtype=np.int64)
 
 
-@pytest.mark.parametrize("scale_shape", [(), (1, 24), (16, 1), (24,), (16, 24)])
-def test_scales_of_any_granularity(scale_shape):
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["", "jit"])
+@pytest.mark.parametrize(
+  "scale_shape",
+  [(), (1, 24), (16, 1), (24,), (16, 24), (4, 24), (16, 3), (2, 12), (8,)],
+  ids=str,
+)
+def test_scales_of_any_granularity(scale_shape, wrap):
   rng = np.random.default_rng(2)
   w_p, w_n = rng.uniform(0.1, 2.0, (2, *scale_shape)).astype(np.float32)
   codes = codes_of((16, 24))
-  dense = unpack(pack(ternary(codes, w_p, w_n)))
+  dense = wrap(lambda t: unpack(pack(t)))(ternary(codes, w_p, w_n))
+  full = (1,) * (2 - len(scale_shape)) + scale_shape
+  blocks = np.ones((16 // full[0], 24 // full[1]), np.float32)
+  w_p, w_n = (np.kron(x.reshape(full), blocks) for x in (w_p, w_n))
   zero = np.float32(0)
   wanted = np.where(codes > 0, w_p, np.where(codes < 0, -w_n, zero))
   assert bits_of(dense) == bits_of(wanted)
@@ -158,8 +166,10 @@ def test_planes_are_sharded_as_the_codes_are(spec, wanted):
     ),
     (ternary(np.full(8, 2, np.int8)), ValueError, "from 2 to 2"),
     (ternary(np.full(8, -128, np.int8)), ValueError, "from -128 to -128"),
-    (ternary(codes_of(8), [1.0, 2.0]), ValueError, "does not broadcast"),
-    (ternary(codes_of(8), [[1.0]]), ValueError, "does not broadcast"),
+    (ternary(codes_of(8), [1.0] * 3), ValueError, r"\(3,\) does not divide"),
+    (ternary(codes_of(8), [1.0] * 16), ValueError, "does not divide"),
+    (ternary(codes_of(8), np.ones(0)), ValueError, "does not divide"),
+    (ternary(codes_of(8), [[1.0]]), ValueError, "does not divide"),
     (ternary(codes_of(8), dtype=jnp.int32), ValueError, "must be floating"),
     (
       Ternary(jnp.ones(8, jnp.int8), jnp.ones(()), jnp.ones((), jnp.bfloat16)),
@@ -197,7 +207,7 @@ GOOD = pack(ternary(codes_of((3, 5))))
     ({"shape": (8, 2)}, r"axis must be 0 .*must be uint8\[1, 2\]"),
     ({"sign": jnp.zeros(2, jnp.int8)}, r"sign must be uint8\[2\], got int8"),
     ({"nonzero": jnp.zeros(3, jnp.uint8)}, r"nonzero .* got uint8\[3\]"),
-    ({"w_p": jnp.ones((2,))}, "w_p of shape .* does not broadcast"),
+    ({"w_p": jnp.ones((2,))}, r"w_p of shape \(2,\) does not divide"),
     ({"w_n": jnp.ones((), jnp.int32)}, "w_n must be floating, got int32"),
   ],
 )
