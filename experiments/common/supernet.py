@@ -87,7 +87,8 @@ class Block(nn.Module):
     y = norm("norm1")(x)
     y = _conv(self.channels, 3, self.stride, "conv1")(y)
     y = nn.relu(norm("norm2")(y))
-    y = nn.Dropout(0.2, deterministic=not train)(y)
+    dropping = train and self.has_rng("dropout")
+    y = nn.Dropout(0.2, deterministic=not dropping)(y)
     y = _conv(self.channels, 3, 1, "conv2")(y)
     y = norm("norm3")(y)
     if y.shape != x.shape:
@@ -141,7 +142,8 @@ class MicroNet(nn.Module):
   `head`. All that is made ternary are the convolutions of the blocks,
   `kernels(exclude=("stem", "head", "shortcut"))`: with d=1.4, w=1.2, phi=3.5
   and 10 classes 138 layers with 8,002,368 of 8,044,234 parameters. In training
-  it wants `rngs={"dropout": key}`.
+  it wants `rngs={"dropout": key}`; without, it drops nothing, as is right for
+  batch statistics that are only estimated anew.
 
   Args:
     d: factor of the depth.
