@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,13 +60,43 @@ class Kernels:
     Raises:
       ValueError: nothing is selected, or a pattern matches no leaf.
     """
+    return [path for path, _ in self._selected(tree)]
+
+  def largest(self, tree: Any, stacked: Sequence[str] = ()) -> int:
+    """Returns the size of the largest selected layer, as `EC2T` asks for it.
+
+    Args:
+      tree: the user's parameters, or their shapes.
+      stacked: patterns of leaves whose first axis enumerates layers, as given
+        to `ParamTransform`: one of the layers counts.
+
+    Returns:
+      Number of weights.
+
+    Raises:
+      ValueError: nothing is selected, or a pattern matches no leaf.
+
+    >>> tree = {"layers": {"kernel": jnp.ones((4, 3, 3))},
+    ...         "head": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(50)}}
+    >>> kernels().largest(tree), kernels().largest(tree, stacked=["layers"])
+    (36, 15)
+    """
+    leaves = self._selected(tree)
+    check_patterns(stacked, [path for path, _ in leaves])
+    return max(
+      math.prod(leaf.shape[matches_any(stacked, path) :])
+      for path, leaf in leaves
+    )
+
+  def _selected(self, tree: Any) -> list[tuple[str, Any]]:
+    """Returns the selected leaves with their printed paths."""
     leaves = [
       (path_str(path), leaf)
       for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     ]
     everything = [path for path, _ in leaves]
     check_patterns(self.include + self.exclude, everything)
-    selected = [path for path, leaf in leaves if self.selects(path, leaf)]
+    selected = [pair for pair in leaves if self.selects(*pair)]
     if not selected:
       raise ValueError(
         f"{self!r} selects no leaf: it takes arrays of 2 or more axes whose"

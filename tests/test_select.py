@@ -2,6 +2,7 @@ import equinox as eqx
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import linen as nn
@@ -115,6 +116,44 @@ def test_scales_of_tern_params_are_never_selected():
   mask = tern_jax.kernels()(params)
   assert mask.latent == {"a": {"kernel": True}}
   assert mask.scales == {"a/kernel": {"a": False}}
+
+
+def test_size_of_the_largest_layer():
+  tree = {
+    "blocks": {"kernel": jnp.ones((12, 4, 8)), "bias": jnp.ones((12, 80))},
+    "conv": {"kernel": jnp.ones((3, 3, 2, 5))},
+    "head": {"kernel": jnp.ones((8, 7))},
+  }
+  where = tern_jax.kernels()
+  assert where.largest(tree) == 12 * 32
+  assert where.largest(tree, stacked=("blocks",)) == 90
+  assert tern_jax.kernels(exclude="conv").largest(tree, ["blocks"]) == 56
+  shapes = jax.eval_shape(lambda: tree)
+  assert where.largest(shapes, stacked=("blocks", "conv")) == 56
+  with pytest.raises(ValueError, match="'layers' matches no leaf"):
+    where.largest(tree, stacked=("layers",))
+  with pytest.raises(ValueError, match="selects no leaf"):
+    where.largest({"bias": jnp.ones(3)})
+
+
+@pytest.mark.parametrize("stacked", [(), ("blocks",)])
+def test_the_largest_layer_is_the_one_ec2t_spares_nothing(stacked):
+  rng = np.random.default_rng(0)
+  tree = {
+    "blocks": {"kernel": jnp.asarray(rng.normal(size=(3, 8, 8)), jnp.float32)},
+    "head": {"kernel": jnp.asarray(rng.normal(size=(8, 4)), jnp.float32)},
+  }
+  where = tern_jax.kernels()
+
+  def codes(largest):
+    method = tern_jax.EC2T(gamma=0.5, largest=largest)
+    tern = tern_jax.ParamTransform(method, where, stacked)
+    return tern.discretize(*tern.init(tree))["blocks"]["kernel"].codes
+
+  largest = where.largest(tree, stacked)
+  np.testing.assert_array_equal(codes(largest), codes(None))
+  with pytest.raises(ValueError, match=f"largest={largest - 1} and a layer of"):
+    codes(largest - 1)
 
 
 def test_check_weights():

@@ -177,21 +177,10 @@ def count_steps(config: Config, params: Any, images: int) -> tuple[int, int]:
   steps = config.epochs * epoch
   try:
     where = tern_jax.kernels(exclude=config.exclude)
-    config.method.recipe(steps, largest_layer(where, params))
+    config.method.recipe(steps, where.largest(params))
   except ValueError as error:
     raise UsageError(str(error)) from error
   return (config.float_epochs or config.epochs) * epoch, steps
-
-
-def largest_layer(where, params):
-  selected = where.paths(params)
-  from tern_jax.base import path_str
-
-  return max(
-    x.size
-    for k, x in jax.tree_util.tree_leaves_with_path(params)
-    if path_str(k) in selected
-  )
 
 
 def parse(default: Config, description: str) -> Config:

@@ -190,7 +190,7 @@ def ternary_phase(
 ) -> Phase:
   """Returns the training of the ternary net."""
   where = tern_jax.kernels(exclude=config.exclude)
-  recipe = config.method.recipe(steps, cli.largest_layer(where, params))
+  recipe = config.method.recipe(steps, where.largest(params))
   rates = config.method.rates
   latent_rate, scale_rate = config.learning_rate, config.scale_learning_rate
   latent_rate = rates.latent if latent_rate is None else latent_rate

@@ -144,8 +144,9 @@ class EC2T(Ternarizer):
   Args:
     gamma: the knob of sparsity in [0, 1), a number or a traced array.
     s: centroids start at `w_p = s max(W)`, `w_n = s |min(W)|`.
-    largest: size of the largest ternary layer; smaller ones are spared by
-      `delta = (size / largest + 0.05) / 1.05`. None for delta = 1.
+    largest: size of the largest ternary layer, `where.largest(params)`;
+      smaller ones are spared by `delta = (size / largest + 0.05) / 1.05`. None
+      for delta = 1.
     min_scale: centroids stay at or above `min_scale std(W)`.
     min_p_0: P_0 counts as at least this.
     scaled_gradient: False passes g to the latents unchanged.
@@ -160,8 +161,12 @@ class EC2T(Ternarizer):
     ValueError: a hyper-parameter is out of range, or a layer is larger than
       the largest.
 
+  >>> import tern_jax
   >>> w = jnp.array([[0.1, -0.2], [0.3, -0.4]])
-  >>> method = EC2T(gamma=0.5, s=0.9)
+  >>> params, where = {"a": {"w": w}, "b": {"w": 2 * w}}, tern_jax.kernels()
+  >>> method = EC2T(gamma=0.5, s=0.9, largest=where.largest(params))
+  >>> method
+  EC2T(gamma=0.5, s=0.9, largest=4)
   >>> ternary = method.discretize(w, *method.init(w))
   >>> ternary.codes.tolist(), round(float(ternary.w_n), 4)
   ([[0, 0], [1, -1]], 0.36)
