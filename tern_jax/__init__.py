@@ -21,6 +21,7 @@ from tern_jax.methods import AbsMean as AbsMean
 from tern_jax.methods import ec2t_assign as ec2t_assign
 from tern_jax.methods import ec2t_lambda_max as ec2t_lambda_max
 from tern_jax.methods import ec2t_thresholds as ec2t_thresholds
+from tern_jax.methods import ec2t_zero as ec2t_zero
 from tern_jax.methods import inverse_mills as inverse_mills
 from tern_jax.methods import (
   truncated_gaussian_scale as truncated_gaussian_scale,

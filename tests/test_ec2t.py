@@ -17,6 +17,7 @@ from tern_jax.methods.ec2t import (
   ec2t_assign,
   ec2t_lambda_max,
   ec2t_thresholds,
+  ec2t_zero,
 )
 
 TINY = float(np.finfo(np.float32).tiny)
@@ -446,6 +447,114 @@ class TestFrozen:
     jax.tree.map(np.testing.assert_array_equal, d_scales, free_scales)
 
 
+class TestZero:
+  """ECP: the same cost on weights that stay float."""
+
+  @pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])
+  @pytest.mark.parametrize("gamma", [0.0, 0.15, 0.6])
+  @pytest.mark.parametrize("s", [0.1, 0.25])
+  def test_zeros_are_those_of_the_literal_argmin(self, s, gamma, dtype):
+    w = weights((3, 3, 8, 16), dtype)
+    wide = f64(w)
+    # The centroids are rounded to the dtype of the weights.
+    w_p, w_n = (
+      f64(jnp.asarray(max(s * top, 0.675 * wide.std()), dtype))
+      for top in (wide.max(), -wide.min())
+    )
+    delta = (w.size / 5000 + 0.05) / 1.05
+    lam = gamma * delta * lambda_max_ref(wide, w_p, w_n)
+    kept = assign_ref(wide, w_p, w_n, lam) != 0
+    got = jax.jit(ec2t_zero, static_argnums=1)(w, EC2T(gamma, s, 5000))
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(f64(got), np.where(kept, wide, 0))
+
+  @pytest.mark.parametrize("axis", [-1, 0])
+  def test_channels_have_centroids_of_their_own(self, axis):
+    w = weights() * jnp.linspace(0.2, 3.0, 32)
+    method = EC2T(channel_axis=axis)
+    codes = method.discretize(w, *method.init(w)).codes
+    expected = np.where(np.asarray(codes) == 0, 0, w)
+    np.testing.assert_array_equal(ec2t_zero(w, method), expected)
+
+  def test_gamma_0_gives_the_zeros_nearest_to_0(self):
+    w = weights()
+    zeros = np.asarray(ec2t_zero(w, EC2T(gamma=0.0, s=0.5))) == 0
+    x = np.asarray(w)
+    expected = (x <= 0.25 * x.max()) & (x >= 0.25 * x.min())
+    np.testing.assert_array_equal(zeros, expected)
+
+  @pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])
+  def test_the_gradient_passes_unchanged(self, dtype):
+    w, g = weights(dtype=dtype), weights(dtype=dtype, seed=1)
+    for method in (EC2T(), EC2T(frozen=True)):
+      got = jax.grad(lambda w: jnp.sum(ec2t_zero(w, method) * g))(w)  # noqa: B023
+      np.testing.assert_array_equal(f64(got), f64(g))
+
+  def test_zeros_grow_with_a_traced_gamma(self):
+    w, gammas = weights((64, 64)), jnp.linspace(0.0, 0.99, 12)
+    zeroed = jax.vmap(lambda gamma: ec2t_zero(w, EC2T(gamma=gamma)))(gammas)
+    kept = np.asarray(zeroed) != 0
+    assert not np.any(kept[1:] & ~kept[:-1])
+    assert np.all(np.diff(kept.sum((1, 2))) < 0)
+    assert kept[-1].any()
+
+  @pytest.mark.parametrize("value", [0.0, 0.25])
+  def test_constant_weights_are_finite(self, value):
+    got = ec2t_zero(jnp.full((8, 4), value), EC2T())
+    np.testing.assert_array_equal(got, jnp.full((8, 4), value))
+
+  @pytest.mark.usefixtures("standard_promotion")
+  def test_beside_ternary_layers(self, tmp_path):
+    tree = {
+      "project": {"kernel": weights((16, 32))},
+      "head": {"kernel": weights((32, 8), seed=1), "bias": jnp.zeros(8)},
+    }
+    where, floats = tern_jax.kernels("project"), tern_jax.kernels("head")
+    tern = tern_jax.ParamTransform(EC2T(), where)
+    ecp = EC2T(gamma=0.3, s=0.25, largest=floats.largest(tree))
+    chosen = floats(tree)
+
+    def zeroed(tree):
+      return jax.tree.map(
+        lambda chosen, w: ec2t_zero(w, ecp) if chosen else w, chosen, tree
+      )
+
+    x = weights((64, 16), seed=2) * 10
+    y = jnp.tanh(x @ weights((16, 8), seed=3) * 10)
+    tx = optax.adam(3e-3)
+
+    @jax.jit
+    def step(params, state, opt_state):
+      def loss(params):
+        w = zeroed(tern(params, state))
+        hidden = jnp.tanh(x @ w["project"]["kernel"])
+        out = hidden @ w["head"]["kernel"] + w["head"]["bias"]
+        return jnp.mean((out - y) ** 2)
+
+      value, grads = jax.value_and_grad(loss)(params)
+      updates, opt_state = tx.update(grads, opt_state, params)
+      params = optax.apply_updates(params, updates)
+      return *tern.after_step(params, state), opt_state, value
+
+    params, state = tern.init(tree)
+    start = zeroed(tern(params, state))["head"]["kernel"]
+    opt_state, losses = tx.init(params), []
+    for _ in range(200):
+      params, state, opt_state, value = step(params, state, opt_state)
+      losses.append(float(value))
+    assert losses[-1] < 0.3 * losses[0]
+    weights_now = zeroed(tern(params, state))
+    head = np.asarray(weights_now["head"]["kernel"])
+    assert 0.5 < np.mean(head == 0) < 1
+    assert len(np.unique(head)) > 10
+    # Some zeros came back.
+    assert np.any((np.asarray(start) == 0) & (head != 0))
+    packed = tern_jax.pack(zeroed(tern.discretize(params, state)))
+    tern_jax.save_packed(tmp_path / "net", packed)
+    loaded = tern_jax.unpack(tern_jax.load_packed(tmp_path / "net"))
+    jax.tree.map(np.testing.assert_array_equal, loaded, weights_now)
+
+
 def test_bad_input():
   with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\), got 1"):
     EC2T(gamma=1.0)
@@ -459,5 +568,7 @@ def test_bad_input():
     EC2T(largest=0)
   with pytest.raises(ValueError, match="largest=100 and a layer of 1536"):
     EC2T(largest=100).init(weights())
+  with pytest.raises(ValueError, match="largest=100 and a layer of 1536"):
+    ec2t_zero(weights(), EC2T(largest=100))
   with pytest.raises(ValueError, match="channel_axis=2 is no axis"):
     EC2T(channel_axis=2).init(weights())

@@ -10,6 +10,7 @@ from tern_jax.methods.ec2t import EC2T as EC2T
 from tern_jax.methods.ec2t import ec2t_assign as ec2t_assign
 from tern_jax.methods.ec2t import ec2t_lambda_max as ec2t_lambda_max
 from tern_jax.methods.ec2t import ec2t_thresholds as ec2t_thresholds
+from tern_jax.methods.ec2t import ec2t_zero as ec2t_zero
 from tern_jax.methods.sca import SCA as SCA
 from tern_jax.methods.tga import TGA as TGA
 from tern_jax.methods.tga import inverse_mills as inverse_mills

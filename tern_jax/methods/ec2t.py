@@ -21,7 +21,7 @@ from tern_jax.base import (
   reduced_axes,
   widen,
 )
-from tern_jax.estimators import scaled_straight_through
+from tern_jax.estimators import scaled_straight_through, straight_through
 
 
 def ec2t_lambda_max(
@@ -174,7 +174,7 @@ class EC2T(Ternarizer):
   Source: Marban, Becking, Wiedemann & Samek, arXiv 2004.01077, section 3.
   Differs from the paper: dL/dw_n has its true sign, which the authors' code
   reverses; the two floors are that code's; clusters that are empty keep
-  lambda finite; layers that stay float are left as they are (no "ECP").
+  lambda finite. Layers that stay float are zeroed by `ec2t_zero` ("ECP").
   """
 
   gamma: Any = 0.15
@@ -250,6 +250,56 @@ class EC2T(Ternarizer):
     lam = jnp.asarray(self.gamma, most.dtype) * delta * most
     t_p, t_n = ec2t_thresholds(w, w_p, w_n, lam, self.min_p_0)
     return {"t_n": t_n, "t_p": t_p}
+
+
+def ec2t_zero(w: Array, method: EC2T) -> Array:
+  """Float weights, zero where zero is the cheapest centroid: the paper's "ECP".
+
+  `W = w 1[argmin_c (w - c)^2 - lambda log2 P_c != 0]`, with the centroids and
+  lambda that the method starts with at w. The gradient passes to w unchanged,
+  so that a zero can come back.
+
+  For float kernels beside ternary ones, in every forward and once more for the
+  file:
+
+      where = tern_jax.kernels(include="project")
+      floats = tern_jax.kernels(include=("reduce", "expand", "head"))
+      tern = tern_jax.ParamTransform(EC2T(largest=where.largest(tree)), where)
+      ecp = EC2T(gamma=0.15, s=0.25, largest=floats.largest(tree))
+      chosen = floats(tree)
+
+      def zeroed(tree):
+        return jax.tree.map(
+          lambda chosen, w: ec2t_zero(w, ecp) if chosen else w, chosen, tree)
+
+      weights = zeroed(tern(params, state))  # what the loss takes
+      packed = tern_jax.pack(zeroed(tern.discretize(params, state)))
+
+  Args:
+    w: float, any shape.
+    method: its gamma, s, largest, min_scale, min_p_0 and channel_axis; largest
+      is that of the layers that are zeroed.
+
+  Returns:
+    Shape and dtype of w; its values, or 0.
+
+  Raises:
+    ValueError: w is larger than the method's largest layer.
+
+  >>> w = jnp.array([-1., -.5, -.125, .125, .25, 1.])
+  >>> ec2t_zero(w, EC2T(gamma=0.)).tolist()
+  [-1.0, -0.5, 0.0, 0.0, 0.25, 1.0]
+  >>> ec2t_zero(w, EC2T(gamma=.5)).tolist()
+  [-1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+
+  Source: Marban et al., arXiv 2004.01077, and the authors' code.
+  Differs from the paper: its centroids start the same and are trained, though
+  the loss does not depend on them; its gradient is scaled by them; and it
+  zeroes in a second run, in which the ternary layers stand still.
+  """
+  _, thresholds = method.init(w)
+  kept = _codes(w, **thresholds) != 0
+  return straight_through(w, jnp.where(kept, w, jnp.zeros((), w.dtype)))
 
 
 def _top(x: Array, axes: tuple[int, ...] | None) -> Array:
