@@ -1,8 +1,9 @@
 """How gradients pass a discretization."""
 
 import jax
+import jax.numpy as jnp
 
-from tern_jax.base import Array
+from tern_jax.base import Array, dense
 
 
 @jax.custom_jvp
@@ -19,7 +20,6 @@ def straight_through(soft: Array, hard: Array) -> Array:
   Returns:
     hard.
 
-  >>> import jax.numpy as jnp
   >>> f = lambda w: straight_through(jnp.tanh(w), jnp.sign(w)).sum()
   >>> float(f(jnp.array(.5))), round(float(jax.grad(f)(jnp.array(.5))), 4)
   (1.0, 0.7864)
@@ -36,33 +36,75 @@ def _straight_through_jvp(primals, tangents):
 
 
 @jax.custom_jvp
-def scaled_straight_through(soft: Array, hard: Array, factor: Array) -> Array:
-  """Returns `hard` exactly, with its own gradient and a multiple of `soft`'s.
+def trained_scale(soft: Array, codes: Array, a: Array, factor: Array) -> Array:
+  """Returns `a * codes`, with the true gradient of a.
 
-  `d(out) = d(hard) + factor * d(soft)`: scales inside `hard` learn by their
-  true gradient, and the latents get the factor of their cluster.
+  `d(out) = codes * d(a) + factor * d(soft)`.
 
   Args:
-    soft: float, any shape, the latents.
-    hard: same shape and dtype, differentiable in its scales only.
+    soft: float, any shape, the latents or a function of them.
+    codes: same shape and dtype, in {-1, 0, 1}; no gradient flows to it.
+    a: not 0, broadcastable to soft, same dtype.
     factor: broadcastable to soft, same dtype; no gradient flows to it.
 
   Returns:
-    hard.
+    a * codes.
 
-  >>> import jax.numpy as jnp
-  >>> f = lambda w, a: scaled_straight_through(w, a * jnp.sign(w), 2.0 * a)
+  >>> f = lambda w, a: trained_scale(w, jnp.sign(w), a, 2.0)
   >>> [float(g) for g in jax.grad(f, (0, 1))(jnp.array(-.5), jnp.array(3.))]
-  [6.0, -1.0]
+  [2.0, -1.0]
+  """
+  del soft, factor
+  return dense(codes, a, a)
+
+
+@trained_scale.defjvp
+def _trained_scale_jvp(primals, tangents):
+  _, codes, a, factor = primals
+  d_soft, _, d_a, _ = tangents
+  out = dense(codes, a, a)
+  # The output is in memory anyway, and a sum of its products with gradients
+  # needs no pass of its own to put the codes there.
+  return out, out * (d_a / a) + factor * d_soft
+
+
+@jax.custom_jvp
+def trained_scales(
+  soft: Array, codes: Array, w_p: Array, w_n: Array, factor: Array
+) -> Array:
+  """Returns the dense weights, with true gradients of their magnitudes.
+
+  `d(out) = d(w_p)` where the code is +1, `-d(w_n)` where it is -1, and
+  `factor * d(soft)` in addition everywhere.
+
+  Args:
+    soft: float, any shape, the latents.
+    codes: same shape and dtype, in {-1, 0, 1}; no gradient flows to it.
+    w_p: > 0, broadcastable to soft, same dtype.
+    w_n: > 0, shape and dtype of w_p.
+    factor: broadcastable to soft, same dtype; no gradient flows to it.
+
+  Returns:
+    w_p, -w_n or 0, of the shape of soft.
+
+  >>> f = lambda w, w_p, w_n: trained_scales(w, jnp.sign(w), w_p, w_n, 2.0)
+  >>> args = jnp.array(-.5), jnp.array(1.), jnp.array(3.)
+  >>> [float(g) for g in jax.grad(f, (0, 1, 2))(*args)]
+  [2.0, 0.0, -1.0]
 
   Source: Zhu et al., arXiv 1612.01064, equations 7 and 8.
   """
   del soft, factor
-  return hard
+  return dense(codes, w_p, w_n)
 
 
-@scaled_straight_through.defjvp
-def _scaled_straight_through_jvp(primals, tangents):
-  _, hard, factor = primals
-  d_soft, d_hard, _ = tangents
-  return hard, d_hard + factor * d_soft
+@trained_scales.defjvp
+def _trained_scales_jvp(primals, tangents):
+  _, codes, w_p, w_n, factor = primals
+  d_soft, _, d_p, d_n, _ = tangents
+  out = dense(codes, w_p, w_n)
+  # The parabola through (-w_n, -d_n), (0, 0) and (w_p, d_p), for the same
+  # reason as above.
+  bend = (d_p / w_p - d_n / w_n) / (w_p + w_n)
+  slope = d_p / w_p - w_p * bend
+  return out, out * slope + jnp.square(out) * bend + factor * d_soft

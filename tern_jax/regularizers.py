@@ -365,9 +365,11 @@ def wdr_transform(
       )
     count, threshold = state
     if isinstance(alpha, AtSparsity):
+      sets_in = jnp.logical_not(_is_on(strength, count - 1))
+      due = _is_on(strength, count) & (sets_in | (count % alpha.every == 0))
 
       def follow(theta: Array, old: Array) -> Array:
-        return renew(old, theta, alpha.sparsity, count, alpha.every)
+        return renew(old, theta, alpha.sparsity, count, due)
 
       threshold = jax.tree_util.tree_map_with_path(
         lambda path, *args: lift(path, follow)(*args), params, threshold
@@ -383,7 +385,7 @@ def wdr_transform(
       a = at(a, count, widen(theta).dtype)
 
       def add_one(u: Array, theta: Array, a: Array) -> Array:
-        return _add(u, wdr_grad(theta, a), strength, count)
+        return _add(u, theta, a, strength, count)
 
       in_axes = (0, 0, 0 if a.ndim else None)
       return lift(path, add_one, in_axes)(u, theta, a)
@@ -398,16 +400,32 @@ def wdr_transform(
   return transform if mask is None else optax.masked(transform, mask)
 
 
-def _add(u: Array, r: Array, strength: Any, count: Array) -> Array:
-  """Returns u + strength * r in the dtype of u."""
-  g = u.astype(r.dtype)
-  if isinstance(strength, Relative):
+def _add(
+  u: Array, theta: Array, a: Array, strength: Any, count: Array
+) -> Array:
+  """Returns u + strength * dR/dTheta in the dtype of u."""
+
+  def add(factor: Any) -> Array:
+    r = wdr_grad(theta, a)
+    return (u.astype(r.dtype) + factor(r) * r).astype(u.dtype)
+
+  if not isinstance(strength, Relative):
+    return add(lambda r: at(strength, count, r.dtype))
+
+  def balanced(r: Array) -> Array:
     # The ratio of norms is the ratio of root mean squares.
-    ratio = _norm(g) / jnp.maximum(_norm(r), jnp.finfo(r.dtype).tiny)
-    factor = at(strength.kappa, count, r.dtype) * ratio
-  else:
-    factor = at(strength, count, r.dtype)
-  return (g + factor * r).astype(u.dtype)
+    ratio = _norm(u.astype(r.dtype)) / jnp.maximum(
+      _norm(r), jnp.finfo(r.dtype).tiny
+    )
+    return at(strength.kappa, count, r.dtype) * ratio
+
+  # A late WDR is off for most of a run, and must cost nothing then.
+  return jax.lax.cond(_is_on(strength, count), lambda: add(balanced), lambda: u)
+
+
+def _is_on(strength: Any, count: Array) -> Array | bool:
+  """Says whether WDR does anything at a step."""
+  return not isinstance(strength, Relative) or at(strength.kappa, count) > 0
 
 
 def _norm(x: Array) -> Array:

@@ -207,7 +207,8 @@ def follow_target(
     The same kind of state, one step on.
   """
   count = state["count"] + 1
-  threshold = renew(state["threshold"], w, sparsity, count, every)
+  due = count % every == 0
+  threshold = renew(state["threshold"], w, sparsity, count, due)
   return {"count": count, "threshold": threshold}
 
 
@@ -231,22 +232,22 @@ def renew(
   w: Array,
   sparsity: Schedulable,
   count: Array,
-  every: int,
+  due: Array,
 ) -> Array:
-  """Returns the threshold of the asked sparsity, found anew now and then.
+  """Returns the threshold of the asked sparsity, found anew if that is due.
 
   Args:
     threshold: float32, 0-d, the one in force.
     w: float, any shape, the latents at step `count`.
     sparsity: share of zeros, or a schedule of it.
     count: int32, 0-d, step.
-    every: the threshold is found anew at steps divisible by this.
+    due: bool, 0-d, whether the threshold is found anew.
 
   Returns:
     float32, 0-d.
   """
   return jax.lax.cond(
-    count % every == 0,
+    due,
     lambda: magnitude_threshold(
       w, at(sparsity, count), guess=threshold, tolerance=TOLERANCE
     ),

@@ -46,7 +46,7 @@ EXPERIMENTS = {
   "mnist": (
     MNIST,
     dataclasses.replace(
-      mnist.DEFAULT, init="float", epochs=5, float_epochs=5, batch_size=128
+      mnist.DEFAULT, init="float", epochs=3, float_epochs=3
     ),
   ),
   "cifar10": (CIFAR10, cifar10.DEFAULT),

@@ -104,7 +104,7 @@ class StraightThrough(abc.ABC):
   """What methods share that are trained by the loss alone."""
 
   start: ClassVar[str] = "scratch"
-  rates: ClassVar[Rates] = Rates(latent=1e-2, scale=1e-3)
+  rates: ClassVar[Rates] = Rates(latent=1e-3, scale=1e-4)
   axis_label: ClassVar[str] = "latents / scale"
 
   @property
@@ -212,7 +212,7 @@ class Tga(StraightThrough):
   @property
   def rates(self) -> Rates:
     """Adam's first rates; of the thresholds 0 if they are frozen."""
-    return Rates(latent=1e-2, scale=0.0 if self.frozen else 1e-3)
+    return Rates(latent=1e-3, scale=0.0 if self.frozen else 1e-4)
 
   def method(self, steps: int, largest: int) -> Ternarizer:
     """Returns TGA."""

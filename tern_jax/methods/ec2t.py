@@ -3,12 +3,13 @@
 A weight w goes to the centroid c of {-w_n, 0, w_p} of the lowest cost
 `(w - c)^2 - lambda log2 P_c`, where P_c is the share of the layer's weights
 whose nearest centroid is c; P_0 is raised to `min_p_0`, at the others' expense.
-For three centroids on a line that is two thresholds, found once a step.
+For three centroids on a line that is two thresholds, found every few steps.
 """
 
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from tern_jax.base import (
@@ -21,7 +22,7 @@ from tern_jax.base import (
   reduced_axes,
   widen,
 )
-from tern_jax.estimators import scaled_straight_through, straight_through
+from tern_jax.estimators import straight_through, trained_scales
 
 
 def ec2t_lambda_max(
@@ -153,6 +154,8 @@ class EC2T(Ternarizer):
     frozen: True or a traced array: thresholds stay, and latents get a gradient
       of 0. Momentum from before and weight decay would still move latents, so
       start the optimizer anew, as above, and mask decay.
+    every: steps between two looks at the latents, in which shares, lambda and
+      floor are found anew; 1 as published.
     channel_axis: None for two centroids a tensor; else two for each index of
       this axis, -1 for the output channels of Flax and Haiku, 0 for Equinox's.
       Shares and lambda are always those of the whole tensor.
@@ -173,8 +176,9 @@ class EC2T(Ternarizer):
 
   Source: Marban, Becking, Wiedemann & Samek, arXiv 2004.01077, section 3.
   Differs from the paper: dL/dw_n has its true sign, which the authors' code
-  reverses; the two floors are that code's; clusters that are empty keep
-  lambda finite. Layers that stay float are zeroed by `ec2t_zero` ("ECP").
+  reverses; shares, lambda and floor are found anew every 10 steps, not at each
+  (`every=1` undoes it); the two floors are that code's; clusters that are empty
+  keep lambda finite. Layers that stay float are zeroed by `ec2t_zero` ("ECP").
   """
 
   gamma: Any = 0.15
@@ -184,6 +188,7 @@ class EC2T(Ternarizer):
   min_p_0: float = 0.5
   scaled_gradient: bool = True
   frozen: Any = False
+  every: int = 10
   channel_axis: int | None = None
 
   def __post_init__(self):
@@ -192,52 +197,71 @@ class EC2T(Ternarizer):
     check_range("largest", self.largest, 1, float("inf"), "count weights")
     check_range("min_scale", self.min_scale, 0, float("inf"), "try 0.675")
     check_range("min_p_0", self.min_p_0, 0, 1, "0 lifts the floor")
+    check_range("every", self.every, 1, float("inf"), "count training steps")
 
   def init(self, w: Array) -> tuple[Arrays, Arrays]:
-    """Returns the centroids, and the thresholds."""
+    """Returns the centroids, and as state their floor and the thresholds."""
     axes = reduced_axes(w, self.channel_axis)
     sides = {"w_n": -widen(w), "w_p": widen(w)}
     tops = {k: _top(side, axes) for k, side in sides.items()}
-    scales = self._clamp(w, {k: self.s * top for k, top in tops.items()})
-    return scales, self._thresholds(w, scales)
+    started = {k: self.s * top for k, top in tops.items()}
+    seen = self._look(w, started)
+    count = jnp.zeros((), jnp.int32)
+    return self._clamp(w, started, seen["floor"]), {"count": count, **seen}
 
   def __call__(self, w: Array, scales: Arrays, state: Arrays) -> Array:
     """Returns the ternary weights, with the gradients of the class."""
     # Scales are widened so that their gradients are summed in float32.
-    wide = {name: widen(scale) for name, scale in scales.items()}
-    codes = _codes(w, **state)
-    hard = dense(codes, wide["w_p"], wide["w_n"]).astype(w.dtype)
-    unscaled = (hard == 0) | (not self.scaled_gradient)
-    factor = jnp.where(unscaled, 1, jnp.abs(hard))
+    w_p, w_n = widen(scales["w_p"]), widen(scales["w_n"])
+    codes = _codes(w, state["t_p"], state["t_n"]).astype(w_p.dtype)
+    factor = jnp.where(codes == 0, 1, jnp.abs(dense(codes, w_p, w_n)))
+    factor = factor if self.scaled_gradient else jnp.ones_like(w_p)
     factor = jnp.where(self.frozen, 0, factor)
-    return scaled_straight_through(w, hard, factor)
+    return trained_scales(widen(w), codes, w_p, w_n, factor).astype(w.dtype)
 
   def discretize(self, w: Array, scales: Arrays, state: Arrays) -> Ternary:
     """Returns the codes beyond the thresholds, and the centroids."""
-    return Ternary(_codes(w, **state).astype(jnp.int8), **scales)
+    return Ternary(
+      _codes(w, state["t_p"], state["t_n"]).astype(jnp.int8), **scales
+    )
 
   def after_step(
     self, w: Array, scales: Arrays, state: Arrays
   ) -> tuple[Arrays, Arrays]:
     """Keeps the centroids at their floor, and assigns anew unless frozen."""
-    return self.refresh(w, self._clamp(w, scales), state)
+    count = state["count"] + 1
+    held = {name: state[name] for name in ("floor", "t_n", "t_p")}
+    seen = jax.lax.cond(
+      (count % self.every == 0) & jnp.logical_not(self.frozen),
+      lambda: self._look(w, scales),
+      lambda: held,
+    )
+    return self._clamp(w, scales, seen["floor"]), {"count": count, **seen}
 
   def refresh(
     self, w: Array, scales: Arrays, state: Arrays
   ) -> tuple[Arrays, Arrays]:
     """Assigns these latents anew, unless frozen."""
-    now = self._thresholds(w, scales)
-    return scales, {k: jnp.where(self.frozen, state[k], now[k]) for k in now}
+    now = {**state, **self._look(w, scales)}
+    kept = {k: jnp.where(self.frozen, state[k], now[k]) for k in state}
+    return scales, kept
 
-  def _clamp(self, w: Array, scales: Arrays) -> Arrays:
+  def _look(self, w: Array, scales: Arrays) -> Arrays:
+    """Returns the least centroids and the thresholds, both widened."""
     axes = reduced_axes(w, self.channel_axis)
     std = jnp.std(widen(w), axes, keepdims=axes is not None)
     # The tiny one keeps centroids positive where all weights are equal.
     floor = jnp.maximum(self.min_scale * std, float(jnp.finfo(w.dtype).tiny))
+    t_p, t_n = self._thresholds(w, **self._clamp(w, scales, floor))
+    return {"floor": floor, "t_n": t_n, "t_p": t_p}
+
+  def _clamp(self, w: Array, scales: Arrays, floor: Array) -> Arrays:
     held = {k: jnp.maximum(widen(v), floor) for k, v in scales.items()}
     return {k: v.astype(w.dtype) for k, v in held.items()}
 
-  def _thresholds(self, w: Array, scales: Arrays) -> Arrays:
+  def _thresholds(
+    self, w: Array, w_p: Array, w_n: Array
+  ) -> tuple[Array, Array]:
     largest = w.size if self.largest is None else self.largest
     if w.size > largest:
       raise ValueError(
@@ -245,11 +269,9 @@ class EC2T(Ternarizer):
         " size of the largest layer that is made ternary."
       )
     delta = (w.size / largest + 0.05) / 1.05
-    w_p, w_n = scales["w_p"], scales["w_n"]
     most = ec2t_lambda_max(w, w_p, w_n, self.min_p_0)
     lam = jnp.asarray(self.gamma, most.dtype) * delta * most
-    t_p, t_n = ec2t_thresholds(w, w_p, w_n, lam, self.min_p_0)
-    return {"t_n": t_n, "t_p": t_p}
+    return ec2t_thresholds(w, w_p, w_n, lam, self.min_p_0)
 
 
 def ec2t_zero(w: Array, method: EC2T) -> Array:
@@ -297,8 +319,8 @@ def ec2t_zero(w: Array, method: EC2T) -> Array:
   the loss does not depend on them; its gradient is scaled by them; and it
   zeroes in a second run, in which the ternary layers stand still.
   """
-  _, thresholds = method.init(w)
-  kept = _codes(w, **thresholds) != 0
+  _, state = method.init(w)
+  kept = _codes(w, state["t_p"], state["t_n"]) != 0
   return straight_through(w, jnp.where(kept, w, jnp.zeros((), w.dtype)))
 
 

@@ -14,7 +14,7 @@ from tern_jax.base import (
   rms,
   widen,
 )
-from tern_jax.estimators import straight_through
+from tern_jax.estimators import trained_scale
 from tern_jax.regularizers import check_alpha, wdr_barrier
 from tern_jax.sparsity import (
   Schedulable,
@@ -122,7 +122,8 @@ class SCA(Ternarizer):
     if not self.scaled:
       return {}, state
     want = rms(w, self.channel_axis)
-    have = rms(self._unscaled(theta, state), self.channel_axis)
+    unscaled = jnp.tanh(theta) if self.soft else self._codes(theta, state)
+    have = rms(unscaled, self.channel_axis)
     # An array of zeros has no spread to keep; 1 / sqrt(fan-in) lets it learn.
     fan_in = max(w.size // w.shape[-1], 1) if w.size and w.ndim else 1
     started = (want > 0) & (have > 0)
@@ -131,8 +132,10 @@ class SCA(Ternarizer):
 
   def __call__(self, w: Array, scales: Arrays, state: Arrays) -> Array:
     """Returns `a tanh(Theta)`, or its ternary codes times a."""
-    unscaled = self._unscaled(w, state)
-    return unscaled * scales["a"] if self.scaled else unscaled
+    a = scales["a"] if self.scaled else jnp.ones((), w.dtype)
+    if self.soft:
+      return a * jnp.tanh(w)
+    return trained_scale(jnp.tanh(w), self._codes(w, state), a, factor=a)
 
   def discretize(self, w: Array, scales: Arrays, state: Arrays) -> Ternary:
     """Returns the codes on the latents' side of the barrier."""
@@ -158,10 +161,6 @@ class SCA(Ternarizer):
     if not self.soft:
       state = meet_target(state, w, self.sparsity)
     return scales, state
-
-  def _unscaled(self, w: Array, state: Arrays) -> Array:
-    soft = jnp.tanh(w)
-    return soft if self.soft else straight_through(soft, self._codes(w, state))
 
   def _codes(self, w: Array, state: Arrays) -> Array:
     # Compared on the latents, not on W = tanh(Theta): tanh saturates, and

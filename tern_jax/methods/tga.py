@@ -11,11 +11,10 @@ from tern_jax.base import (
   Ternarizer,
   Ternary,
   check_range,
-  dense,
   reduced_axes,
   widen,
 )
-from tern_jax.estimators import straight_through
+from tern_jax.estimators import straight_through, trained_scale
 
 
 def inverse_mills(t: Array | float) -> Array:
@@ -149,24 +148,23 @@ class TGA(Ternarizer):
     del state
     x, mu, sigma = self._moments(w)
     delta = self._threshold(scales, sigma)
-    codes, s = self._ternarize(w, x, mu, sigma, delta)
-    # Only the gradient of this is used: of w, and in float32 of Delta.
-    learned = s * codes.astype(s.dtype)
+    codes, s = self._ternarize(x, mu, sigma, delta)
+    soft = widen(w)
     if self.surrogate is not None:
       h = jnp.asarray(self.surrogate).astype(s.dtype) * sigma
       h = jax.lax.stop_gradient(jnp.where(h > 0, h, 1))
       x, jump = jax.lax.stop_gradient((x, s * jnp.sign(x)))
-      learned += jump * jnp.clip((jnp.abs(x) - delta) / h, -0.5, 0.5)
-    narrow = s.astype(w.dtype)
-    hard = dense(codes, narrow, narrow)
-    return straight_through(w + learned.astype(w.dtype), hard)
+      # Only the gradient of this is used.
+      soft += jump * jnp.clip((jnp.abs(x) - delta) / h, -0.5, 0.5)
+    one = jnp.ones_like(s)
+    return trained_scale(soft, codes, s, factor=one).astype(w.dtype)
 
   def discretize(self, w: Array, scales: Arrays, state: Arrays) -> Ternary:
     """Returns the codes beyond Delta and their scale S."""
     del state
     x, mu, sigma = self._moments(w)
     delta = self._threshold(scales, sigma)
-    codes, s = self._ternarize(w, x, mu, sigma, delta)
+    codes, s = self._ternarize(x, mu, sigma, delta)
     narrow = s.astype(w.dtype)
     return Ternary(codes.astype(jnp.int8), w_p=narrow, w_n=narrow)
 
@@ -202,10 +200,10 @@ class TGA(Ternarizer):
     return straight_through(delta, _bound(delta, sigma))
 
   def _ternarize(
-    self, w: Array, x: Array, mu: Array, sigma: Array, delta: Array
+    self, x: Array, mu: Array, sigma: Array, delta: Array
   ) -> tuple[Array, Array]:
-    """Returns the codes in the dtype of w, and S in wide precision."""
-    codes = jnp.where(jnp.abs(x) > delta, jnp.sign(x), 0).astype(w.dtype)
+    """Returns the codes and S, both widened."""
+    codes = jnp.where(jnp.abs(x) > delta, jnp.sign(x), 0)
     return codes, truncated_gaussian_scale(delta, sigma, mu)
 
 

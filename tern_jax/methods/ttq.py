@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 
 from tern_jax.base import (
@@ -15,7 +16,7 @@ from tern_jax.base import (
   reduced_axes,
   widen,
 )
-from tern_jax.estimators import scaled_straight_through
+from tern_jax.estimators import trained_scales
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -30,6 +31,7 @@ class TTQ(Ternarizer):
     threshold: in units of max|w|, in [0, 1).
     start: where the magnitudes start: the "means" of their clusters, or at
       "one" as published.
+    every: steps between two looks at max|w|; 1 as published.
     channel_axis: None for two magnitudes a tensor; else two for each index of
       this axis, -1 for the output channels of Flax and Haiku, 0 for
       Equinox's. The threshold is always that of the whole tensor.
@@ -47,11 +49,13 @@ class TTQ(Ternarizer):
 
   Source: Zhu, Han, Mao & Dally, arXiv 1612.01064, equations 6 to 9. Differs
   from the paper: magnitudes start at the cluster means, so that any network
-  can be continued (`start="one"` undoes it), and stay positive.
+  can be continued (`start="one"` undoes it), and stay positive; max|w| is found
+  anew every 10 steps, not at each.
   """
 
   threshold: float = 0.05
   start: Literal["means", "one"] = "means"
+  every: int = 10
   channel_axis: int | None = None
 
   def __post_init__(self):
@@ -61,12 +65,14 @@ class TTQ(Ternarizer):
         f'start must be "means" or "one", got {self.start!r}: "one" is the'
         " published initialization."
       )
+    check_range("every", self.every, 1, float("inf"), "count training steps")
 
   def init(self, w: Array) -> tuple[Arrays, Arrays]:
-    """Returns the two magnitudes, and no state."""
+    """Returns the two magnitudes, and the threshold as state."""
     axes = reduced_axes(w, self.channel_axis)
     keep = axes is not None
-    codes = self._codes(w)
+    state = {"count": jnp.zeros((), jnp.int32), "threshold": self._look(w)}
+    codes = _codes(w, state)
     magnitude = jnp.abs(widen(w))
 
     def start(sign: int) -> Array:
@@ -80,30 +86,44 @@ class TTQ(Ternarizer):
       mean = total / jnp.maximum(count, 1)
       return jnp.where(count > 0, mean, fallback).astype(w.dtype)
 
-    return {"w_n": start(-1), "w_p": start(1)}, {}
+    return {"w_n": start(-1), "w_p": start(1)}, state
 
   def __call__(self, w: Array, scales: Arrays, state: Arrays) -> Array:
     """Returns the ternary weights, with the gradients of the class."""
-    del state
-    codes = self._codes(w)
-    hard = dense(codes, scales["w_p"], scales["w_n"])
-    factor = jnp.where(codes == 0, jnp.ones((), w.dtype), jnp.abs(hard))
-    return scaled_straight_through(w, hard, factor)
+    codes = _codes(w, state)
+    magnitude = jnp.abs(dense(codes, scales["w_p"], scales["w_n"]))
+    factor = jnp.where(codes == 0, jnp.ones((), w.dtype), magnitude)
+    return trained_scales(w, codes, **scales, factor=factor)
 
   def discretize(self, w: Array, scales: Arrays, state: Arrays) -> Ternary:
     """Returns the codes beyond the threshold and the trained magnitudes."""
-    del state
-    codes = self._codes(w).astype(jnp.int8)
-    return Ternary(codes, w_p=scales["w_p"], w_n=scales["w_n"])
+    return Ternary(_codes(w, state).astype(jnp.int8), **scales)
 
   def after_step(
     self, w: Array, scales: Arrays, state: Arrays
   ) -> tuple[Arrays, Arrays]:
-    """Keeps the magnitudes positive."""
+    """Keeps the magnitudes positive; looks at the latents every few steps."""
+    count = state["count"] + 1
+    threshold = jax.lax.cond(
+      count % self.every == 0,
+      lambda: self._look(w),
+      lambda: state["threshold"],
+    )
     tiny = jnp.asarray(jnp.finfo(w.dtype).tiny, w.dtype)
-    return {name: jnp.maximum(s, tiny) for name, s in scales.items()}, state
+    scales = {name: jnp.maximum(s, tiny) for name, s in scales.items()}
+    return scales, {"count": count, "threshold": threshold}
 
-  def _codes(self, w: Array) -> Array:
-    magnitude = jnp.abs(widen(w))
-    delta = jnp.asarray(self.threshold, magnitude.dtype) * jnp.max(magnitude)
-    return jnp.where(magnitude > delta, jnp.sign(w), jnp.zeros((), w.dtype))
+  def refresh(
+    self, w: Array, scales: Arrays, state: Arrays
+  ) -> tuple[Arrays, Arrays]:
+    """Puts the threshold where these latents have it."""
+    return scales, {**state, "threshold": self._look(w)}
+
+  def _look(self, w: Array) -> Array:
+    top = jnp.max(jnp.abs(widen(w)))
+    return jnp.asarray(self.threshold, top.dtype) * top
+
+
+def _codes(w: Array, state: Arrays) -> Array:
+  beyond = jnp.abs(widen(w)) > state["threshold"]
+  return jnp.where(beyond, jnp.sign(w), jnp.zeros((), w.dtype))
