@@ -202,6 +202,26 @@ def test_relative_strength_scales_wdr_to_each_gradient():
     assert np.linalg.norm(extra) == pytest.approx(np.linalg.norm(g), rel=1e-5)
 
 
+def test_a_late_strength_leaves_gradients_alone_before():
+  kappa = tern_jax.late_kappa(20, onset=0.65)
+  tx = tern_jax.wdr_transform(
+    tern_jax.at_sparsity(0.6, every=10), tern_jax.relative(kappa)
+  )
+  theta, gradient = np.random.default_rng(0).normal(0, 0.2, (2, 32, 16))
+  theta, grads = jnp.float32(theta), {"w": jnp.float32(gradient)}
+  state = tx.init({"w": theta})
+  start = state.threshold["w"]
+  update = jax.jit(tx.update)
+  for count in range(16):
+    params = {"w": theta * (1 + 0.1 * count)}
+    updates, state = update(grads, state, params)
+    same = bool((updates["w"] == grads["w"]).all())
+    assert same == (count < 13)
+    # Nobody looks at the quantile before, then at once, then every 10 steps.
+    seen = 1.0 if count < 13 else 2.3
+    assert float(state.threshold["w"] / start) == pytest.approx(seen, rel=0.01)
+
+
 def test_relative_strength_is_finite_at_zero_gradients_and_stationary_points():
   tx = tern_jax.wdr_transform(0.3, tern_jax.relative(1.0))
   ones, zeros = jnp.ones((3, 3)), jnp.zeros((3, 3))
