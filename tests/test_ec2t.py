@@ -19,8 +19,8 @@ from tern_jax.methods.ec2t import (
   ec2t_thresholds,
   ec2t_zero,
 )
+from tests import reference
 
-TINY = float(np.finfo(np.float32).tiny)
 METHODS = [
   EC2T(),
   EC2T(gamma=0.6, s=0.4, largest=10_000),
@@ -39,34 +39,6 @@ def f64(x):
   return np.asarray(jnp.asarray(x).astype(jnp.float32), np.float64)
 
 
-def shares_ref(w, w_p, w_n, min_p_0=0.5):
-  """P of the centroids 0, +, -, in this order."""
-  centroids = (np.zeros_like(w_p), w_p, -w_n)
-  nearest = np.argmin([(w - c) ** 2 + 0 * w for c in centroids], 0)
-  shares = np.array([np.mean(nearest == i) for i in range(3)])
-  if shares[0] < min_p_0:
-    shares[1:] *= (1 - min_p_0) / (1 - shares[0])
-    shares[0] = min_p_0
-  return shares
-
-
-def lambda_max_ref(w, w_p, w_n, min_p_0=0.5):
-  p_0, p_p, p_n = shares_ref(w, w_p, w_n, min_p_0)
-  lam_p = (w.max() ** 2 - (w.max() - w_p) ** 2) / (np.log2(p_0) - np.log2(p_p))
-  w_min = abs(w.min())
-  lam_n = (w_min**2 - (w_min - w_n) ** 2) / (np.log2(p_0) - np.log2(p_n))
-  return min(lam_p, lam_n)
-
-
-def assign_ref(w, w_p, w_n, lam, min_p_0=0.5):
-  """The argmin of the paper, 0 listed first so that ties go there."""
-  shares = shares_ref(w, w_p, w_n, min_p_0)
-  bits = -np.log2(np.maximum(shares, TINY))
-  centroids = (np.zeros_like(w_p), w_p, -w_n)
-  costs = [(w - c) ** 2 + lam * b for c, b in zip(centroids, bits, strict=True)]
-  return np.array([0, 1, -1])[np.argmin(costs, 0)]
-
-
 @pytest.mark.parametrize("min_p_0", [0.5, 0.0])
 @pytest.mark.parametrize("scale", [0.02, 0.1, 0.25])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])
@@ -78,7 +50,7 @@ def test_assignment_is_the_literal_argmin(dtype, scale, min_p_0):
   for lam in (0.0, 1e-4, 1e-3, 5e-3, 1e-2, 3e-2, 0.3):
     codes = ec2t_assign(w, w_p, w_n, lam, min_p_0)
     assert codes.dtype == jnp.int8
-    expected = assign_ref(*wide, lam, min_p_0)
+    expected = reference.ec2t_codes(*wide, lam, min_p_0)
     np.testing.assert_array_equal(codes, expected)
     found.add(tuple(np.unique(expected).tolist()))
   assert (-1, 0, 1) in found
@@ -92,7 +64,7 @@ def test_lambda_max_is_the_formula_and_empties_one_cluster(scale, min_p_0):
   w = weights((64, 64))
   w_p, w_n = jnp.array(scale), jnp.array(1.1 * scale)
   lam = ec2t_lambda_max(w, w_p, w_n, min_p_0)
-  expected = lambda_max_ref(f64(w), f64(w_p), f64(w_n), min_p_0)
+  expected = reference.ec2t_lambda_max(f64(w), f64(w_p), f64(w_n), min_p_0)
   assert float(lam) == pytest.approx(expected, rel=1e-5)
 
   def clusters(share):
@@ -182,12 +154,14 @@ def test_init_is_the_paper_s(dtype, axis):
   w_p, w_n = f64(scales["w_p"]), f64(scales["w_n"])
   delta = (w.size / 10_000 + 0.05) / 1.05
   if axis is None:
-    lam = 0.4 * delta * lambda_max_ref(wide, w_p, w_n)
+    lam = 0.4 * delta * reference.ec2t_lambda_max(wide, w_p, w_n)
   else:
     most = ec2t_lambda_max(w, scales["w_p"], scales["w_n"])
     lam = 0.4 * delta * float(most)
   codes = method.discretize(w, scales, state).codes
-  np.testing.assert_array_equal(codes, assign_ref(wide, w_p, w_n, lam))
+  np.testing.assert_array_equal(
+    codes, reference.ec2t_codes(wide, w_p, w_n, lam)
+  )
 
 
 def test_channels_empty_together():
@@ -466,8 +440,8 @@ class TestZero:
       for top in (wide.max(), -wide.min())
     )
     delta = (w.size / 5000 + 0.05) / 1.05
-    lam = gamma * delta * lambda_max_ref(wide, w_p, w_n)
-    kept = assign_ref(wide, w_p, w_n, lam) != 0
+    lam = gamma * delta * reference.ec2t_lambda_max(wide, w_p, w_n)
+    kept = reference.ec2t_codes(wide, w_p, w_n, lam) != 0
     got = jax.jit(ec2t_zero, static_argnums=1)(w, EC2T(gamma, s, 5000))
     assert got.dtype == dtype
     np.testing.assert_array_equal(f64(got), np.where(kept, wide, 0))

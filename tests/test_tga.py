@@ -16,6 +16,7 @@ from tern_jax.methods.tga import (
   inverse_mills,
   truncated_gaussian_scale,
 )
+from tests import reference
 
 PAPER = TGA(delta=0.05, of_max=True, mean=True, detach=False)
 METHODS = [
@@ -32,30 +33,6 @@ AXES = {None: None, -1: 0, 0: 1}
 def weights(shape=(48, 32), dtype=jnp.float32, seed=0, mu=0.0):
   w = np.random.default_rng(seed).normal(mu, 0.1, shape)
   return jnp.asarray(w, jnp.float32).astype(dtype)
-
-
-def mills(t):
-  """Inverse Mills ratio in float64, by the scaled complementary erf."""
-  t = np.asarray(t, np.float64)
-  return np.sqrt(2 / np.pi) / scipy.special.erfcx(t / np.sqrt(2))
-
-
-def mills_grad(t):
-  """Its derivative; from t = 1e3 the cancellation in float64 is too large."""
-  t = np.asarray(t, np.float64)
-  far = 1 - 1 / np.maximum(t, 1) ** 2
-  return np.where(t < 1e3, mills(t) * (mills(t) - t), far)
-
-
-def reference(w, delta, mean=False, channel_axis=None):
-  """Codes, scale and derivative of the scale, as in the paper."""
-  w = np.asarray(w, np.float64)
-  axes, keep = AXES[channel_axis], channel_axis is not None
-  mu = np.mean(w, axes, keepdims=keep) * mean
-  sigma = np.sqrt(np.mean((w - mu) ** 2, axes, keepdims=keep))
-  delta = np.clip(np.asarray(delta, np.float64), 0, 3 * sigma)
-  codes = (w > mu + delta).astype(np.int8) - (w < mu - delta).astype(np.int8)
-  return codes, mu + sigma * mills(delta / sigma), mills_grad(delta / sigma)
 
 
 def pull_back(method, w, scales, g):
@@ -84,11 +61,15 @@ class TestInverseMills:
 
   def test_value_is_scipy_s(self):
     got = jax.jit(inverse_mills)(self.t)
-    np.testing.assert_allclose(got, mills(self.t), rtol=1.2e-6)
+    np.testing.assert_allclose(
+      got, reference.inverse_mills(self.t), rtol=1.2e-6
+    )
 
   def test_derivative_is_scipy_s(self):
     got = jax.jit(jax.vmap(jax.grad(inverse_mills)))(self.t)
-    np.testing.assert_allclose(got, mills_grad(self.t), rtol=3e-5)
+    np.testing.assert_allclose(
+      got, reference.inverse_mills_grad(self.t), rtol=3e-5
+    )
     assert float(jax.grad(inverse_mills)(0.0)) == pytest.approx(2 / np.pi)
 
   def test_second_derivative_is_finite(self):
@@ -101,10 +82,13 @@ class TestInverseMills:
       t = jnp.linspace(0, 12, 25)
       slope = jax.jit(jax.vmap(jax.grad(inverse_mills)))
       assert inverse_mills(t).dtype == jnp.float64
-      np.testing.assert_allclose(inverse_mills(t), mills(t), rtol=2e-7)
+      np.testing.assert_allclose(
+        inverse_mills(t), reference.inverse_mills(t), rtol=2e-7
+      )
       np.testing.assert_allclose(
         slope(t),
-        (mills(t + 1e-5) - mills(t - 1e-5)) / 2e-5,
+        (reference.inverse_mills(t + 1e-5) - reference.inverse_mills(t - 1e-5))
+        / 2e-5,
         rtol=2e-6,
       )
 
@@ -115,7 +99,10 @@ class TestInverseMills:
     both = jax.jit(jax.vmap(jax.value_and_grad(inverse_mills)))
     value, slope = both(t)
     assert value.dtype == slope.dtype == dtype
-    for got, want in ((value, mills(t)), (slope, mills_grad(t))):
+    for got, want in (
+      (value, reference.inverse_mills(t)),
+      (slope, reference.inverse_mills_grad(t)),
+    ):
       np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=eps)
 
 
@@ -165,7 +152,9 @@ class TestTruncatedGaussianScale:
   def test_half_precision_comes_back(self):
     got = truncated_gaussian_scale(jnp.bfloat16(0.3), jnp.float32(0.1))
     assert got.dtype == jnp.bfloat16
-    assert float(got) == pytest.approx(0.1 * mills(3.0), rel=0.01)
+    assert float(got) == pytest.approx(
+      0.1 * reference.inverse_mills(3.0), rel=0.01
+    )
 
 
 class TestForward:
@@ -177,7 +166,9 @@ class TestForward:
     scales, state = jax.jit(method.init)(w)
     assert state == {}
     got = jax.jit(method.discretize)(w, scales, state)
-    codes, scale, _ = reference(w, scales["delta"], method.mean, channel_axis)
+    codes, scale, _ = reference.tga(
+      w, scales["delta"], method.mean, channel_axis
+    )
     np.testing.assert_array_equal(got.codes, codes)
     np.testing.assert_allclose(got.w_p, scale, rtol=3e-6)
     np.testing.assert_array_equal(got.w_p, got.w_n)
@@ -220,7 +211,9 @@ class TestForward:
     scales = {"delta": jnp.float32(delta)}
     want = min(max(delta, 0), 3 * sigma)
     s = TGA().discretize(w, scales, {}).w_p
-    assert float(s) == pytest.approx(sigma * mills(want / sigma), rel=1e-5)
+    assert float(s) == pytest.approx(
+      sigma * reference.inverse_mills(want / sigma), rel=1e-5
+    )
     after = TGA().after_step(w, scales, {})[0]["delta"]
     assert after > 0
     assert float(after) == pytest.approx(want, rel=1e-6, abs=1e-30)
@@ -233,7 +226,7 @@ class TestGradients:
     w, g = weights((64, 40), mu=0.02), weights((64, 40), seed=1)
     method = TGA(clamp=None, mean=mean, channel_axis=channel_axis)
     dw, ddelta = grads(method, w, g)
-    codes, _, slope = reference(
+    codes, _, slope = reference.tga(
       w, method.init(w)[0]["delta"], mean, channel_axis
     )
     np.testing.assert_array_equal(dw, g)
@@ -294,7 +287,7 @@ class TestGradients:
     method = TGA(clamp=None, surrogate=0.5, channel_axis=channel_axis)
     plain = dataclasses.replace(method, surrogate=None)
     delta = np.asarray(method.init(jnp.asarray(w))[0]["delta"])
-    _, s, _ = reference(w, delta, channel_axis=channel_axis)
+    _, s, _ = reference.tga(w, delta, channel_axis=channel_axis)
     axes, keep = AXES[channel_axis], channel_axis is not None
     h = 0.5 * np.sqrt(np.mean(np.square(w), axes, keepdims=keep))
     inside = np.abs(np.abs(w) - delta) < h / 2
@@ -315,7 +308,12 @@ class TestGradients:
 
     # S^2 P(|w| > t) is what the best scale S saves of the error.
     for t in (0.3, 1.0):
-      want = 2 * scipy.stats.norm.pdf(t) * (2 * t - mills(t)) * mills(t)
+      want = (
+        2
+        * scipy.stats.norm.pdf(t)
+        * (2 * t - reference.inverse_mills(t))
+        * reference.inverse_mills(t)
+      )
       got = jax.grad(loss)(jnp.float32(t))
       assert float(got) == pytest.approx(float(want), rel=0.08)
 

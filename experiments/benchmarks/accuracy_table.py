@@ -21,33 +21,34 @@ import tyro
 from experiments import cifar10, mnist
 from experiments.common import cli, data, evaluate, methods, run
 
-MNIST = {
-  "TWN": methods.Twn(),
-  "TTQ": methods.Ttq(),
-  "AbsMean": methods.Absmean(),
-  "TGA": methods.Tga(),
-  "EC2T, γ = 0": methods.Ec2t(gamma=0.0),
-  "EC2T, γ = .4": methods.Ec2t(gamma=0.4),
-  "SCA, .8": methods.Sca(sparsity=0.8),
+#: Rates of Adam that suit the first four of MNIST better than their own.
+FAST = {"learning_rate": 3e-3, "scale_learning_rate": 3e-4}
+#: {row: (method, options that differ from the experiment's)}
+Rows = dict[str, tuple[methods.Method, dict[str, Any]]]
+MNIST: Rows = {
+  "TWN": (methods.Twn(), FAST),
+  "TTQ": (methods.Ttq(), FAST),
+  "AbsMean": (methods.Absmean(), FAST),
+  "TGA": (methods.Tga(), FAST),
+  "EC2T, γ = .4": (methods.Ec2t(gamma=0.4), {}),
+  "SCA, .8": (methods.Sca(sparsity=0.8), {}),
 }
-CIFAR10 = {
-  "TWN": methods.Twn(),
-  "TTQ": methods.Ttq(),
-  "TGA": methods.Tga(),
-  "TGA, frozen Δ": methods.Tga(frozen=True),
-  "EC2T, γ = 0": methods.Ec2t(gamma=0.0),
-  "EC2T, γ = .2": methods.Ec2t(gamma=0.2),
-  "EC2T, γ = .4": methods.Ec2t(gamma=0.4),
-  "SCA, .5": methods.Sca(sparsity=0.5),
-  "SCA, .7": methods.Sca(sparsity=0.7),
-  "SCA, .9": methods.Sca(sparsity=0.9),
+CIFAR10: Rows = {
+  "TWN": (methods.Twn(), {}),
+  "TTQ": (methods.Ttq(), {}),
+  "TGA": (methods.Tga(), {}),
+  "TGA, frozen Δ": (methods.Tga(frozen=True), {}),
+  "EC2T, γ = 0": (methods.Ec2t(gamma=0.0), {}),
+  "EC2T, γ = .2": (methods.Ec2t(gamma=0.2), {}),
+  "EC2T, γ = .4": (methods.Ec2t(gamma=0.4), {}),
+  "SCA, .5": (methods.Sca(sparsity=0.5), {}),
+  "SCA, .7": (methods.Sca(sparsity=0.7), {}),
+  "SCA, .9": (methods.Sca(sparsity=0.9), {}),
 }
 EXPERIMENTS = {
   "mnist": (
     MNIST,
-    dataclasses.replace(
-      mnist.DEFAULT, init="float", epochs=3, float_epochs=3
-    ),
+    dataclasses.replace(mnist.DEFAULT, init="float", epochs=4, float_epochs=3),
   ),
   "cifar10": (CIFAR10, cifar10.DEFAULT),
 }
@@ -96,15 +97,21 @@ def main(options: Options) -> None:
   for seed in options.seeds:
     # The directory is that of no run: it only tells where the float net lies.
     seeded = dataclasses.replace(config, seed=seed, workdir=str(place / "none"))
-    table["float"].append(float_record(seeded, dataset))
-    for label, method in rows.items():
-      own = dataclasses.replace(seeded, method=method, workdir=None)
+    for label, (method, changes) in rows.items():
+      own = dataclasses.replace(seeded, method=method, workdir=None, **changes)
       workdir = str(place / own.directory.name)
       result = run.run(dataclasses.replace(own, workdir=workdir))
       table[label].append(ternary_record(result))
-      (place / "table.md").write_text(markdown(table))
-      (place / "table.json").write_text(json.dumps(table, indent=2) + "\n")
+      write(table, place)
+    table["float"].append(float_record(seeded, dataset))
+    write(table, place)
   print(markdown(table))
+
+
+def write(table: dict[str, list[Record]], place: Path) -> None:
+  """Writes what is done so far."""
+  (place / "table.md").write_text(markdown(table) + "\n")
+  (place / "table.json").write_text(json.dumps(table, indent=2) + "\n")
 
 
 def float_record(config: cli.Config, dataset: data.Dataset) -> Record:
