@@ -10,10 +10,17 @@ import jax
 import tyro
 
 import tern_jax
-from experiments.common import methods
+from experiments.common import methods, supernet
 
 Model = Literal[
-  "mlp", "lenet5", "resnet8", "resnet20", "resnet32", "resnet44", "resnet56"
+  "mlp",
+  "lenet5",
+  "resnet8",
+  "resnet20",
+  "resnet32",
+  "resnet44",
+  "resnet56",
+  "micronet",
 ]
 
 
@@ -31,12 +38,15 @@ class Config:
   """Data set: digits, or any prepared set of images by its tfds name."""
   data_dir: str | None = None
   """Directory of prepared data sets; None for the usual one."""
-  augment: Literal["none", "flip_crop"] = "none"
+  augment: Literal["none", "flip_crop", "flip_crop_jitter_cutout"] = "none"
   """What is done to training images."""
   model: Model = "mlp"
   """Network."""
   hidden: tuple[int, ...] = (64, 64)
   """Widths of the hidden layers of mlp."""
+  scaling: tuple[float, float, float] = (1.4, 1.2, 3.5)
+  """Factors d and w of the depth and the width of micronet, and their exponent
+  phi."""
   exclude: tuple[str, ...] = ()
   """Patterns of the kernels that stay float, for example Dense_0."""
   init: Literal["scratch", "float"] | None = None
@@ -54,7 +64,15 @@ class Config:
   scale_learning_rate: float | None = None
   """Adam's first rate on the scales of ternary weights, None likewise."""
   float_learning_rate: float = 1e-3
-  """Adam's first rate on the float net, and on biases and norms."""
+  """The optimizer's first rate on the float net."""
+  float_optimizer: Literal["adam", "sgd"] = "adam"
+  """Optimizer of the float net; sgd has Nesterov's momentum of 0.9, and its
+  rate decays to 0."""
+  float_weight_decay: float = 0.0
+  """L2 decay of all parameters of the float net, part of the gradient."""
+  rest_learning_rate: float | None = None
+  """Adam's first rate on what stays float in the ternary net; None for
+  float_learning_rate."""
   seed: int = 0
   """Seed of initial weights and of the order of the data."""
   parallel: Literal["jit", "pmap", "shard_map"] = "pmap"
@@ -80,6 +98,10 @@ class Config:
         f"checkpoint_every={self.checkpoint_every} is no multiple of"
         f" log_every={self.log_every}: a run resumes where its log has a line."
       )
+    try:
+      supernet.scale(*self.scaling)
+    except ValueError as error:
+      raise UsageError(f"scaling: {error}") from error
 
   @property
   def directory(self) -> Path:
@@ -97,6 +119,11 @@ class Config:
     name = type(self.method).__name__.lower()
     parts = [self.data, self.model, name, *given, f"seed{self.seed}"]
     return Path("runs", "-".join(parts)).resolve()
+
+  @property
+  def stacked(self) -> tuple[str, ...]:
+    """Patterns of the kernels whose first axis enumerates layers."""
+    return supernet.STACKED if self.model == "micronet" else ()
 
   @property
   def float_directory(self) -> Path:
@@ -117,6 +144,8 @@ class Config:
     """Returns all that the float net depends on, as JSON holds it."""
     record = {name: getattr(self, name) for name in _OF_FLOAT}
     record["epochs"] = self.float_epochs or self.epochs
+    later = {name: getattr(self, name) for name in _LATER_OF_FLOAT}
+    record |= {k: v for k, v in later.items() if v != getattr(Config, k)}
     return json.loads(json.dumps(record))
 
 
@@ -130,6 +159,10 @@ _OF_FLOAT = (
   "float_learning_rate",
   "seed",
 )
+
+#: The same, told only where not at their defaults: a float net from before
+#: there were these options is still found.
+_LATER_OF_FLOAT = ("scaling", "float_optimizer", "float_weight_decay")
 
 
 def device_count(config: Config) -> int:
@@ -177,7 +210,7 @@ def count_steps(config: Config, params: Any, images: int) -> tuple[int, int]:
   steps = config.epochs * epoch
   try:
     where = tern_jax.kernels(exclude=config.exclude)
-    config.method.recipe(steps, where.largest(params))
+    config.method.recipe(steps, where.largest(params, config.stacked))
   except ValueError as error:
     raise UsageError(str(error)) from error
   return (config.float_epochs or config.epochs) * epoch, steps

@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 from flax import linen as nn
 
-from experiments.common import cli, data, log, models
+from experiments.common import cli, data, log, models, supernet
 from tern_jax import metrics, training
 from tern_jax.checkpoint import CheckpointError, load_packed, save_packed
 from tern_jax.packed import pack, unpack
@@ -54,6 +54,8 @@ def make_model(
     return models.MLP(config.hidden, classes, axis_name)
   if config.model == "lenet5":
     return models.LeNet5(classes, axis_name)
+  if config.model == "micronet":
+    return supernet.MicroNet(*config.scaling, classes, axis_name)
   depth = int(config.model.removeprefix("resnet"))
   return models.ResNet((depth - 2) // 6, classes, axis_name)
 

@@ -49,11 +49,13 @@ def claim(directory: Path, record: dict[str, Any]) -> None:
   """
   path = directory / "config.json"
   if path.exists():
-    old = json.loads(path.read_text())
+    # A record from before there was an option had what is its default now.
+    defaults = cli.Config().to_json()
+    old, new = defaults | json.loads(path.read_text()), defaults | record
     changed = [
-      f"{name}={old.get(name)} there, {record.get(name)} now"
-      for name in sorted(old.keys() | record.keys())
-      if old.get(name) != record.get(name)
+      f"{name}={old.get(name)} there, {new.get(name)} now"
+      for name in sorted(old.keys() | new.keys())
+      if old.get(name) != new.get(name)
     ]
     if changed:
       raise cli.UsageError(

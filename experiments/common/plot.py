@@ -1,9 +1,10 @@
 """The pictures of a run: curves, histograms of latents, sparsity by layer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from experiments.common import cli, log
 from tern_jax import metrics
 from tern_jax.checkpoint import load_packed
+from tern_jax.select import matches_any
 
 # Okabe and Ito's colors, told apart by all eyes.
 FLOAT, TERNARY, ACCENT = "#0072B2", "#D55E00", "#666666"
@@ -29,13 +31,15 @@ def draw(
     snapshots: steps whose latents were kept.
   """
   workdir, method = config.directory, config.method
-  weights = {
-    f"step {step:,}": {
-      path: np.asarray(method.shown(jnp.asarray(latent)))
-      for path, latent in log.load_latents(workdir, step).items()
-    }
-    for step in snapshots
-  }
+
+  def latents(step: int) -> Iterator[tuple[str, np.ndarray]]:
+    for path, latent in log.load_latents(workdir, step).items():
+      # Each layer of a stack has scales of its own.
+      stacked = matches_any(config.stacked, path)
+      shown = jax.vmap(method.shown) if stacked else method.shown
+      yield path, np.asarray(shown(jnp.asarray(latent)))
+
+  weights = {f"step {step:,}": dict(latents(step)) for step in snapshots}
   packed = load_packed(workdir / "packed")["params"]
   codes = {
     path: np.asarray(leaf.codes)

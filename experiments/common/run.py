@@ -7,6 +7,7 @@ a run was stopped, bit for bit, and a finished run only prints its table.
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import platform
 import sys
@@ -28,8 +29,6 @@ from tern_jax import metrics, training
 from tern_jax.base import Array, path_str
 from tern_jax.checkpoint import Checkpointer
 from tern_jax.packed import pack
-
-AUGMENTATIONS = {"none": None, "flip_crop": augment.flip_and_crop}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +170,7 @@ def train_float(config: cli.Config, dataset: data.Dataset) -> Any:
   params, model_state = initial_variables(config, dataset)
   images = len(dataset.train["label"])
   steps, _ = cli.count_steps(config, params, images)
-  tx = adam(config.float_learning_rate, steps)
+  tx = float_optimizer(config, steps)
   state = training.init_state(params, tx, None, model_state, config.seed)
   directory = config.float_directory
   stage = Stage(None, tx, steps)
@@ -190,13 +189,15 @@ def ternary_phase(
 ) -> Phase:
   """Returns the training of the ternary net."""
   where = tern_jax.kernels(exclude=config.exclude)
-  recipe = config.method.recipe(steps, where.largest(params))
+  recipe = config.method.recipe(steps, where.largest(params, config.stacked))
   rates = config.method.rates
   latent_rate, scale_rate = config.learning_rate, config.scale_learning_rate
   latent_rate = rates.latent if latent_rate is None else latent_rate
   scale_rate = rates.scale if scale_rate is None else scale_rate
+  rest_rate = config.rest_learning_rate
+  rest_rate = config.float_learning_rate if rest_rate is None else rest_rate
   labels = tern_jax.TernParams(
-    # Biases and norms lie beside the latents, but want a float net's rate.
+    # What stays float lies beside the latents, but wants a rate of its own.
     latent=jax.tree.map(lambda k: "latent" if k else "float", where(params)),
     scales="scale",
   )
@@ -206,11 +207,11 @@ def ternary_phase(
     transforms = {
       "latent": optax.chain(recipe.regularizer, latent),
       "scale": adam(scale_rate, steps, first),
-      "float": adam(config.float_learning_rate, steps, first),
+      "float": adam(rest_rate, steps, first),
     }
     stages.append(
       Stage(
-        tern_jax.ParamTransform(part.method, where),
+        tern_jax.ParamTransform(part.method, where, config.stacked),
         optax.partition(transforms, labels),
         part.last,
         part.keep_best,
@@ -222,6 +223,20 @@ def ternary_phase(
   )
   snapshots = (0, recipe.onset, steps)
   return Phase("ternary", config.directory, state, tuple(stages), snapshots)
+
+
+def float_optimizer(
+  config: cli.Config, steps: int
+) -> optax.GradientTransformation:
+  """Returns the optimizer of the float net."""
+  if config.float_optimizer == "adam":
+    tx = adam(config.float_learning_rate, steps)
+  else:
+    decay = optax.cosine_decay_schedule(config.float_learning_rate, steps)
+    tx = optax.sgd(decay, momentum=0.9, nesterov=True)
+  if not config.float_weight_decay:
+    return tx
+  return optax.chain(optax.add_decayed_weights(config.float_weight_decay), tx)
 
 
 def adam(
@@ -238,6 +253,18 @@ def adam(
   return optax.adam(lambda count: decay(count + first))
 
 
+def augmentation(
+  config: cli.Config, dataset: data.Dataset
+) -> augment.Augment | None:
+  """Returns what is done to training images."""
+  if config.augment == "none":
+    return None
+  if config.augment == "flip_crop":
+    return augment.flip_and_crop
+  cutout = functools.partial(augment.cutout, fill=dataset.mean)
+  return augment.chain(augment.flip_and_crop, augment.color_jitter, cutout)
+
+
 def make_step(
   config: cli.Config, stage: Stage, classes: int
 ) -> Callable[[training.TrainState, data.Arrays], Any]:
@@ -247,12 +274,15 @@ def make_step(
   model = evaluate.make_model(config, classes, axis)
 
   def loss(weights: Any, model_state: Any, batch: Any, key: Array) -> Any:
-    del key
+    if axis is not None:
+      # Devices must not drop alike.
+      key = jax.random.fold_in(key, jax.lax.axis_index(axis))
     logits, model_state = model.apply(
       {"params": weights, **model_state},
       batch["image"],
       train=True,
       mutable=list(model_state),
+      rngs={"dropout": key},
     )
     label = batch["label"]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
@@ -285,7 +315,7 @@ def train(
     seed=config.seed,
     mean=dataset.mean,
     std=dataset.std,
-    augment=AUGMENTATIONS[config.augment],
+    augment=augmentation(config, dataset),
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )

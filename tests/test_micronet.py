@@ -1,0 +1,168 @@
+"""EC2T's supernet from its experiment's options, end to end on tiny images."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import cifar10_micronet
+from experiments.common import augment, cli, data, evaluate, log, run
+
+
+@pytest.fixture(autouse=True)
+def standard(standard_promotion):
+  """The schedules of optax divide an int32 count by a float."""
+
+
+def test_the_recipe_of_the_float_net():
+  config = cifar10_micronet.DEFAULT
+  tx = run.float_optimizer(config, steps=100)
+  params = {"w": jnp.array([2.0, 0.0])}
+  state, grads = tx.init(params), {"w": jnp.array([0.3, 0.3])}
+  # Weight decay is part of the gradient; Nesterov's first step takes 1.9 of it.
+  updates, state = tx.update(grads, state, params)
+  expected = -0.1 * 1.9 * (0.3 + 5e-4 * np.array([2.0, 0.0]))
+  np.testing.assert_allclose(updates["w"], expected, rtol=1e-6)
+  for _ in range(100):
+    updates, state = tx.update(grads, state, params)
+  np.testing.assert_array_equal(updates["w"], 0)
+
+
+def test_adam_without_decay_keeps_its_state():
+  # Checkpoints of float nets from before there was a choice are still read.
+  tx = run.float_optimizer(cli.Config(), steps=100)
+  params = {"w": jnp.ones(3)}
+  structure = jax.tree.structure(tx.init(params))
+  assert structure == jax.tree.structure(optax.adam(lambda n: n).init(params))
+
+
+def test_what_stays_float_has_a_rate_of_its_own():
+  params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+  for rate, expected in ((None, 0.1), (1e-4, 1e-4)):
+    config = dataclasses.replace(
+      cifar10_micronet.DEFAULT,
+      model="mlp",
+      exclude=(),
+      rest_learning_rate=rate,
+    )
+    phase = run.ternary_phase(config, 35, params, {})
+    tx, state = phase.stages[0].tx, phase.state
+    grads = jax.tree.map(jnp.ones_like, state.params)
+    updates, _ = tx.update(grads, state.opt_state, state.params)
+    # Adam's first step is its rate.
+    rates = {
+      "bias": updates.latent["bias"],
+      "kernel": updates.latent["kernel"],
+      "centroid": updates.scales["kernel"]["w_p"],
+    }
+    for name, rate in (
+      ("bias", expected),
+      ("kernel", 1e-4),
+      ("centroid", 1e-5),
+    ):
+      np.testing.assert_allclose(rates[name], -rate, rtol=1e-3)
+
+
+def test_what_is_done_to_images():
+  images = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), np.uint8)
+  empty = {"image": images[:0], "label": np.zeros(0, np.int32)}
+  mean = np.array([125.3, 123.0, 113.9], np.float32)
+  dataset = data.Dataset("", (32, 32, 3), 10, mean, mean, empty, empty, empty)
+
+  def changed(name):
+    config = cli.Config(augment=name)
+    change = run.augmentation(config, dataset)
+    return (
+      images if change is None else change(images, np.random.default_rng(1))
+    )
+
+  assert changed("none") is images
+  cropped = augment.flip_and_crop(images, np.random.default_rng(1))
+  np.testing.assert_array_equal(changed("flip_crop"), cropped)
+  result = changed("flip_crop_jitter_cutout")
+  covered = (result == [125, 123, 114]).all(-1)
+  assert covered.sum((1, 2)).min() >= 8 * 8
+  assert covered.sum((1, 2)).max() == 16 * 16
+  # The rest is jittered: hardly a pixel stays as it was.
+  assert (result == cropped)[~covered].mean() < 0.1
+
+
+def test_old_float_nets_are_still_found():
+  config = cli.Config(model="resnet8")
+  assert "scaling" not in config.float_record()
+  supernet = dataclasses.replace(config, model="micronet")
+  smaller = dataclasses.replace(supernet, scaling=(1.4, 1.2, 1.0))
+  assert smaller.float_record()["scaling"] == [1.4, 1.2, 1.0]
+  sgd = dataclasses.replace(supernet, float_optimizer="sgd")
+  decayed = dataclasses.replace(supernet, float_weight_decay=5e-4)
+  nets = (config, supernet, smaller, sgd, decayed)
+  assert len({net.float_directory for net in nets}) == len(nets)
+
+
+def test_a_run_from_before_there_was_an_option_is_the_same(tmp_path):
+  config = cli.Config(workdir=str(tmp_path / "run"))
+  log.claim(config.directory, config.to_json())
+  record = config.to_json()
+  del record["scaling"], record["float_optimizer"]
+  (config.directory / "config.json").write_text(json.dumps(record))
+  log.claim(config.directory, config.to_json())
+  assert log.read_config(config.directory) == config
+  sgd = dataclasses.replace(config, float_optimizer="sgd")
+  with pytest.raises(cli.UsageError, match="float_optimizer=adam there, sgd"):
+    log.claim(config.directory, sgd.to_json())
+
+
+def test_a_scaling_that_is_none():
+  with pytest.raises(cli.UsageError, match="scaling: got d=0"):
+    cli.Config(scaling=(0, 1, 1))
+
+
+def test_the_options_give_the_published_supernet():
+  model = evaluate.make_model(cifar10_micronet.DEFAULT, 10)
+  image = jnp.zeros((1, 32, 32, 3))
+  shapes = jax.eval_shape(
+    lambda: model.init(jax.random.key(0), image, train=False)
+  )
+  sizes = [leaf.size for leaf in jax.tree.leaves(shapes["params"])]
+  assert sum(sizes) == 8_044_234
+  steps = cli.count_steps(cifar10_micronet.DEFAULT, shapes["params"], 45_000)
+  assert steps == (200 * 351, 35 * 351)
+  recipe = cifar10_micronet.DEFAULT.method.recipe(steps[1], 9 * 120 * 120)
+  assert [stage.last for stage in recipe.stages] == [20 * 351, 35 * 351]
+
+
+def test_a_tiny_supernet_end_to_end(tmp_path):
+  config = dataclasses.replace(
+    cifar10_micronet.DEFAULT,
+    data="digits",
+    augment="flip_crop",
+    scaling=(0.1, 0.5, 1.0),
+    epochs=2,
+    float_epochs=2,
+    batch_size=64,
+    parallel="jit",
+    log_every=19,
+    checkpoint_every=19,
+    data_dir=str(tmp_path / "tfds"),
+    workdir=str(tmp_path / "run"),
+  )
+  result = run.run(config)
+  assert result["correct"]["packed"] == result["correct"]["rounded"]
+  assert {k: v["weights"] for k, v in result["layers"].items()} == {
+    "stage0/blocks/conv1/kernel": 9 * 8 * 8,
+    "stage0/blocks/conv2/kernel": 9 * 8 * 8,
+    "stage1/first/conv1/kernel": 9 * 8 * 16,
+    "stage1/first/conv2/kernel": 9 * 16 * 16,
+    "stage2/first/conv1/kernel": 9 * 16 * 32,
+    "stage2/first/conv2/kernel": 9 * 32 * 32,
+  }
+  assert 0.3 < result["sparsity"] < 0.9
+  assert "largest=9216, frozen=True" in result["method"]
+  assert result["method"].endswith("stacked=('blocks',))")
+  first, last = (r["loss"] for r in log.read_metrics(config.float_directory))
+  assert last < first
+  assert (config.directory / "histograms.png").stat().st_size > 10_000
