@@ -6,6 +6,7 @@ Needs the run's config.json and packed checkpoint, and the data set.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -21,7 +22,7 @@ import numpy as np
 import tyro
 from flax import linen as nn
 
-from experiments.common import cli, data, log, models, supernet
+from experiments.common import augment, cli, data, log, models, supernet
 from tern_jax import metrics, training
 from tern_jax.checkpoint import CheckpointError, load_packed, save_packed
 from tern_jax.packed import pack, unpack
@@ -58,6 +59,18 @@ def make_model(
     return supernet.MicroNet(*config.scaling, classes, axis_name)
   depth = int(config.model.removeprefix("resnet"))
   return models.ResNet((depth - 2) // 6, classes, axis_name)
+
+
+def augmentation(
+  config: cli.Config, dataset: data.Dataset
+) -> augment.Augment | None:
+  """Returns what is done to training images."""
+  if config.augment == "none":
+    return None
+  if config.augment == "flip_crop":
+    return augment.flip_and_crop
+  cutout = functools.partial(augment.cutout, fill=dataset.mean)
+  return augment.chain(augment.flip_and_crop, augment.color_jitter, cutout)
 
 
 def make_counter(
@@ -215,6 +228,8 @@ def reestimated(
     seed=config.seed,
     mean=dataset.mean,
     std=dataset.std,
+    # Training saw batches like these, and so do its statistics.
+    augment=augmentation(config, dataset),
   )
   batches = itertools.islice(batches, REESTIMATION_BATCHES)
   state = training.reestimate_model_state(update, weights, state, batches)

@@ -7,7 +7,6 @@ a run was stopped, bit for bit, and a finished run only prints its table.
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import json
 import platform
 import sys
@@ -24,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import tern_jax
-from experiments.common import augment, cli, data, evaluate, log, plot
+from experiments.common import cli, data, evaluate, log, plot
 from tern_jax import metrics, training
 from tern_jax.base import Array, path_str
 from tern_jax.checkpoint import Checkpointer
@@ -253,18 +252,6 @@ def adam(
   return optax.adam(lambda count: decay(count + first))
 
 
-def augmentation(
-  config: cli.Config, dataset: data.Dataset
-) -> augment.Augment | None:
-  """Returns what is done to training images."""
-  if config.augment == "none":
-    return None
-  if config.augment == "flip_crop":
-    return augment.flip_and_crop
-  cutout = functools.partial(augment.cutout, fill=dataset.mean)
-  return augment.chain(augment.flip_and_crop, augment.color_jitter, cutout)
-
-
 def make_step(
   config: cli.Config, stage: Stage, classes: int
 ) -> Callable[[training.TrainState, data.Arrays], Any]:
@@ -315,7 +302,7 @@ def train(
     seed=config.seed,
     mean=dataset.mean,
     std=dataset.std,
-    augment=augmentation(config, dataset),
+    augment=evaluate.augmentation(config, dataset),
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
