@@ -75,7 +75,7 @@ def test_what_is_done_to_images():
 
   def changed(name):
     config = cli.Config(augment=name)
-    change = run.augmentation(config, dataset)
+    change = evaluate.augmentation(config, dataset)
     return (
       images if change is None else change(images, np.random.default_rng(1))
     )
