@@ -1,6 +1,7 @@
 """Sparse ternary networks in JAX: exact sparsity, packed checkpoints."""
 
 from tern_jax import checkpoint as checkpoint
+from tern_jax import codec as codec
 from tern_jax import linen as linen
 from tern_jax import metrics as metrics
 from tern_jax import nnx as nnx

@@ -109,7 +109,7 @@ def pack(tree: Any) -> Any:
     if not isinstance(x, Ternary):
       return x
     _check_ternary(path_str(path) or "the leaf", x)
-    axis = _packed_axis(x.codes.shape)
+    axis = packed_axis(x.codes.shape)
     # All arithmetic is int32: XLA:CPU miscompiles some fused int8 maths.
     codes = jnp.asarray(x.codes).astype(jnp.int32)
     return PackedTernary(
@@ -179,12 +179,18 @@ def validate(tree: Any) -> None:
       raise ValueError(f"{path_str(path) or 'the leaf'}: {wrong}.")
 
 
-def _packed_axis(shape: tuple[int, ...]) -> int | None:
+def packed_axis(shape: tuple[int, ...]) -> int | None:
+  """Returns the axis of weights of a shape that is packed, None if none is."""
   return next((i for i, n in enumerate(shape) if n and n % 8 == 0), None)
 
 
-def _plane_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-  axis = _packed_axis(shape)
+def plane_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Returns the shape of a plane of weights of a shape.
+
+  >>> plane_shape((3, 3, 16, 32)), plane_shape((3, 5))
+  ((3, 3, 2, 32), (2,))
+  """
+  axis = packed_axis(shape)
   if axis is None:
     return (-(-math.prod(shape) // 8),)
   return (*shape[:axis], shape[axis] // 8, *shape[axis + 1 :])
@@ -264,7 +270,7 @@ def _divides(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
 
 def _faults(x: PackedTernary) -> Iterator[str]:
   yield from _scale_faults(x.w_p, x.w_n, x.shape)
-  axis, wanted = _packed_axis(x.shape), _plane_shape(x.shape)
+  axis, wanted = packed_axis(x.shape), plane_shape(x.shape)
   layout_ok = x.axis == axis
   if not layout_ok:
     yield f"axis must be {axis} for shape {x.shape}, got {x.axis}"
