@@ -11,6 +11,9 @@ a path may hold any key. Orbax does not checksum data, hence the spec has the
 crc32 of every leaf: over the bytes of its arrays, sorted by name, each in C
 order and little-endian. The spec's own crc32 is over its JSON text with sorted
 keys, ", " and ": " as separators.
+
+With the codec "entropy", what `tern_jax.codec` makes of the planes of a leaf is
+stored as the array `coded` in their place; the crc32 stays that of the planes.
 """
 
 import contextlib
@@ -32,13 +35,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1
 
+from tern_jax import codec as entropy_codec
 from tern_jax.base import Ternary, key_str
 from tern_jax.packed import PackedTernary, validate
 
 #: Version of the layout that this module writes, and the newest that it reads.
 FORMAT = 1
-#: How planes can be stored: "planes" is two bits a weight.
-CODECS = ("planes",)
+#: How planes can be stored: "planes" is two bits a weight, "entropy" as few as
+#: `tern_jax.codec` makes of them.
+CODECS = ("planes", "entropy")
 
 #: Where orbax puts the spec.
 _SPEC = Path("spec", "data.json")
@@ -67,13 +72,15 @@ def save_packed(
   Args:
     path: directory to make, parents included.
     tree: any pytree of arrays and `PackedTernary`.
-    codec: how the planes are stored, one of `CODECS`.
+    codec: how the planes are stored: "planes", two bits a weight; or "entropy",
+      their entropy, for which constriction is needed, to load them too.
     method: what made the weights; its repr is kept in the spec.
     overwrite: replace the checkpoint at `path`, once the new one is written.
 
   Raises:
     ValueError: unknown codec, or an invalid packed leaf.
     TypeError: a leaf is neither packed nor an array.
+    ImportError: codec="entropy" without constriction.
     CheckpointError: the path is taken or cannot be written.
 
   >>> import tempfile
@@ -152,6 +159,11 @@ def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
       raise CheckpointError(
         f"{path} has format {spec['format']}, but this tern_jax reads up to "
         f"{FORMAT}: upgrade tern_jax."
+      )
+    if spec["codec"] not in CODECS:
+      raise CheckpointError(
+        f"{path} has codec {spec['codec']!r}, but this tern_jax reads "
+        f"{CODECS}: upgrade tern_jax."
       )
     return spec
 
@@ -279,14 +291,16 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
 # Trees to parts.
 
 
-def _parts(trees: dict[str, Any], *, method: Any, **facts: Any) -> Any:
+def _parts(
+  trees: dict[str, Any], *, codec: str, method: Any, **facts: Any
+) -> Any:
   """Returns the parts of a checkpoint: arrays by number, and the spec."""
   parts: dict[str, Any] = {}
   leaves: dict[str, list] = {}
   for part, tree in trees.items():
     leaves[part], arrays = [], {}
     for i, (path, x) in enumerate(_flatten(tree)[0].items()):
-      entry, found = _encode(path, x)
+      entry, found = _encode(path, x, codec)
       leaves[part].append(entry)
       arrays[_number(i)] = {k: a for k, a in found.items() if a.size}
     # Orbax cannot store what has no elements; the spec knows all about it.
@@ -297,6 +311,7 @@ def _parts(trees: dict[str, Any], *, method: Any, **facts: Any) -> Any:
   spec = {
     "format": FORMAT,
     "versions": {name: _version(name) for name in packages},
+    "codec": codec,
     "method": method if isinstance(method, str | None) else repr(method),
     "selected": list(map(_name, selected)),
     "extra": None,
@@ -327,7 +342,7 @@ def _flatten(tree: Any) -> tuple[dict[tuple[str, ...], Any], Any]:
   return leaves, treedef
 
 
-def _encode(path: tuple[str, ...], x: Any) -> tuple[dict, dict]:
+def _encode(path: tuple[str, ...], x: Any, codec: str) -> tuple[dict, dict]:
   """Returns a leaf's entry in the spec, and its arrays on the host."""
   name, extra = _name(path), {}
   if isinstance(x, Ternary):
@@ -352,12 +367,16 @@ def _encode(path: tuple[str, ...], x: Any) -> tuple[dict, dict]:
     kind, arrays = "dense", {"value": _host(x)}
   else:
     raise TypeError(f"{name}: cannot save an array of dtype {x.dtype}.")
+  crc = _crc_of(arrays)
+  if isinstance(x, PackedTernary) and codec == "entropy":
+    coded = np.frombuffer(entropy_codec.encode(x), np.uint8)
+    arrays = {"coded": coded, "w_p": x.w_p, "w_n": x.w_n}
   entry = {
     "path": path,
     "kind": kind,
     "shape": x.shape,
     "dtype": x.dtype.name,
-    "crc32": _crc_of(arrays),
+    "crc32": crc,
     "arrays": _describe(arrays),
   }
   return entry | extra, arrays
@@ -436,11 +455,27 @@ def _read(path: Path, part: str, entries: dict) -> dict[Any, Any]:
       k: data[k] if k in data else np.zeros(a["shape"], a["dtype"])
       for k, a in e["arrays"].items()
     }
+    if e["kind"] == "ternary" and "coded" in arrays:
+      arrays = _planes(path, e, arrays)
     if _crc_of(arrays) != e["crc32"]:
       raise CheckpointError(f"{path}: {name} is damaged: its crc32 differs.")
     leaves[keys] = _decode(e, arrays)
     validate({name: leaves[keys]})
   return leaves
+
+
+def _planes(path: Path, entry: dict, arrays: dict[str, Any]) -> dict[str, Any]:
+  """Returns the arrays of a leaf with its planes in place of the coded ones."""
+  scales = {k: arrays[k] for k in arrays if k != "coded"}
+  try:
+    planes = entropy_codec.decode(
+      np.asarray(arrays["coded"]), tuple(entry["shape"])
+    )
+  except ValueError as e:
+    raise CheckpointError(
+      f"{path}: {_name(entry['path'])} is damaged: {e}"
+    ) from e
+  return dict(zip(("nonzero", "sign"), planes, strict=True)) | scales
 
 
 def _decode(entry: dict, arrays: dict[str, Any]) -> Any:

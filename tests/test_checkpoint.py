@@ -212,7 +212,9 @@ def test_a_spec_is_a_function_of_the_tree(tmp_path):
 
 
 def test_bad_arguments(tmp_path):
-  with pytest.raises(ValueError, match=r"one of \('planes',\), got 'zip'"):
+  with pytest.raises(
+    ValueError, match=r"one of \('planes', 'entropy'\), got 'zip'"
+  ):
     save_packed(tmp_path / "net", {}, codec="zip")
   with pytest.raises(TypeError, match=r"a/0 is a Ternary: call tern_jax\.pack"):
     save_packed(tmp_path / "net", {"a": [ternary((8,))]})
@@ -313,6 +315,7 @@ def leaf(spec):
   [
     (lambda s: s.update(format=2), "has format 2, .* upgrade"),
     (lambda s: s.update(format="x"), "cannot read the spec"),
+    (lambda s: s.update(codec="zip"), "has codec 'zip', .* upgrade"),
     (lambda s: s.pop("leaves"), "KeyError"),
     (
       lambda s: leaf(s)["arrays"]["sign"].update(shape=[10**9, 10**9]),
