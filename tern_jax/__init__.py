@@ -2,6 +2,7 @@
 
 from tern_jax import checkpoint as checkpoint
 from tern_jax import codec as codec
+from tern_jax import export as export
 from tern_jax import linen as linen
 from tern_jax import metrics as metrics
 from tern_jax import nnx as nnx
