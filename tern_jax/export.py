@@ -27,16 +27,24 @@ import jax.export as jax_export
 import jax.numpy as jnp
 import numpy as np
 
+from tern_jax import codec as entropy_codec
 from tern_jax.base import Ternary, key_str, path_str
 from tern_jax.packed import PackedTernary, to_ternary, validate
 from tern_jax.select import KERNEL_NAMES
 
 #: Version of the layout that `to_safetensors` writes, the newest that is read.
 FORMAT = 1
+#: How planes can be stored by `to_safetensors`.
+CODECS = ("planes", "entropy")
 #: ggml's ternary types: 1.6875 and 2.0625 bits a weight.
 GGUF_TYPES = ("TQ1_0", "TQ2_0")
 
-_TERNARY = ("nonzero", "sign", "w_p", "w_n")
+# Tensors of a leaf of each kind.
+_PARTS = {
+  "dense": ("",),
+  "ternary": ("nonzero", "sign", "w_p", "w_n"),
+  "coded": ("coded", "w_p", "w_n"),
+}
 # A deeper tree could overflow the stack of whoever walks it.
 _DEPTH = 64
 # What safetensors writes from NumPy and reads to it.
@@ -50,7 +58,11 @@ _HALF_MAX = 65504
 
 
 def to_safetensors(
-  path: str | os.PathLike[str], tree: Any, *, overwrite: bool = False
+  path: str | os.PathLike[str],
+  tree: Any,
+  *,
+  codec: str = "planes",
+  overwrite: bool = False,
 ) -> None:
   """Saves packed weights, and the dense leaves beside them, to one file.
 
@@ -65,32 +77,37 @@ def to_safetensors(
 
     "path"     list of strings: the keys that lead to the leaf;
     "name"     what its tensors are called: the path joined by dots;
-    "kind"     "ternary" or "dense";
+    "kind"     "dense", "ternary" or "coded";
     "tensors"  {tensor: {"dtype": as NumPy calls it, "shape": [...]}}: NAME of
                a dense leaf; NAME.nonzero, NAME.sign, NAME.w_p and NAME.w_n of
-               a ternary one, in this order;
+               a ternary one; NAME.coded, NAME.w_p and NAME.w_n of a coded one;
+               in this order;
     "crc32"    of the tensors' bytes, one after the other, sorted by their name;
-    "shape"    of ternary weights;
-    "axis"     of ternary weights that the planes pack, or null.
+    "shape"    of ternary and coded weights;
+    "axis"     of ternary and coded weights that the planes pack, or null.
 
   NAME.nonzero and NAME.sign are uint8. Bit j, least significant first, of byte
   k along the axis belongs to weight 8 k + j along it; if the axis is null, to
   weight 8 k + j of all in C order, and bits beyond the last are zero. A plane
   is thus what `np.packbits(bits, axis, bitorder="little")` returns. A weight
   is 0 if its nonzero bit is 0; else -w_n if its sign bit is 1; else w_p. An
-  axis of w_p and w_n is as long as that of the weights, is 1 for one
-  scale along the axis, or is n / g for one for each g consecutive weights.
+  axis of w_p and w_n is as long as that of the weights, is 1 for one scale
+  along the axis, or is n / g for one for each g consecutive weights. NAME.coded
+  is the bytes that `tern_jax.codec` makes of both planes.
 
   Args:
     path: file to write; its folder is made.
     tree: any pytree of arrays and `PackedTernary`; bfloat16 is welcome.
+    codec: "planes", two bits a weight, read by NumPy alone; or "entropy", their
+      entropy, for which constriction is needed, to load them too.
     overwrite: replace the file at `path`, once the new one is written.
 
   Raises:
-    ValueError: an invalid packed leaf, two leaves of one name, or a tree
-      deeper than 64.
+    ValueError: an unknown codec, an invalid packed leaf, two leaves of one
+      name, or a tree deeper than 64.
     TypeError: a leaf is neither packed nor an array, or of a dtype that
       safetensors does not have in NumPy.
+    ImportError: safetensors, or constriction for the codec, is missing.
     FileExistsError: the path is taken.
 
   >>> import tempfile
@@ -103,19 +120,22 @@ def to_safetensors(
   [2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
   """
   numpy_api = _require("safetensors.numpy", "to_safetensors")
+  if codec not in CODECS:
+    raise ValueError(f"codec must be one of {CODECS}, got {codec!r}.")
   leaves, tensors = [], {}
   for keys, x in _flatten(tree):
     name = _name(keys)
-    arrays = {name + suffix: a for suffix, a in _arrays(name, x).items()}
+    kind = _kind(x, codec)
+    arrays = _arrays(name, kind, x)
     leaf = {
       "path": [key_str(key) for key in keys],
       "name": name,
-      "kind": "dense",
+      "kind": kind,
       "tensors": {k: _describe(a) for k, a in arrays.items()},
       "crc32": _crc(arrays),
     }
     if isinstance(x, PackedTernary):
-      leaf |= {"kind": "ternary", "shape": x.shape, "axis": x.axis}
+      leaf |= {"shape": x.shape, "axis": x.axis}
     leaves.append(leaf)
     tensors |= arrays
   facts = {"format": FORMAT, "version": _version(), "leaves": leaves}
@@ -143,6 +163,7 @@ def from_safetensors(path: str | os.PathLike[str]) -> Any:
     ValueError: damaged, not written by `to_safetensors`, from a newer version
       of the format, or of 64-bit dtypes while JAX is restricted to 32 bits.
     OSError: the file cannot be read.
+    ImportError: safetensors is missing, or constriction for coded weights.
   """
   safetensors = _require("safetensors", "from_safetensors")
   try:
@@ -153,7 +174,7 @@ def from_safetensors(path: str | os.PathLike[str]) -> Any:
       if shapes != {k: t["shape"] for k, t in described.items()}:
         raise ValueError("its tensors are not those of its metadata")
       return _nest(leaves, lambda leaf: _read_leaf(file, leaf))
-  except OSError:
+  except (OSError, ImportError):
     raise
   # The package raises errors of its own, and of NumPy on shapes of size 0.
   except Exception as e:
@@ -449,18 +470,29 @@ def _version() -> str:
 # Safetensors.
 
 
-def _arrays(name: str, x: Any) -> dict[str, np.ndarray]:
-  """Returns a leaf's arrays on the host, by the suffix of their names."""
-  if isinstance(x, PackedTernary):
-    parts = {"." + k: getattr(x, k) for k in _TERNARY}
-  else:
-    parts = {"": x}
+def _kind(x: Any, codec: str) -> str:
+  if not isinstance(x, PackedTernary):
+    return "dense"
+  return "coded" if codec == "entropy" else "ternary"
+
+
+def _names(name: str, kind: str) -> dict[str, str]:
+  """Returns the names of a leaf's tensors, by the parts of the leaf."""
+  return {k: f"{name}.{k}" if k else name for k in _PARTS[kind]}
+
+
+def _arrays(name: str, kind: str, x: Any) -> dict[str, np.ndarray]:
+  """Returns a leaf's arrays on the host, by the names of their tensors."""
   arrays = {}
-  for k, a in parts.items():
-    a = np.asarray(a, order="C")
-    arrays[k] = a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
+  for part, tensor in _names(name, kind).items():
+    if part == "coded":
+      a = np.frombuffer(entropy_codec.encode(x), np.uint8)
+    else:
+      a = np.asarray(getattr(x, part) if part else x, order="C")
     if a.dtype.name not in _DTYPES:
       raise TypeError(f"{name}: safetensors has no arrays of {a.dtype}.")
+    native = a.dtype.newbyteorder("=")
+    arrays[tensor] = a if a.dtype.isnative else a.astype(native)
   return arrays
 
 
@@ -514,27 +546,18 @@ def _check_facts(facts: Any) -> list[dict[str, Any]]:
 def _check_leaf(leaf: Any) -> None:
   match leaf:
     case {
-      "kind": "dense",
+      "kind": "dense" | "ternary" | "coded" as kind,
       "path": list(path),
       "name": str(name),
       "tensors": dict(tensors),
       "crc32": int(),
     }:
-      shape, names = [], [name]
-    case {
-      "kind": "ternary",
-      "path": list(path),
-      "name": str(name),
-      "tensors": dict(tensors),
-      "crc32": int(),
-      "shape": shape,
-      "axis": None | int(),
-    }:
-      names = [f"{name}.{k}" for k in _TERNARY]
+      pass
     case _:
       raise ValueError("its metadata has a leaf that lacks a field")
   if len(path) > _DEPTH or not all(isinstance(key, str) for key in path):
     raise ValueError(f"{name}: a path is up to {_DEPTH} strings, got {path}")
+  names = list(_names(name, kind).values())
   if set(tensors) != set(names):
     raise ValueError(f"{name}: the tensors must be {names}")
   for tensor in tensors.values():
@@ -543,8 +566,13 @@ def _check_leaf(leaf: Any) -> None:
         pass
       case _:
         raise ValueError(f"{name}: a tensor lacks its dtype or shape")
-  if not _is_shape(shape):
-    raise ValueError(f"{name}: {shape} is no shape")
+  if kind == "dense":
+    return
+  match leaf:
+    case {"shape": shape, "axis": None | int()} if _is_shape(shape):
+      pass
+    case _:
+      raise ValueError(f"{name}: the weights lack their shape or axis")
 
 
 def _is_shape(x: Any) -> bool:
@@ -561,10 +589,14 @@ def _read_leaf(file: Any, leaf: dict[str, Any]) -> Any:
     raise ValueError(f"{name}: its dtypes are not those of the metadata")
   if _crc(arrays) != leaf["crc32"]:
     raise ValueError(f"{name} is damaged: its crc32 differs")
+  parts = {k: arrays[v] for k, v in _names(name, leaf["kind"]).items()}
   if leaf["kind"] == "dense":
-    return _place(arrays[name])
-  planes = {k: arrays[f"{name}.{k}"] for k in _TERNARY}
-  x = PackedTernary(**planes, shape=tuple(leaf["shape"]), axis=leaf["axis"])
+    return _place(parts[""])
+  shape = tuple(leaf["shape"])
+  if leaf["kind"] == "coded":
+    planes = entropy_codec.decode(parts.pop("coded"), shape)
+    parts |= dict(zip(("nonzero", "sign"), planes, strict=True))
+  x = PackedTernary(**parts, shape=shape, axis=leaf["axis"])
   validate({name: x})
   return jax.tree.map(_place, x)
 

@@ -16,9 +16,11 @@ import safetensors.numpy
 from hypothesis import strategies as st
 
 from experiments.common.models import LeNet5
+from tern_jax import codec as entropy_codec
 from tern_jax.base import Ternary
 from tern_jax.checkpoint import read_spec, save_packed
 from tern_jax.export import (
+  CODECS,
   GGUF_TYPES,
   from_safetensors,
   to_gguf,
@@ -125,8 +127,9 @@ HALF = {
   ],
   ids=["net", "dtypes", "half", "empty", "names", "leaf", "nothing"],
 )
-def test_a_tree_comes_back_bit_for_bit(path, tree):
-  to_safetensors(path, tree)
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_tree_comes_back_bit_for_bit(path, tree, codec):
+  to_safetensors(path, tree, codec=codec)
   assert_same(from_safetensors(path), tree)
   assert [p.name for p in path.parent.iterdir()] == ["net"]
 
@@ -239,6 +242,33 @@ def test_layout_is_the_documented_one(path):
 def test_two_bits_a_weight_and_a_kilobyte_a_leaf(path):
   to_safetensors(path, {"kernel": packed((512, 500))})
   assert 64_008 < path.stat().st_size < 64_008 + 1024
+
+
+def test_coded_weights_take_their_entropy(path):
+  codes = np.random.default_rng(0).choice(
+    np.arange(-1, 2, dtype=np.int8), (512, 500), p=[0.1, 0.8, 0.1]
+  )
+  tree = {"kernel": packed(codes.shape, codes=codes)}
+  to_safetensors(path, tree, codec="entropy")
+  assert_same(from_safetensors(path), tree)
+  p = np.unique(codes, return_counts=True)[1] / codes.size
+  entropy = -codes.size * np.sum(p * np.log2(p)) / 8
+  tensors, _ = header(path)
+  start, stop = tensors["kernel.coded"]["data_offsets"]
+  assert entropy < stop - start < 1.001 * entropy + 64
+  assert path.stat().st_size < 1.001 * entropy + 1024
+
+
+def test_codecs_that_are_not_there(path, monkeypatch):
+  with pytest.raises(ValueError, match=r"codec must be one of .*entropy"):
+    to_safetensors(path, NET, codec="zip")
+  to_safetensors(path, {"w": packed((16, 3))}, codec="entropy")
+  monkeypatch.setitem(sys.modules, "constriction", None)
+  entropy_codec._stream.cache_clear()
+  with pytest.raises(ImportError, match="needs constriction"):
+    from_safetensors(path)
+  with pytest.raises(ImportError, match="needs constriction"):
+    to_safetensors(path, NET, codec="entropy", overwrite=True)
 
 
 def test_checksums_are_those_of_the_checkpoint(path, tmp_path):
@@ -425,6 +455,11 @@ def planes(size, scale=None):
   }
 
 
+CODED = {
+  "x.coded": np.full(9, 7, np.uint8),
+  "x.w_p": np.ones((), np.float32),
+  "x.w_n": np.ones((), np.float32),
+}
 DENSE = {"x": np.ones(2, np.float32)}
 GOOD = leaf_of(planes(1), [3])["leaves"][0]
 
@@ -466,13 +501,13 @@ GOOD = leaf_of(planes(1), [3])["leaves"][0]
       "its dtypes are not those",
     ),
     (leaf_of({"x": np.ones(2)}), {"x": np.ones(2)}, "set jax_enable_x64"),
-    (leaf_of(planes(1), [2**80]), planes(1), "is no shape"),
-    (leaf_of(planes(1), [-3]), planes(1), "is no shape"),
-    (leaf_of(planes(1), [1] * 33), planes(1), "is no shape"),
-    (leaf_of(planes(1), "3"), planes(1), "is no shape"),
+    (leaf_of(planes(1), [2**80]), planes(1), "lack their shape"),
+    (leaf_of(planes(1), [-3]), planes(1), "lack their shape"),
+    (leaf_of(planes(1), [1] * 33), planes(1), "lack their shape"),
+    (leaf_of(planes(1), "3"), planes(1), "lack their shape"),
     (leaf_of(planes(1), [2**62 + 1]), planes(1), r"x: nonzero must be uint8"),
     (leaf_of(planes(1), [8]), planes(1), "x: axis must be 0"),
-    (leaf_of(planes(1), [3], axis="0"), planes(1), "lacks a field"),
+    (leaf_of(planes(1), [3], axis="0"), planes(1), "lack their shape"),
     (leaf_of(planes(1), [3], axis=7), planes(1), "x: axis must be None"),
     (
       leaf_of(planes(1, np.ones((), np.int32)), [3]),
@@ -484,6 +519,10 @@ GOOD = leaf_of(planes(1), [3])["leaves"][0]
       planes(1) | {"x.sign": np.ones(1, np.uint8)},
       "1 sign bits are set where the weight is zero",
     ),
+    (leaf_of(CODED, [3], kind="coded"), CODED, "the version must be 1, got 7"),
+    (leaf_of(CODED, [2**62], kind="coded"), CODED, "version must be 1"),
+    (leaf_of(CODED, kind="coded"), CODED, "lack their shape or axis"),
+    (leaf_of(CODED, [3]), CODED, "the tensors must be .*'x.nonzero'"),
     ({"format": 1, "leaves": [GOOD, GOOD]}, planes(1), "two leaves .* name"),
     (
       {
