@@ -9,6 +9,16 @@ directory is $TFDS_DATA_DIR or --data-dir.
 
 All methods continue the same float net, which is trained once and kept in
 `runs/float`; the first convolution and the last layer stay float.
+
+Claim: ResNet-8 loses nothing that a short training would show by ternary
+weights, two fifths to two thirds of them zero.
+
+Expected for one seed, which is too few to rank methods: test accuracy of the
+float net after its 6 epochs 72.7; after 3 more as a ternary net, from the
+packed file, TWN 73.0 at 43 % zeros, TGA 73.0 at 44 %, the same with frozen
+thresholds 73.2 at 45 %, EC2T with gamma=0.2 72.6 at 64 %, TTQ 71.5 at 12 %.
+
+Time: 9 minutes for the float net and 6 for each method, on one CPU core.
 """
 
 from experiments.common import cli, run
