@@ -10,8 +10,8 @@ directory is $TFDS_DATA_DIR or --data-dir.
 All methods continue the same float net, which is trained once and kept in
 `runs/float`; the first convolution and the last layer stay float.
 
-Claim: ResNet-8 loses nothing that a short training would show by ternary
-weights, two fifths to two thirds of them zero.
+Claim: after a short training, ResNet-8 with ternary convolutions, two fifths to
+two thirds of them zero, is within .3 points of the float net that it continues.
 
 Expected for one seed, which is too few to rank methods: test accuracy of the
 float net after its 6 epochs 72.7; after 3 more as a ternary net, from the
