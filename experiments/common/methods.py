@@ -104,8 +104,12 @@ class StraightThrough(abc.ABC):
   """What methods share that are trained by the loss alone."""
 
   start: ClassVar[str] = "scratch"
-  rates: ClassVar[Rates] = Rates(latent=1e-3, scale=1e-4)
   axis_label: ClassVar[str] = "latents / scale"
+
+  @property
+  def rates(self) -> Rates:
+    """Adam's first rates, where the options give none."""
+    return Rates(latent=1e-3, scale=1e-4)
 
   @property
   def asked(self) -> float | None:
@@ -182,10 +186,14 @@ class Ec2t(StraightThrough):
   """Share of the steps, at the end, in which no weight changes its code."""
 
   start: ClassVar[str] = "float"
-  # Fast centroids empty whole layers where the constraint is strong.
-  rates: ClassVar[Rates] = Rates(latent=1e-3, scale=1e-5)
 
-  def method(self, steps: int, largest: int) -> Ternarizer:
+  @property
+  def rates(self) -> Rates:
+    """Adam's first rates, where the options give none."""
+    # Fast centroids empty whole layers where the constraint is strong.
+    return Rates(latent=1e-3, scale=1e-5)
+
+  def method(self, steps: int, largest: int) -> tern_jax.EC2T:
     """Returns EC2T, its codes not frozen."""
     del steps
     return tern_jax.EC2T(self.gamma, self.s, largest)

@@ -55,10 +55,17 @@ class Stage:
     """Returns the variables with `Ternary` leaves; {} for the float net."""
     if self.tern is None:
       return {}
-    # Training follows a target closely; what is packed meets it exactly.
-    params, tern_state = self.tern.refresh(state.params, state.tern_state)
-    codes = self.tern.discretize(params, tern_state)
+    state = self.refreshed(state)
+    codes = self.tern.discretize(state.params, state.tern_state)
     return {"params": codes, **state.model_state}
+
+  def refreshed(self, state: training.TrainState) -> training.TrainState:
+    """Returns the state with thresholds that fit its latents exactly."""
+    if self.tern is None:
+      return state
+    # Training follows them closely; what is packed or frozen meets them.
+    params, tern_state = self.tern.refresh(state.params, state.tern_state)
+    return dataclasses.replace(state, params=params, tern_state=tern_state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +210,7 @@ def ternary_phase(
   stages, first = [], 0
   for part in recipe.stages:
     latent = adam(latent_rate, steps, first)
-    transforms = {
+    transforms: Any = {
       "latent": optax.chain(recipe.regularizer, latent),
       "scale": adam(scale_rate, steps, first),
       "float": adam(rest_rate, steps, first),
@@ -344,6 +351,7 @@ def train(
         if n == stage.last and best is not None:
           state = dataclasses.replace(best.state, step=state.step)
         if n == stage.last < steps:
+          state = stage.refreshed(state)
           opt_state = phase.stages[i + 1].tx.init(state.params)
           state = dataclasses.replace(state, opt_state=opt_state)
         if n % config.checkpoint_every == 0 or n == stage.last:
