@@ -199,7 +199,7 @@ def to_stablehlo(
       net = jax.export.deserialize(bytearray(file.read()))
     outputs = net.call(*inputs)
 
-  Later versions of JAX read it for at least six months.
+  JAX reads it for at least six months; an older JAX may not read it.
 
   Args:
     path: file to write; its folder is made. None to only return the bytes.
@@ -329,7 +329,7 @@ def to_gguf(
     fit = _fit(x, channel_axis) if isinstance(x, PackedTernary) else None
     if fit and fit.faults:
       wrong += fit.faults
-      wrong.append(f"forced, its relative RMS error were {fit.error:.1e}")
+      wrong.append(f"forced, its relative RMS error would be {fit.error:.1e}")
     if wrong:
       faults.append(f"{name}: {'; '.join(wrong)}")
     elif fit:
@@ -638,9 +638,8 @@ class _Fit(NamedTuple):
 
 def _fit(x: PackedTernary, channel_axis: int) -> _Fit:
   """Fits one scale to each block: the common one, or the mean magnitude."""
-  t = to_ternary(x)
-  codes = _rows(np.asarray(t.codes), channel_axis).astype(np.float32)
-  w = _rows(np.asarray(t.dequantize()), channel_axis)
+  codes, w = (_rows(np.asarray(a), channel_axis) for a in _decode(x))
+  codes = codes.astype(np.float32)
   w = w.astype(np.promote_types(w.dtype, np.float32))
   n, faults = codes.shape[-1], []
   if pad := -n % _BLOCK:
@@ -670,6 +669,12 @@ def _fit(x: PackedTernary, channel_axis: int) -> _Fit:
     what = "w_p and w_n differ" if differ else "its scale changes"
     faults.append(f"{what} within {_BLOCK} weights (forced: their mean)")
   return _Fit(stored.reshape(padded.shape)[..., :n], relative, faults)
+
+
+@jax.jit
+def _decode(x: PackedTernary) -> tuple[jax.Array, jax.Array]:
+  """Returns the codes and the weights."""
+  return to_ternary(x).codes, x.dequantize()
 
 
 def _rows(x: np.ndarray, channel_axis: int) -> np.ndarray:
