@@ -2,21 +2,25 @@
 
 `encode` turns packed weights into bytes, `decode` turns those into planes. The
 planes are coins to be coded, a coin of `nonzero` for each weight and a coin of
-`sign` for each that is not zero. A plane has one probability, or one for each
-index of an axis (row, column, channel) from a grid of levels: whatever takes
-fewest bits, those of the levels included. Eight coins of one probability are
-one symbol of a range coder.
+`sign` for each that is not zero. All coins of a plane have one probability; or
+one for each index of an axis (row, column, channel), from a grid of levels; or
+one for each sum of the neighbors that are known already along short axes, such
+as those of a convolution: whatever takes fewest bits, its own included. Eight
+coins of one probability are one symbol of a range coder.
 
 Weights are cut into chunks of about a million that are coded on their own: a
 leaf is shared by threads, and a shard is decoded without the others. Bytes are
 
   u8           version, 1
   two models   of `nonzero` and of `sign`, each of one of two kinds:
-    u8 0       one probability for the whole plane,
-    u16 p      p / 65536 that a bit is set;
-    u8 i       one level for each index of axis i - 1,
+    u8 m       neighbors along m axes, 0 if none are looked at;
+    u8 first   only if m is not 0: the first of those axes,
+    u16s       p: p / 65536 is the probability of a bit, for each sum of the
+               neighbors; of bits, 0 ... m, for `nonzero`; of codes, -m ... m,
+               for `sign`. Those beyond the edge of the chunk count as 0.
+    u8 128 + i one level for each index of axis i,
     u8 L       from a grid of L levels,
-    u8 low     of which low, ..., low + n - 1 are in use,
+    u8 low     of which low ... low + n - 1 are in use,
     u8 n       level low + j with a weight of 2^(e_j - 1), or 0 if e_j is 0:
     n nibbles  the e_j, the low half of a byte first
   u32, words   if an axis has levels: how many words, and the coded levels
@@ -40,7 +44,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -61,6 +65,10 @@ _TOTAL = 1 << 24
 _GRIDS = (3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 # An axis of fewer weights an index has nothing to gain from levels.
 _FEWEST = 16
+# Longest axis of neighbors: each of its indices is a step of its own.
+_SHORT = 16
+# What the first byte of a model adds to an axis of levels.
+_LEVELS = 128
 
 _Box = tuple[slice, ...]
 
@@ -68,14 +76,14 @@ _Box = tuple[slice, ...]
 def encode(packed: PackedTernary) -> bytes:
   """Codes the planes of packed weights; their scales are no part of it.
 
-  With k_i of n_i bits set at index i, the bits that are paid are
+  With k_i of n_i bits set at index i, or beside neighbors of sum i, paid are
 
-    sum_i -k_i log2 p_i - (n_i - k_i) log2(1 - p_i)  + those of the model.
+    sum_i -k_i log2 p_i - (n_i - k_i) log2(1 - p_i)
 
-  A model of one p is 3 bytes. A model of levels takes some ½ log2 n_i bits an
-  index: its p_i are x²(3 - 2x) at x = (l + ½) / L, a spacing that follows the
-  error of a measured k_i / n_i, and L is the best of a few. Headers and ends
-  take some 25 bytes a leaf and 14 a chunk.
+  bits and those of the model. A probability of all or of one sum takes 2 bytes,
+  a level some ½ log2 n_i bits: it stands for p = x²(3 - 2x), x = (l + ½) / L, a
+  spacing that follows the error of a measured k_i / n_i, and L is the best of a
+  few. Headers and ends take some 20 bytes a leaf.
 
   Args:
     packed: weights of any shape, on the host or a device.
@@ -107,23 +115,22 @@ def encode(packed: PackedTernary) -> bytes:
   planes = [layout.spread(x) for x in (packed.nonzero, packed.sign)]
   models = _fit(layout, planes[0], None), _fit(layout, planes[1], planes[0])
   parts = [bytes([VERSION]), *(m.header() for m in models)]
-  if any(m.grid for m in models):
+  if leveled := [m for m in models if isinstance(m, _Levels)]:
     coder = stream.queue.RangeEncoder()
-    for m in models:
-      m.put_levels(coder)
+    for m in leveled:
+      m.put_index(coder)
     words = _bytes(coder)
     parts += struct.pack("<I", len(words) // 4), words
 
   def chunk(i: int) -> tuple[bytes, bytes]:
     box = layout.box(i)
+    where = layout.weights(box)
     nonzero, sign = (layout.unpack(x[box]) for x in planes)
     coder = stream.queue.RangeEncoder()
-    for part, p in models[0].groups(layout, box).split(nonzero):
-      _put(coder, part, p)
-    groups = models[1].groups(layout, box)
-    both = zip(groups.split(nonzero), groups.split(sign), strict=True)
-    for (among, _), (part, p) in both:
-      _put(coder, part[np.flatnonzero(among)], p)
+    for bits, p in models[0].split(where, nonzero, None):
+      _put(coder, bits, p)
+    for bits, p in models[1].split(where, sign, nonzero):
+      _put(coder, bits, p)
     words = _bytes(coder)
     return struct.pack("<II", len(words) // 4, _crc(nonzero, sign)), words
 
@@ -161,9 +168,9 @@ def decode(
   (version,) = reader.numbers("<B")
   if version != VERSION:
     raise ValueError(f"the version must be {VERSION}, got {version}.")
-  models = [_Model.read(reader, layout) for _ in range(2)]
+  models = [_read(reader, layout, signed) for signed in (False, True)]
   levels = b""
-  if any(m.grid for m in models):
+  if leveled := [m for m in models if isinstance(m, _Levels)]:
     levels = reader.take(4 * reader.numbers("<I")[0])
   table = np.frombuffer(reader.take(8 * layout.chunks), "<u4").reshape(-1, 2)
   ends = [0, *np.cumsum(table[:, 0], dtype=np.int64).tolist()]
@@ -171,11 +178,10 @@ def decode(
   if reader.left:
     raise ValueError(f"{reader.left} bytes are left over.")
   coder = stream.queue.RangeDecoder(_words(levels))
-  models = [m.get_levels(coder, layout) for m in models]
+  for m in leveled:
+    m.get_index(coder, layout.shape[m.axis])
   wanted = layout.region(region)
-  planes = [
-    np.zeros([s.stop - s.start for s in wanted], np.uint8) for _ in "ns"
-  ]
+  planes = [np.zeros(_lengths(wanted), np.uint8) for _ in range(2)]
 
   def chunk(i: int) -> None:
     box = layout.box(i)
@@ -183,19 +189,10 @@ def decode(
     if any(s.start >= s.stop for s in shared):
       return
     words = _words(chunks[4 * ends[i] : 4 * ends[i + 1]])
-    coder = stream.queue.RangeDecoder(words)
-    groups = models[0].groups(layout, box)
-    nonzero = groups.join(_get(coder, n, p) for n, p in groups.sizes())
-    groups = models[1].groups(layout, box)
-
-    def signs() -> Iterator[np.ndarray]:
-      for among, p in groups.split(nonzero):
-        part = np.zeros(among.size, bool)
-        at = np.flatnonzero(among)
-        part[at] = _get(coder, at.size, p)
-        yield part
-
-    sign = groups.join(signs())
+    get = functools.partial(_get, stream.queue.RangeDecoder(words))
+    where = layout.weights(box)
+    nonzero = models[0].join(where, get, None)
+    sign = models[1].join(where, get, nonzero)
     if _crc(nonzero, sign) != table[i, 1]:
       raise ValueError(f"the crc32 of chunk {i} of {layout.chunks} differs.")
     to, of = _within(shared, wanted), _within(shared, box)
@@ -207,54 +204,67 @@ def decode(
   return nonzero, sign
 
 
+# Which weights are in which chunk.
+
+
 @dataclasses.dataclass(frozen=True)
 class _Layout:
   """How weights are cut into chunks.
 
-  A chunk is a box of an array of shape `grid`: a plane; or, of a shape without
-  an axis to pack, the bits of a plane in the shape of the weights. It has one
-  index of each axis before `split`, `step` of that one, and all others whole.
+  A chunk is a block of an array of shape `grid`: a plane; or, of a shape
+  without an axis to pack, the bits of a plane in the shape of the weights.
   """
 
   shape: tuple[int, ...]
   axis: int | None
   grid: tuple[int, ...]
-  split: int
-  step: int
-  chunks: int
+  block: tuple[int, ...]
 
   @classmethod
   def of(cls, shape: tuple[int, ...]) -> "_Layout":
     axis, shape = packed_axis(shape), tuple(shape) or (1,)
     grid = shape if axis is None else plane_shape(shape)
     limit = _CHUNK if axis is None else _CHUNK // 8
-    behind = [math.prod(grid[i + 1 :]) for i in range(len(grid))]
-    split = next(i for i, n in enumerate(behind) if n <= limit)
-    most = limit // max(1, behind[split])
-    # All about as long: a short one would not be worth its header.
-    step = max(1, _ceil(grid[split], max(1, _ceil(grid[split], most))))
-    chunks = math.prod(grid[:split]) * _ceil(grid[split], step)
-    return cls(shape, axis, grid, split, step, chunks if math.prod(grid) else 0)
+    block = [max(1, n) for n in grid]
+    # The longest axis is cut first: neighbors along short ones stay together.
+    for i in sorted(range(len(grid)), key=lambda i: -shape[i]):
+      most = max(1, limit // (math.prod(block) // block[i]))
+      # All about as long: a short one would not be worth its header.
+      block[i] = _ceil(block[i], _ceil(block[i], most))
+    return cls(shape, axis, grid, tuple(block))
 
   @property
   def size(self) -> int:
     return math.prod(self.shape)
 
+  @property
+  def counts(self) -> tuple[int, ...]:
+    """Number of blocks along each axis."""
+    return tuple(map(_ceil, self.grid, self.block))
+
+  @property
+  def chunks(self) -> int:
+    return math.prod(self.counts)
+
   def may_level(self, axis: int) -> bool:
     """Whether an axis has enough weights an index to gain from levels."""
     return self.size >= _FEWEST * self.shape[axis] > _FEWEST
 
+  def may_neighbor(self, axes: range) -> bool:
+    """Whether there are these axes, short and not packed."""
+    lengths = [self.shape[i] for i in axes if i < len(self.shape)]
+    return (
+      len(lengths) == len(axes)
+      and all(1 < n <= _SHORT for n in lengths)
+      and math.prod(lengths) <= _SHORT**2
+      and self.axis not in axes
+    )
+
   def box(self, i: int) -> _Box:
     """Returns where chunk i lies in an array of the grid."""
-    n, ahead = self.grid[self.split], self.grid[: self.split]
-    outer, inner = divmod(i, _ceil(n, self.step))
-    at = [int(k) for k in np.unravel_index(outer, ahead)]
-    start = inner * self.step
-    return (
-      *(slice(k, k + 1) for k in at),
-      slice(start, min(start + self.step, n)),
-      *(slice(0, k) for k in self.grid[self.split + 1 :]),
-    )
+    at = map(int, np.unravel_index(i, self.counts))
+    blocks = zip(at, self.block, self.grid, strict=True)
+    return tuple(slice(k * b, min((k + 1) * b, n)) for k, b, n in blocks)
 
   def weights(self, box: _Box) -> _Box:
     """Returns where a box of the grid lies in the array of weights."""
@@ -303,171 +313,301 @@ class _Layout:
     shifted = bits.view(np.uint8).reshape(shape) << self._shifts()
     return np.bitwise_or.reduce(shifted, axis=self.axis + 1)
 
-  def counts(self, x: np.ndarray, axis: int) -> np.ndarray:
+  def tally(self, x: np.ndarray, axis: int) -> np.ndarray:
     """Counts the bits set at each index of an axis of the weights."""
-    others = tuple(i for i in range(x.ndim) if i != axis)
-    if axis != self.axis:
-      return np.bitwise_count(x).sum(others, dtype=np.int64)
-    bits = [(x >> j & 1).sum(others, dtype=np.int64) for j in range(8)]
-    return np.stack(bits, -1).reshape(-1)
+    rows = np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
+    n, size = rows.shape
+    padded = np.zeros((n, size + -size % 8), np.uint8)
+    padded[:, :size] = rows
+    words = padded.view(np.uint64)
+    # Bits of an axis that is packed are counted in all bytes of a word at once.
+    ones = np.uint64(0x0101010101010101)
+    masks = [ones << j for j in range(8)] if axis == self.axis else [255 * ones]
+    counts = [np.bitwise_count(words & m).sum(1, dtype=np.int64) for m in masks]
+    return np.stack(counts, -1).reshape(-1)
 
   def _shifts(self) -> np.ndarray:
     behind = self.shape[(self.axis or 0) + 1 :]
     return np.arange(8, dtype=np.uint8).reshape(8, *[1] * len(behind))
 
 
+# What the probability of a coin depends on.
+
+
 @dataclasses.dataclass(frozen=True)
-class _Model:
-  """Probabilities of the coins of a plane: `p`, or those of levels.
+class _Neighbors:
+  """One probability for each sum of neighbors; for all coins, if m is 0.
+
+  The neighbors of a coin are those before it along m axes from `first`. Beyond
+  the edge of a chunk they are 0.
 
   Attributes:
-    p: probability of the whole plane.
-    grid: number of levels of the grid; 0 if the plane has one probability.
-    axis: of the weights, each index of which has a level.
+    first: the first of the axes.
+    m: how many.
+    chances: of each sum, which is 0 ... m for `nonzero`, -m ... m for `sign`.
+  """
+
+  first: int
+  m: int
+  chances: tuple[int, ...]
+
+  def header(self) -> bytes:
+    """Returns what `_read` reads."""
+    head = [self.m, self.first] if self.m else [0]
+    return bytes(head) + struct.pack(f"<{len(self.chances)}H", *self.chances)
+
+  def split(
+    self, where: _Box, bits: np.ndarray, among: np.ndarray | None
+  ) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields the coins of each probability, flat, and that.
+
+    Args:
+      where: of the chunk in the weights.
+      bits: of the chunk.
+      among: bits of the chunk, where there are coins; None for everywhere.
+    """
+    del where
+    bits, among = self._to_front(bits), self._to_front(among)
+    values = _values(bits, among)
+    for step in np.ndindex(bits.shape[: self.m]):
+      flat = bits[*step, ...].reshape(-1)
+      for at, p in self._groups(step, values, among):
+        yield flat[at], p
+
+  def join(
+    self,
+    where: _Box,
+    get: Callable[[int, int], np.ndarray],
+    among: np.ndarray | None,
+  ) -> np.ndarray:
+    """Returns the bits that `split` split, from get(number of coins, p)."""
+    among = self._to_front(among)
+    bits = self._to_front(np.zeros(_lengths(where), bool))
+    values = np.zeros(bits.shape, np.int8)
+    for step in np.ndindex(bits.shape[: self.m]):
+      here = (*step, ...)
+      flat = bits[here].reshape(-1)
+      for at, p in self._groups(step, values, among):
+        flat[at] = get(flat[at].size, p)
+      values[here] = _values(bits[here], None if among is None else among[here])
+    return np.moveaxis(bits, range(self.m), self._axes())
+
+  def _axes(self) -> range:
+    return range(self.first, self.first + self.m)
+
+  def _to_front(self, x: Any) -> Any:
+    return None if x is None else _to_front(x, self._axes())
+
+  def _groups(
+    self, step: tuple[int, ...], values: np.ndarray, among: np.ndarray | None
+  ) -> Iterator[tuple[Any, int]]:
+    """Yields which coins of a step are of each probability, and that."""
+    coins, low = None, 0
+    if among is not None:
+      coins, low = np.flatnonzero(among[*step, ...]), -self.m
+    near = [
+      values[*step[:i], k - 1, *step[i + 1 :], ...]
+      for i, k in enumerate(step)
+      if k
+    ]
+    if not near:
+      yield slice(None) if coins is None else coins, self.chances[-low]
+      return
+    sums = functools.reduce(np.add, near).reshape(-1)
+    if coins is not None:
+      sums = sums[coins]
+    for total, p in enumerate(self.chances, low):
+      at = np.flatnonzero(sums == total)
+      yield at if coins is None else coins[at], p
+
+
+@dataclasses.dataclass
+class _Levels:
+  """One probability for each index of an axis, from a grid of levels.
+
+  Attributes:
+    axis: of the weights.
+    grid: number of levels of the grid.
     low: lowest level in use.
     weights: e_j of each level from there on.
     index: level of each index of the axis.
   """
 
-  p: int = 0
-  grid: int = 0
-  axis: int = 0
-  low: int = 0
-  weights: tuple[int, ...] = ()
+  axis: int
+  grid: int
+  low: int
+  weights: tuple[int, ...]
   index: Any = None
 
   def header(self) -> bytes:
-    """Returns the model, without the level of each index, as bytes."""
-    if not self.grid:
-      return struct.pack("<BH", 0, self.p)
-    facts = self.axis + 1, self.grid, self.low, len(self.weights)
+    """Returns what `_read` reads."""
+    facts = _LEVELS + self.axis, self.grid, self.low, len(self.weights)
     pairs = itertools.zip_longest(*[iter(self.weights)] * 2, fillvalue=0)
     return bytes((*facts, *(a | b << 4 for a, b in pairs)))
 
-  @classmethod
-  def read(cls, reader: "_Reader", layout: _Layout) -> "_Model":
-    """Reads what `header` returned."""
-    (axis,) = reader.numbers("<B")
-    if axis == 0:
-      (p,) = reader.numbers("<H")
-      if p == 0:
-        raise ValueError("a probability must not be 0.")
-      return cls(p)
-    axis -= 1
-    if axis >= len(layout.shape) or not layout.may_level(axis):
-      raise ValueError(f"axis {axis} of {layout.shape} has no levels.")
-    grid, low, n = reader.numbers("<BBB")
-    halves = reader.take(_ceil(n, 2))
-    weights = [e for byte in halves for e in (byte & 15, byte >> 4)][:n]
-    if grid < 2 or low + n > grid or not any(weights):
-      raise ValueError(f"{n} levels from {low} are not of a grid of {grid}.")
-    return cls(0, grid, axis, low, tuple(weights))
-
-  def put_levels(self, coder: Any) -> None:
+  def put_index(self, coder: Any) -> None:
     """Codes the level of each index."""
     if len(self.weights) > 1:
       coder.encode((self.index - self.low).astype(np.int32), self._prior())
 
-  def get_levels(self, coder: Any, layout: _Layout) -> "_Model":
-    """Decodes what `put_levels` coded."""
-    if not self.grid:
-      return self
-    n, index = layout.shape[self.axis], np.zeros((), np.int32)
+  def get_index(self, coder: Any, n: int) -> None:
+    """Decodes what `put_index` coded."""
+    self.index = np.full(n, self.low)
     if len(self.weights) > 1:
-      index = _decode(coder, self._prior(), n)
-    return dataclasses.replace(self, index=np.broadcast_to(index, n) + self.low)
+      self.index += _decode(coder, self._prior(), n)
 
-  def groups(self, layout: _Layout, box: _Box) -> "_Groups":
-    """Returns how the weights of a chunk are grouped by their probability."""
-    weights = layout.weights(box)
-    shape = tuple(s.stop - s.start for s in weights)
-    if not self.grid:
-      return _Groups(shape, 0, None, [0, shape[0]], [self.p])
-    index = self.index[weights[self.axis]]
+  def split(
+    self, where: _Box, bits: np.ndarray, among: np.ndarray | None
+  ) -> Iterator[tuple[np.ndarray, int]]:
+    """As `_Neighbors.split`."""
+    order, groups = self._groups(where)
+    bits = bits.take(order, self.axis)
+    if among is not None:
+      among = among.take(order, self.axis)
+    for at, p in groups:
+      flat = bits[at].reshape(-1)
+      if among is not None:
+        flat = flat[np.flatnonzero(among[at])]
+      yield flat, p
+
+  def join(
+    self,
+    where: _Box,
+    get: Callable[[int, int], np.ndarray],
+    among: np.ndarray | None,
+  ) -> np.ndarray:
+    """As `_Neighbors.join`."""
+    order, groups = self._groups(where)
+    bits = np.zeros(_lengths(where), bool)
+    if among is not None:
+      among = among.take(order, self.axis)
+    for at, p in groups:
+      part = bits[at]
+      if among is None:
+        part[...] = get(part.size, p).reshape(part.shape)
+        continue
+      flat, coins = np.zeros(part.size, bool), np.flatnonzero(among[at])
+      flat[coins] = get(coins.size, p)
+      part[...] = flat.reshape(part.shape)
+    return bits.take(np.argsort(order), self.axis)
+
+  def _groups(
+    self, where: _Box
+  ) -> tuple[np.ndarray, list[tuple[tuple[slice, ...], int]]]:
+    """Returns the order of indices by level, and where each is in that."""
+    index = self.index[where[self.axis]]
     levels, counts = np.unique(index, return_counts=True)
-    # The order of indices of one level is their own: the sort is stable.
-    order = np.argsort(index, kind="stable") if levels.size > 1 else None
-    bounds = [0, *np.cumsum(counts).tolist()]
+    ends = itertools.pairwise([0, *np.cumsum(counts).tolist()])
+    ahead = [slice(None)] * self.axis
+    at = [(*ahead, slice(a, b)) for a, b in ends]
     chances = _levels(self.grid)[levels].tolist()
-    return _Groups(shape, self.axis, order, bounds, chances)
+    # The sort must be stable: each side sorts for itself.
+    order = np.argsort(index, kind="stable")
+    return order, list(zip(at, chances, strict=True))
 
   def _prior(self) -> Any:
     return _categorical(tuple(1 << e >> 1 for e in self.weights))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Groups:
-  """Bits of a chunk, sorted along an axis by their probability.
-
-  Attributes:
-    shape: of the weights of the chunk.
-    axis: along which the indices are sorted.
-    order: indices in the order of the groups, None if there is one group.
-    bounds: where each group begins in that order, and where the last ends.
-    chances: probability of each group.
-  """
-
-  shape: tuple[int, ...]
-  axis: int
-  order: np.ndarray | None
-  bounds: list[int]
-  chances: list[int]
-
-  def split(self, bits: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields the bits of each group, flat, and their probability."""
-    if self.order is not None:
-      bits = bits.take(self.order, self.axis)
-    for at, p in zip(self._slices(), self.chances, strict=True):
-      yield bits[at].reshape(-1), p
-
-  def sizes(self) -> Iterator[tuple[int, int]]:
-    """Yields the number of bits of each group, and their probability."""
-    row = math.prod(self.shape) // self.shape[self.axis]
-    for (a, b), p in zip(
-      itertools.pairwise(self.bounds), self.chances, strict=True
-    ):
-      yield row * (b - a), p
-
-  def join(self, parts: Iterable[np.ndarray]) -> np.ndarray:
-    """Returns the bits that `split` split."""
-    bits = np.empty(self.shape, bool)
-    for at, part in zip(self._slices(), parts, strict=True):
-      bits[at] = part.reshape(bits[at].shape)
-    if self.order is None:
-      return bits
-    return bits.take(np.argsort(self.order), self.axis)
-
-  def _slices(self) -> Iterator[tuple[slice, ...]]:
-    for a, b in itertools.pairwise(self.bounds):
-      yield (*[slice(None)] * self.axis, slice(a, b))
+def _read(
+  reader: "_Reader", layout: _Layout, signed: bool
+) -> _Neighbors | _Levels:
+  """Reads a model of `nonzero`, or of `sign`."""
+  (kind,) = reader.numbers("<B")
+  if kind < _LEVELS:
+    first = reader.numbers("<B")[0] if kind else 0
+    if not layout.may_neighbor(range(first, first + kind)):
+      raise ValueError(
+        f"{layout.shape} has no neighbors along {kind} axes from {first}."
+      )
+    chances = reader.numbers(f"<{(1 + signed) * kind + 1}H")
+    if 0 in chances:
+      raise ValueError("a probability must not be 0.")
+    return _Neighbors(first, kind, chances)
+  axis = kind - _LEVELS
+  if axis >= len(layout.shape) or not layout.may_level(axis):
+    raise ValueError(f"axis {axis} of {layout.shape} has no levels.")
+  grid, low, n = reader.numbers("<BBB")
+  halves = reader.take(_ceil(n, 2))
+  weights = tuple(e for byte in halves for e in (byte & 15, byte >> 4))[:n]
+  if grid < 2 or low + n > grid or not any(weights):
+    raise ValueError(f"{n} levels from {low} are not of a grid of {grid}.")
+  return _Levels(axis, grid, low, weights)
 
 
-def _fit(layout: _Layout, plane: np.ndarray, among: Any) -> _Model:
+def _fit(
+  layout: _Layout, plane: np.ndarray, among: np.ndarray | None
+) -> _Neighbors | _Levels:
   """Returns the model of least cost.
 
   Args:
     layout: of the plane.
-    plane: in the grid.
-    among: plane of the coins that are coded, None for all weights.
+    plane: array of the grid.
+    among: where there are coins, None for everywhere.
   """
+  models = itertools.chain(
+    _fit_neighbors(layout, plane, among), _fit_levels(layout, plane, among)
+  )
+  return min(models, key=lambda costed: costed[0])[1]
 
-  def number(x: np.ndarray) -> int:
-    return int(np.bitwise_count(x).sum(dtype=np.int64))
 
+def _fit_neighbors(
+  layout: _Layout, plane: np.ndarray, among: np.ndarray | None
+) -> Iterator[tuple[int, _Neighbors]]:
+  """Yields models by neighbors, first that without any, and their costs."""
   bits = _costs()
-  k, n = number(plane), layout.size if among is None else number(among)
-  p = min(max((k * _ONE + n // 2) // max(n, 1), 1), _ONE - 1)
-  best = _Model(p)
-  least = 24 * _BIT + k * int(bits[p]) + (n - k) * int(bits[_ONE - p])
+  starts = range(len(layout.shape))
+  runs = [range(i, j) for i in starts for j in range(i + 1, len(starts) + 1)]
+  for axes in (range(0), *filter(layout.may_neighbor, runs)):
+    ks, ns = _count_sums(layout, plane, among, axes)
+    chances = _ratios(ks, ns, _ONE // 2)
+    cost = ks @ bits[chances] + (ns - ks) @ bits[_ONE - chances]
+    model = _Neighbors(axes.start, len(axes), tuple(chances.tolist()))
+    yield int(cost) + 8 * len(model.header()) * _BIT, model
+
+
+def _count_sums(
+  layout: _Layout, plane: np.ndarray, among: np.ndarray | None, axes: range
+) -> np.ndarray:
+  """Counts the bits that are set, and all coins, by the sum of neighbors."""
+  # Planes are as good as bits, but along the axis that is packed.
+  full = np.uint8(1 if layout.axis is None else 255)
+  plane = _to_front(plane, axes)
+  if among is None:
+    states, coins = {0: full & ~plane, 1: plane}, np.full_like(plane, full)
+  else:
+    coins = _to_front(among, axes)
+    states = {-1: plane, 0: full & ~coins, 1: coins & ~plane}
+  shifted = [
+    {code: _shift(x, axis, 0 if code else full) for code, x in states.items()}
+    for axis in range(len(axes))
+  ]
+  low, high = min(states) * len(axes), len(axes)
+  counts = np.zeros((2, high - low + 1), np.int64)
+  for codes in itertools.product(states, repeat=len(axes)):
+    mask = coins
+    for code, x in zip(codes, shifted, strict=True):
+      mask = mask & x[code]
+    counts[:, sum(codes) - low] += _ones(mask & plane), _ones(mask)
+  return counts
+
+
+def _fit_levels(
+  layout: _Layout, plane: np.ndarray, among: np.ndarray | None
+) -> Iterator[tuple[int, _Levels]]:
+  """Yields models by levels and their costs."""
+  bits = _costs()
   for axis, length in enumerate(layout.shape):
     if not layout.may_level(axis):
       continue
-    ks = layout.counts(plane, axis)
+    ks = layout.tally(plane, axis)
     if among is None:
       ns = np.full(length, layout.size // length)
     else:
-      ns = layout.counts(among, axis)
-    ratios = np.where(ns, (ks * _ONE + ns // 2) // np.maximum(ns, 1), p)
+      ns = layout.tally(among, axis)
+    n = int(ns.sum())
+    mean = int(_ratios(ks.sum(), n, _ONE // 2))
+    ratios = _ratios(ks, ns, mean)
     for grid in _GRIDS:
       if grid * grid * length > 4 * n:
         break  # Finer than what the counts are good for.
@@ -479,18 +619,52 @@ def _fit(layout: _Layout, plane: np.ndarray, among: Any) -> _Model:
         min(15, ((2 * c * c).bit_length() + 1) // 2)
         for c in counts[low:].tolist()
       )
-      model = _Model(0, grid, axis, low, weights, index)
+      model = _Levels(axis, grid, low, weights, index)
       prior = np.array([1 << e >> 1 for e in weights])
-      prior = np.maximum(prior * _ONE // prior.sum(), 1)
+      prior = _ratios(prior, prior.sum(), 0)
       chances = _levels(grid)[index]
       cost = (
-        8 * (len(model.header()) + 8) * _BIT
-        + int(counts[low:] @ bits[prior])
-        + int(ks @ bits[chances] + (ns - ks) @ bits[_ONE - chances])
+        counts[low:] @ bits[prior]
+        + ks @ bits[chances]
+        + (ns - ks) @ bits[_ONE - chances]
       )
-      if cost < least:
-        best, least = model, cost
-  return best
+      # And the number of words, and their end.
+      yield int(cost) + 8 * (len(model.header()) + 8) * _BIT, model
+
+
+def _ratios(ks: Any, ns: Any, otherwise: int) -> np.ndarray:
+  """Returns k / n in 1 / _ONE, more than 0 and less than 1."""
+  ratios = (ks * _ONE + ns // 2) // np.maximum(ns, 1)
+  return np.clip(np.where(ns, ratios, otherwise), 1, _ONE - 1)
+
+
+def _to_front(x: np.ndarray, axes: range) -> np.ndarray:
+  """Returns an array with some axes in front, contiguous."""
+  return np.ascontiguousarray(np.moveaxis(x, axes, range(len(axes))))
+
+
+def _shift(x: np.ndarray, axis: int, edge: Any) -> np.ndarray:
+  """Returns an array of what is before each element along an axis."""
+  moved = np.roll(x, 1, axis)
+  moved[(*[slice(None)] * axis, 0)] = edge
+  return moved
+
+
+def _values(bits: np.ndarray, among: np.ndarray | None) -> np.ndarray:
+  """Returns bits as int8; as -1 if they are among others and set, else 1."""
+  values = bits.view(np.int8)
+  return values if among is None else among.view(np.int8) - 2 * values
+
+
+def _ones(x: np.ndarray) -> int:
+  """Counts the bits that are set in bytes, of eight bytes at a time."""
+  flat, n = x.reshape(-1), x.size // 8 * 8
+  parts = flat[:n].view(np.uint64), flat[n:]
+  return sum(int(np.bitwise_count(x).sum(dtype=np.int64)) for x in parts)
+
+
+def _lengths(box: _Box) -> list[int]:
+  return [s.stop - s.start for s in box]
 
 
 @functools.cache
@@ -522,12 +696,11 @@ def _thresholds(grid: int) -> np.ndarray:
   return _ONE * zero // (one + zero) + 1
 
 
-@functools.cache
-def _coins(p: int) -> Any:
-  """Returns the model of eight coins, the first in the lowest bit."""
-  q = _ONE - p
-  by_heads = [p**k * q ** (8 - k) for k in range(9)]
-  return _categorical(tuple(by_heads[i.bit_count()] for i in range(256)))
+@functools.lru_cache(1024)
+def _coins(p: int, n: int) -> Any:
+  """Returns the model of up to eight coins, the first in the lowest bit."""
+  by_heads = [p**k * (_ONE - p) ** (n - k) for k in range(n + 1)]
+  return _categorical(tuple(by_heads[i.bit_count()] for i in range(1 << n)))
 
 
 def _categorical(weights: tuple[int, ...]) -> Any:
@@ -546,15 +719,20 @@ def _categorical(weights: tuple[int, ...]) -> Any:
 
 def _put(coder: Any, bits: np.ndarray, p: int) -> None:
   """Codes bits of one probability."""
-  data = _pack(bits)
-  if bits.size % 8 and 2 * p > _ONE:
-    data[-1] |= 255 << bits.size % 8 & 255  # Fills up with what costs less.
-  coder.encode(data.astype(np.int32), _coins(p))
+  data, (n, rest) = _pack(bits).astype(np.int32), divmod(bits.size, 8)
+  coder.encode(data[:n], _coins(p, 8))
+  if rest:
+    coder.encode(data[n:], _coins(p, rest))
 
 
-def _get(coder: Any, n: int, p: int) -> np.ndarray:
+def _get(coder: Any, size: int, p: int) -> np.ndarray:
   """Decodes what `_put` coded."""
-  return _unpack(_decode(coder, _coins(p), _ceil(n, 8)).astype(np.uint8), n)
+  n, rest = divmod(size, 8)
+  data = np.empty(n + (rest > 0), np.uint8)
+  data[:n] = _decode(coder, _coins(p, 8), n)
+  if rest:
+    data[n:] = _decode(coder, _coins(p, rest), 1)
+  return _unpack(data, size)
 
 
 def _decode(coder: Any, model: Any, n: int) -> np.ndarray:
@@ -622,10 +800,13 @@ def _ceil(n: int, by: int) -> int:
 
 
 def _threads(f: Callable[[int], Any], n: int) -> list[Any]:
-  """Returns f(0), ..., f(n - 1); threads share all that numpy does."""
+  """Returns f(0), ..., f(n - 1), of a few threads."""
   if n < 2:
     return list(map(f, range(n)))
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+  # They share what NumPy does. The coder itself, a third to a half of the time,
+  # is of one thread at a time: more of them would only take memory.
+  workers = min(4, os.cpu_count() or 1)
+  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
     return list(pool.map(f, range(n)))
 
 
