@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 Array = jax.Array
 #: A dict of named arrays that a method keeps for one weight array.
@@ -194,6 +195,18 @@ def call_repr(obj: Any, name: str | None = None) -> str:
     if f.init and differs(f)
   ]
   return f"{name or type(obj).__name__}({', '.join(shown)})"
+
+
+def least_scale(dtype: DTypeLike) -> float:
+  """Where trained magnitudes stop shrinking.
+
+  Not the least number of the dtype: products of gradients with weights of that
+  size would vanish, and the magnitude could never grow again.
+
+  >>> least_scale(jnp.float32)
+  1e-12
+  """
+  return max(1e-12, float(jnp.finfo(dtype).tiny))
 
 
 def widen(x: Array) -> Array:

@@ -174,6 +174,22 @@ def test_after_step_keeps_structure_dtypes_and_positive_scales(method):
   assert all(bool((s > 0).all()) for s in jax.tree.leaves(after[0]))
 
 
+@pytest.mark.parametrize("method", [SCA(sparsity=0.5), TTQ()], ids=repr)
+def test_a_scale_that_ran_into_its_bound_comes_back(method):
+  w = weights()
+  scales, state = method.init(w)
+  gone = jax.tree.map(lambda x: -x, scales)
+  scales, state = method.after_step(method.latent(w), gone, state)
+  sign = jnp.sign(w)
+
+  def loss(scales):
+    # Larger magnitudes would be better.
+    return -1e-4 * jnp.sum(method(method.latent(w), scales, state) * sign)
+
+  for slope in jax.tree.leaves(jax.grad(loss)(scales)):
+    assert float(slope) < -1e-3
+
+
 @pytest.mark.parametrize("method", [SCA(sparsity=0.7), TWN(sparsity=0.7)])
 def test_refresh_meets_the_sparsity_for_other_latents(method):
   w = weights((64, 64))

@@ -19,6 +19,7 @@ from tern_jax.base import (
   Ternary,
   check_range,
   dense,
+  least_scale,
   reduced_axes,
   widen,
 )
@@ -250,8 +251,8 @@ class EC2T(Ternarizer):
     """Returns the least centroids and the thresholds, both widened."""
     axes = reduced_axes(w, self.channel_axis)
     std = jnp.std(widen(w), axes, keepdims=axes is not None)
-    # The tiny one keeps centroids positive where all weights are equal.
-    floor = jnp.maximum(self.min_scale * std, float(jnp.finfo(w.dtype).tiny))
+    # The least one keeps centroids positive where all weights are equal.
+    floor = jnp.maximum(self.min_scale * std, least_scale(w.dtype))
     t_p, t_n = self._thresholds(w, **self._clamp(w, scales, floor))
     return {"floor": floor, "t_n": t_n, "t_p": t_p}
 

@@ -11,6 +11,7 @@ from tern_jax.base import (
   Ternarizer,
   Ternary,
   check_range,
+  least_scale,
   rms,
   widen,
 )
@@ -148,8 +149,8 @@ class SCA(Ternarizer):
   ) -> tuple[Arrays, Arrays]:
     """Keeps the scale positive, and the threshold at the asked sparsity."""
     if self.scaled:
-      tiny = jnp.finfo(w.dtype).tiny
-      scales = {"a": jnp.maximum(scales["a"], jnp.asarray(tiny, w.dtype))}
+      least = jnp.asarray(least_scale(w.dtype), w.dtype)
+      scales = {"a": jnp.maximum(scales["a"], least)}
     if not self.soft:
       state = follow_target(state, w, self.sparsity, self.every)
     return scales, state

@@ -13,6 +13,7 @@ from tern_jax.base import (
   Ternary,
   check_range,
   dense,
+  least_scale,
   reduced_axes,
   widen,
 )
@@ -109,8 +110,8 @@ class TTQ(Ternarizer):
       lambda: self._look(w),
       lambda: state["threshold"],
     )
-    tiny = jnp.asarray(jnp.finfo(w.dtype).tiny, w.dtype)
-    scales = {name: jnp.maximum(s, tiny) for name, s in scales.items()}
+    least = jnp.asarray(least_scale(w.dtype), w.dtype)
+    scales = {name: jnp.maximum(s, least) for name, s in scales.items()}
     return scales, {"count": count, "threshold": threshold}
 
   def refresh(
