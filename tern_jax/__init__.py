@@ -41,6 +41,7 @@ from tern_jax.regularizers import wdr as wdr
 from tern_jax.regularizers import wdr_barrier as wdr_barrier
 from tern_jax.regularizers import wdr_grad as wdr_grad
 from tern_jax.regularizers import wdr_transform as wdr_transform
+from tern_jax.resume import from_packed as from_packed
 from tern_jax.select import kernels as kernels
 from tern_jax.sparsity import ramp as ramp
 from tern_jax.transform import ParamTransform as ParamTransform

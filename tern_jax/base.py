@@ -6,6 +6,7 @@ packed, packed weights are saved or exported.
 
 import abc
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -162,6 +163,27 @@ class Ternarizer(abc.ABC):
     del w
     return scales, state
 
+  def invert(
+    self, ternary: Ternary, count: Array
+  ) -> tuple[Array, Arrays, Arrays]:
+    """Returns (latents, scales, state) of which these weights are the codes.
+
+    Optional: `from_packed` needs it. Latents lie well inside their basins, so
+    that neither `after_step` nor `refresh` changes a code. Those of one code
+    are equal, or nearly so: what moves first is for the loss to say.
+
+    Args:
+      ternary: weights, with scales of the shape that `discretize` gives them.
+      count: int32, 0-d, step at which schedules stand.
+
+    Raises:
+      ValueError: the method cannot make such weights.
+    """
+    del ternary, count
+    raise ValueError(
+      f"{self!r} cannot continue ternary weights: it defines no `invert`."
+    )
+
   def __repr__(self) -> str:
     """Prints the call that made the method: fields that are not defaults."""
     return call_repr(self)
@@ -207,6 +229,86 @@ def least_scale(dtype: DTypeLike) -> float:
   1e-12
   """
   return max(1e-12, float(jnp.finfo(dtype).tiny))
+
+
+def one_magnitude(ternary: Ternary, method: Ternarizer) -> Array:
+  """Returns the magnitude of both signs, for a method that has only one.
+
+  Raises:
+    ValueError: the two magnitudes differ; traced ones are not looked at.
+
+  >>> one = jnp.ones(())
+  >>> float(one_magnitude(Ternary(jnp.ones(2, jnp.int8), one, one), None))
+  1.0
+  """
+  w_p, w_n = ternary.w_p, ternary.w_n
+  if concrete(w_p) and not jnp.array_equal(w_p, w_n):
+    raise ValueError(
+      f"{method!r} has one magnitude for both signs, but these weights have"
+      f" two, up to {jnp.max(w_p):.6g} and {jnp.max(w_n):.6g}: take a method"
+      " with two, such as TTQ."
+    )
+  return w_p
+
+
+def alive(scale: Array) -> Array:
+  """Magnitudes to train, where those that no weight has may be 0.
+
+  A trained magnitude must not be 0; the largest of the array takes its place.
+
+  >>> alive(jnp.array([[0.0, 0.5, 2.0]])).tolist(), float(alive(jnp.zeros(())))
+  ([[2.0, 0.5, 2.0]], 1.0)
+  """
+  top = jnp.max(scale, initial=0)
+  one = jnp.ones((), scale.dtype)
+  return jnp.where(scale > 0, scale, jnp.where(top > 0, top, one))
+
+
+def with_mean(
+  codes: Array,
+  mean: Array,
+  dtype: DTypeLike,
+  channel_axis: int | tuple[int, ...] | None = None,
+) -> Array:
+  """Latents of given codes and of a given mean magnitude of the nonzeros.
+
+  The magnitudes are two neighboring multiples of a power of two, so coarse that
+  sums of them are exact: a mean of many equal floats, summed one by one, would
+  be off by more than its rounding, and differently in every order.
+
+  Args:
+    codes: int8, any shape, in {-1, 0, 1}.
+    mean: float32 or wider, >= 0, 0-d or one for each channel.
+    dtype: of the latents.
+    channel_axis: as in `reduced_axes`.
+
+  Returns:
+    Shape of codes; exact for up to 2^13 nonzeros, else equal to within 2^-10.
+
+  >>> codes = jnp.ones(6, jnp.int8)
+  >>> w = with_mean(codes, jnp.array(1 + 2**-8), jnp.bfloat16)
+  >>> w.tolist()
+  [1.0078125, 1.0078125, 1.0078125, 1.0, 1.0, 1.0]
+  """
+  axes = reduced_axes(codes, channel_axis)
+  keep, axes = axes is not None, axes or tuple(range(codes.ndim))
+  nonzero = codes != 0
+  count = jnp.sum(nonzero, axes, mean.dtype, keepdims=keep)
+  exponent, size = jnp.frexp(mean)[1], jnp.frexp(count)[1]
+  bits = jnp.maximum(jnp.finfo(mean.dtype).nmant - size, 10)
+  bits = jnp.minimum(bits, jnp.finfo(dtype).nmant)
+  unit = jnp.ldexp(jnp.ones_like(mean), exponent - 1 - bits)
+  total = jnp.round(count * (mean / unit))
+  low = jnp.floor(total / jnp.maximum(count, 1))
+  # As many as make up the sum are one unit larger: the first of a channel.
+  front = tuple(range(len(axes)))
+  moved = jnp.moveaxis(nonzero, axes, front)
+  n, rest = math.prod(moved.shape[: len(axes)]), moved.shape[len(axes) :]
+  flat = moved.reshape(n, *rest)
+  rank = jnp.cumsum(flat, 0, mean.dtype).reshape(moved.shape)
+  larger = jnp.moveaxis(rank, front, axes) <= total - low * count
+  magnitude = unit * (low + larger.astype(mean.dtype))
+  return codes.astype(dtype) * magnitude.astype(dtype)
 
 
 def widen(x: Array) -> Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from tern_jax.base import Array, Arrays, call_repr, check_range
+from tern_jax.base import Array, Arrays, call_repr, check_range, concrete
 
 #: Share of the weights by which a target may be missed while it is followed.
 TOLERANCE = 1e-3
@@ -110,7 +110,7 @@ def magnitude_threshold(
   if not n:
     return jnp.zeros((), jnp.float32)
   magnitude = jnp.atleast_1d(jnp.abs(x.astype(jnp.float32)))
-  k = jnp.round(jnp.asarray(sparsity, jnp.float32) * n).astype(jnp.int32)
+  k = _share_of(n, sparsity)
   slack = jnp.asarray(tolerance * n, jnp.int32)
 
   def bits(value: Array) -> Array:
@@ -171,8 +171,12 @@ def magnitude_threshold(
   first = jnp.clip(first, 1, infinity - 1)
   start = (zero, first, zero, infinity, zeros, zero + n, zero + n)
   _, at, _, high, _, _, missed = jax.lax.while_loop(proceed, narrow, start)
-  found = jnp.where(missed <= slack, value(at), value(high))
-  return jnp.where(zeros >= k, 0.0, found)
+  least = jnp.where(zeros >= k, 0.0, value(high))
+  return jnp.where(missed <= slack, value(at), least)
+
+
+def _share_of(n: int, sparsity: Array | float) -> Array:
+  return jnp.round(jnp.asarray(sparsity, jnp.float32) * n).astype(jnp.int32)
 
 
 def init_target(w: Array, sparsity: Schedulable) -> Arrays:
@@ -223,8 +227,38 @@ def meet_target(state: Arrays, w: Array, sparsity: Schedulable) -> Arrays:
   Returns:
     The same kind of state, at the same step.
   """
-  threshold = magnitude_threshold(w, at(sparsity, state["count"]))
+  threshold = magnitude_threshold(
+    w, at(sparsity, state["count"]), guess=state["threshold"]
+  )
   return {**state, "threshold": threshold}
+
+
+def check_zeros(codes: Array, sparsity: Schedulable, count: Array) -> None:
+  """Raises a ValueError unless codes have the zeros of a target.
+
+  They may have up to 1 % more, as ties among coarse latents leave.
+
+  Args:
+    codes: any shape, in {-1, 0, 1}.
+    sparsity: share of zeros, or a schedule of it; traced ones pass.
+    count: int32, 0-d, step.
+
+  >>> check_zeros(jnp.array([0, 1, -1, 1]), 0.5, jnp.array(0))
+  Traceback (most recent call last):
+  ValueError: 1 of 4 weights are zero, but 2 are asked for by sparsity=0.5: \
+give sparsity=0.25, or a method without a target.
+  """
+  asked, n = at(sparsity, count), codes.size
+  if not (concrete(codes) and concrete(asked)):
+    return
+  zeros, wanted = int(jnp.sum(codes == 0)), int(_share_of(n, asked))
+  if not wanted <= zeros <= wanted + 0.01 * n:
+    moment = f" at step {count}" if callable(sparsity) else ""
+    raise ValueError(
+      f"{zeros} of {n} weights are zero, but {wanted} are asked for by"
+      f" sparsity={sparsity}{moment}: give sparsity={zeros / n}, or a"
+      " method without a target."
+    )
 
 
 def renew(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from tern_jax.base import (
   Ternarizer,
@@ -16,6 +17,7 @@ from tern_jax.base import (
   TernParams,
   call_repr,
   check_range,
+  concrete,
   path_str,
 )
 from tern_jax.select import Kernels, check_patterns, check_weights, matches_any
@@ -77,13 +79,7 @@ class ParamTransform:
         selected leaf cannot be divided into groups.
       TypeError: a selected leaf is not floating-point.
     """
-    selected = self.where.paths(tree)
-    if len(set(selected)) < len(selected):
-      raise ValueError(
-        "Two leaves print as the same path, so their scales cannot be told"
-        f" apart: {', '.join(selected)}. Rename one of them."
-      )
-    check_patterns(self.stacked, selected)
+    self._check_paths(tree)
     scales, state = {}, {}
 
     def start(path: str, w: Any) -> Any:
@@ -92,6 +88,46 @@ class ParamTransform:
       return self._lift(path, "latent")(w)
 
     latent = self._map(start, tree)
+    return TernParams(latent=latent, scales=scales), state
+
+  def from_ternary(
+    self, tree: Any, step: Any = 0
+  ) -> tuple[TernParams, dict[str, Any]]:
+    """Makes parameters and state that `discretize` turns into a given tree.
+
+    The inverse of `discretize`, for `from_packed`; see there.
+
+    Args:
+      tree: the user's parameters with a `Ternary` at each selected leaf, and
+        nowhere else.
+      step: number of the step at which the method's schedules stand.
+
+    Returns:
+      (TernParams, state), as of `init`; latents have the dtype of the scales.
+
+    Raises:
+      ValueError: a selected leaf is not ternary, or another one is; its scales
+        are finer than the method's; or the method cannot make its weights.
+    """
+    self._check_paths(jax.tree.map(_shape, tree, is_leaf=_is_ternary))
+    count = jnp.asarray(step, jnp.int32)
+    scales, state = {}, {}
+
+    def start(path: Any, leaf: Any) -> Any:
+      printed = path_str(path)
+      kinds = "dense", "ternary"
+      selected = self.where.selects(printed, _shape(leaf))
+      if selected != _is_ternary(leaf):
+        raise ValueError(
+          f"{printed} is {kinds[not selected]}, but {kinds[selected]} by"
+          f" {self.where!r}: select exactly the leaves that are ternary."
+        )
+      if not _is_ternary(leaf):
+        return leaf
+      w, scales[printed], state[printed] = self._invert(printed, leaf, count)
+      return w
+
+    latent = jax.tree_util.tree_map_with_path(start, tree, is_leaf=_is_ternary)
     return TernParams(latent=latent, scales=scales), state
 
   def __call__(self, params: TernParams, state: dict[str, Any]) -> Any:
@@ -125,6 +161,83 @@ class ParamTransform:
   def __repr__(self) -> str:
     """Prints the call that made it."""
     return call_repr(self)
+
+  def _check_paths(self, tree: Any) -> None:
+    """Raises a ValueError unless selected leaves can be told by their paths."""
+    selected = self.where.paths(tree)
+    if len(set(selected)) < len(selected):
+      raise ValueError(
+        "Two leaves print as the same path, so their scales cannot be told"
+        f" apart: {', '.join(selected)}. Rename one of them."
+      )
+    check_patterns(self.stacked, selected)
+
+  def _invert(
+    self, path: str, ternary: Ternary, count: jax.Array
+  ) -> tuple[Any, Any, Any]:
+    """Returns latents, scales and state of a leaf."""
+    w = ternary.dequantize()
+    check_weights(path, w)
+    if concrete(w) and jnp.any(jnp.sign(w).astype(jnp.int8) != ternary.codes):
+      raise ValueError(
+        f"{path}: magnitudes must be positive where weights have them, got"
+        f" {jnp.min(ternary.w_p):.6g} and {jnp.min(ternary.w_n):.6g} at the"
+        " least: such weights can be deployed, but not trained."
+      )
+    fit = self._fit(path, ternary)
+
+    def one(layer: Ternary) -> tuple[Any, Any, Any]:
+      try:
+        if self.group_size is None:
+          return self.method.invert(layer, count)
+        return _invert_groups(self.method, path, self.group_size, layer, count)
+      except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+    if matches_any(self.stacked, path):
+      # A loop and no vmap, as methods look at the values.
+      layers = [
+        one(jax.tree.map(lambda x: x[i], fit))  # noqa: B023
+        for i in range(w.shape[0])
+      ]
+      latent, scales, state = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+    else:
+      latent, scales, state = one(fit)
+    fresh = self._lift(path, "refresh")(latent, scales, state)
+    codes = self._lift(path, "discretize")(latent, *fresh).codes
+    if concrete(codes) and jnp.any(codes != ternary.codes):
+      raise ValueError(
+        f"{path}: {self.method!r} has no latents for these codes, of which"
+        f" {jnp.sum(ternary.codes == 0)} of {codes.size} are zero: take other"
+        " hyper-parameters, or another method."
+      )
+    return latent, scales, state
+
+  def _fit(self, path: str, ternary: Ternary) -> Ternary:
+    """Gives the scales the shape in which the method makes them."""
+
+    def blank(w: jax.Array) -> Ternary:
+      latent, (scales, state) = (
+        self._lift(path, name)(w) for name in ("latent", "init")
+      )
+      return self._lift(path, "discretize")(latent, scales, state)
+
+    made = jax.eval_shape(blank, _shape(ternary)).w_p.shape
+    ones = (1,) * (len(ternary.shape) - len(made)) if made else ()
+
+    def fit(scale: jax.Array) -> jax.Array:
+      if scale.size == 1:
+        scale = scale.reshape(())
+      try:
+        return jnp.broadcast_to(scale, made + ones).reshape(made)
+      except ValueError as error:
+        raise ValueError(
+          f"{path}: scales of shape {scale.shape} do not fit those of {self!r},"
+          f" which are of shape {made + ones}: set channel_axis, group_size and"
+          " stacked as in the training."
+        ) from error
+
+    return Ternary(ternary.codes, fit(ternary.w_p), fit(ternary.w_n))
 
   def _map(self, fn: Callable[[str, Any], Any], tree: Any) -> Any:
     """Maps fn(path, leaf) over the selected leaves of a tree."""
@@ -178,13 +291,8 @@ def _in_groups(
   method: Any, name: str, path: str, g: int, w: Any, *args: Any
 ) -> Any:
   """Applies a method's function to one layer, with groups as its channels."""
-  axis = _input_axis(method, path, g, w.shape)
-  before, n, after = w.shape[:axis], w.shape[axis], w.shape[axis + 1 :]
-  # The axis is split in place, not moved, and so keeps its sharding.
-  view = w.reshape(*before, n // g, g, *after)
-  groups = tuple(i for i in range(view.ndim) if i != axis + 1)
-  grouped = dataclasses.replace(method, channel_axis=groups)
-  out = getattr(grouped, name)(view, *args)
+  grouped, axis, view = _grouped(method, path, g, w.shape)
+  out = getattr(grouped, name)(w.reshape(view), *args)
   if isinstance(out, Ternary):
     w_p, w_n = (
       scale.squeeze(axis + 1) if scale.ndim else scale
@@ -192,6 +300,31 @@ def _in_groups(
     )
     return Ternary(out.codes.reshape(w.shape), w_p, w_n)
   return out.reshape(w.shape) if isinstance(out, jax.Array) else out
+
+
+def _invert_groups(
+  method: Any, path: str, g: int, ternary: Ternary, count: jax.Array
+) -> tuple[Any, Any, Any]:
+  """Inverts one layer, with groups as its channels."""
+  grouped, axis, view = _grouped(method, path, g, ternary.shape)
+  w_p, w_n = (
+    jnp.expand_dims(scale, axis + 1) if scale.ndim else scale
+    for scale in (ternary.w_p, ternary.w_n)
+  )
+  viewed = Ternary(ternary.codes.reshape(view), w_p, w_n)
+  w, scales, state = grouped.invert(viewed, count)
+  return w.reshape(ternary.shape), scales, state
+
+
+def _grouped(
+  method: Any, path: str, g: int, shape: tuple[int, ...]
+) -> tuple[Any, int, tuple[int, ...]]:
+  """Returns the method of a layer's groups, their axis, and their view."""
+  axis = _input_axis(method, path, g, shape)
+  # The axis is split in place, not moved, and so keeps its sharding.
+  view = (*shape[:axis], shape[axis] // g, g, *shape[axis + 1 :])
+  groups = tuple(i for i in range(len(view)) if i != axis + 1)
+  return dataclasses.replace(method, channel_axis=groups), axis, view
 
 
 def _input_axis(method: Any, path: str, g: int, shape: tuple[int, ...]) -> int:
@@ -226,3 +359,14 @@ def _align(ternary: Ternary) -> Ternary:
   return dataclasses.replace(
     ternary, w_p=align(ternary.w_p), w_n=align(ternary.w_n)
   )
+
+
+def _is_ternary(node: Any) -> bool:
+  return isinstance(node, Ternary)
+
+
+def _shape(leaf: Any) -> Any:
+  """Returns the shape and dtype of the dense weights that a leaf stands for."""
+  if _is_ternary(leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+  return leaf

@@ -305,6 +305,15 @@ class TestSca:
     method = SCA(sparsity=0.5)
     scales, _ = method.init(jnp.zeros((16, 4)))
     assert float(scales["a"]) == 0.25
+    rows = SCA(sparsity=0.5, channel_axis=0).init(jnp.zeros((16, 4)))[0]["a"]
+    assert rows.tolist() == [[0.5]] * 16
+
+  def test_a_channel_without_a_code_starts_at_the_ratio_of_all(self):
+    w = weights((16, 4)) * jnp.array([1.0, 1.0, 1.0, 1e-6])
+    a = SCA(sparsity=0.5, channel_axis=-1).init(w)[0]["a"]
+    whole = SCA(sparsity=0.5).init(w)[0]["a"]
+    assert float(a[0, 3]) == pytest.approx(float(whole))
+    assert float(a[0, 0]) != pytest.approx(float(whole), rel=1e-3)
 
   def test_bad_input(self):
     for kwargs in ({}, {"alpha": 0.1, "sparsity": 0.5}):

@@ -10,8 +10,10 @@ from tern_jax.base import (
   Ternarizer,
   Ternary,
   dense,
+  one_magnitude,
   reduced_axes,
   widen,
+  with_mean,
 )
 from tern_jax.estimators import straight_through
 
@@ -54,6 +56,22 @@ class AbsMean(Ternarizer):
     del scales, state
     codes, scale = self._ternarize(w)
     return Ternary(codes.astype(jnp.int8), w_p=scale, w_n=scale)
+
+  def invert(
+    self, ternary: Ternary, count: Array
+  ) -> tuple[Array, Arrays, Arrays]:
+    """Returns latents at 0 and at `+-m / share of nonzeros`, of mean m.
+
+    A channel of zeros has no m: it comes back as 0.
+    """
+    del count
+    m = one_magnitude(ternary, self)
+    axes = reduced_axes(ternary.codes, self.channel_axis)
+    keep = axes is not None
+    share = jnp.mean(ternary.codes != 0, axes, widen(m).dtype, keepdims=keep)
+    size = widen(m) / jnp.where(share > 0, share, 1)
+    w = with_mean(ternary.codes, size, m.dtype, self.channel_axis)
+    return w, {}, {}
 
   def _ternarize(self, w: Array) -> tuple[Array, Array]:
     magnitude = jnp.abs(widen(w))

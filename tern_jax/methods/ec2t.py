@@ -17,7 +17,9 @@ from tern_jax.base import (
   Arrays,
   Ternarizer,
   Ternary,
+  alive,
   check_range,
+  concrete,
   dense,
   least_scale,
   reduced_axes,
@@ -246,6 +248,32 @@ class EC2T(Ternarizer):
     now = {**state, **self._look(w, scales)}
     kept = {k: jnp.where(self.frozen, state[k], now[k]) for k in state}
     return scales, kept
+
+  def invert(
+    self, ternary: Ternary, count: Array
+  ) -> tuple[Array, Arrays, Arrays]:
+    """Returns the weights themselves, or nearly so, and the centroids.
+
+    Latents are farther out where a threshold would be too close, and closer,
+    down to .6 of the centroids, where those would be below their floor.
+    """
+    scales = {"w_n": alive(ternary.w_n), "w_p": alive(ternary.w_p)}
+    codes, dtype = ternary.codes, ternary.dtype
+    wide = {k: widen(v) for k, v in scales.items()}
+    seen = self._look(dense(codes, **scales), scales)
+    w_p = jnp.maximum(wide["w_p"], 1.25 * seen["t_p"])
+    w_n = jnp.maximum(wide["w_n"], 1.25 * seen["t_n"])
+    w = dense(codes, w_p, w_n)
+    least = jnp.minimum(wide["w_n"], wide["w_p"])
+    share = 0.99 * least / self._look(w, scales)["floor"]
+    w = (w * jnp.clip(share, 0.6, 1)).astype(dtype)
+    seen = self._look(w, scales)
+    if concrete(least) and jnp.any(least < seen["floor"]):
+      raise ValueError(
+        f"{self!r} keeps magnitudes at or above min_scale std(W), but those of"
+        " these weights are too unequal for that: take a smaller min_scale."
+      )
+    return w, scales, {"count": count, **seen}
 
   def _look(self, w: Array, scales: Arrays) -> Arrays:
     """Returns the least centroids and the thresholds, both widened."""

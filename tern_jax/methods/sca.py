@@ -10,8 +10,11 @@ from tern_jax.base import (
   Arrays,
   Ternarizer,
   Ternary,
+  alive,
   check_range,
+  concrete,
   least_scale,
+  one_magnitude,
   rms,
   widen,
 )
@@ -20,10 +23,14 @@ from tern_jax.regularizers import check_alpha, wdr_barrier
 from tern_jax.sparsity import (
   Schedulable,
   check_sparsity,
+  check_zeros,
   follow_target,
   init_target,
   meet_target,
 )
+
+#: |W| of weights that have settled at -1 or 1: beyond it gradients vanish.
+_SETTLED = 0.99
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -122,13 +129,18 @@ class SCA(Ternarizer):
     state = {} if self.soft else init_target(theta, self.sparsity)
     if not self.scaled:
       return {}, state
-    want = rms(w, self.channel_axis)
     unscaled = jnp.tanh(theta) if self.soft else self._codes(theta, state)
-    have = rms(unscaled, self.channel_axis)
+
+    def ratio(axis: Any, otherwise: Any) -> Array:
+      want, have = rms(w, axis), rms(unscaled, axis)
+      started = (want > 0) & (have > 0)
+      return jnp.where(started, want / jnp.where(started, have, 1), otherwise)
+
     # An array of zeros has no spread to keep; 1 / sqrt(fan-in) lets it learn.
-    fan_in = max(w.size // w.shape[-1], 1) if w.size and w.ndim else 1
-    started = (want > 0) & (have > 0)
-    a = jnp.where(started, want / jnp.where(started, have, 1), fan_in**-0.5)
+    # A channel without a code has none either, but its array may have.
+    axis = 0 if self.channel_axis == 0 else -1
+    fan_in = max(w.size // w.shape[axis], 1) if w.size and w.ndim else 1
+    a = ratio(self.channel_axis, ratio(None, fan_in**-0.5))
     return {"a": a.astype(w.dtype)}, state
 
   def __call__(self, w: Array, scales: Arrays, state: Arrays) -> Array:
@@ -162,6 +174,36 @@ class SCA(Ternarizer):
     if not self.soft:
       state = meet_target(state, w, self.sparsity)
     return scales, state
+
+  def invert(
+    self, ternary: Ternary, count: Array
+  ) -> tuple[Array, Arrays, Arrays]:
+    """Returns latents at 0 and on both sides of the barrier, and the scale.
+
+    With alpha, nonzeros are at |W| = .99 (or half-way from the barrier to 1),
+    so that the soft forward is .99 of the ternary weights. With a sparsity,
+    which must be that of these weights, latents have the root mean square
+    sigma, as at the start, unless |W| would be beyond .99.
+    """
+    a = one_magnitude(ternary, self)
+    if not self.scaled and concrete(a) and jnp.any(a != 1):
+      raise ValueError(
+        f"{self!r} has the magnitude 1, but that of these weights is up to"
+        f" {jnp.max(a):.6g}: take scaled=True."
+      )
+    codes = ternary.codes.astype(a.dtype)
+    scales = {"a": alive(a)} if self.scaled else {}
+    settled = jnp.arctanh(jnp.asarray(_SETTLED, widen(a).dtype))
+    if self.soft:
+      barrier = wdr_barrier(jnp.asarray(self.alpha, settled.dtype))
+      theta = jnp.maximum(settled, jnp.arctanh((1 + barrier) / 2))
+      return codes * theta.astype(a.dtype), scales, {}
+    check_zeros(ternary.codes, self.sparsity, count)
+    size = rms(codes)
+    sigma = jnp.inf if self.sigma is None else self.sigma
+    theta = jnp.minimum(sigma / jnp.where(size > 0, size, 1), settled)
+    state = {"count": count, "threshold": theta.astype(jnp.float32) / 2}
+    return codes * theta.astype(a.dtype), scales, state
 
   def _codes(self, w: Array, state: Arrays) -> Array:
     # Compared on the latents, not on W = tanh(Theta): tanh saturates, and

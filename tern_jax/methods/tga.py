@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from tern_jax.base import (
   Array,
@@ -11,6 +12,7 @@ from tern_jax.base import (
   Ternarizer,
   Ternary,
   check_range,
+  one_magnitude,
   reduced_axes,
   widen,
 )
@@ -175,6 +177,55 @@ class TGA(Ternarizer):
     _, _, sigma = self._moments(w)
     delta = _bound(widen(scales["delta"]), sigma)
     return {"delta": delta.astype(w.dtype)}, state
+
+  def invert(
+    self, ternary: Ternary, count: Array
+  ) -> tuple[Array, Arrays, Arrays]:
+    """Returns latents around 0 with the S of these weights, and Delta.
+
+    Zeros are at 0, nonzeros at both signs of one magnitude, Delta half-way
+    between them, but at most 2.9 sigma. With `mean` the rarer sign is further
+    out, so that mu = 0; where there is one sign only, zeros are on the other
+    side. A channel of zeros has no S: it comes back as 0.
+    """
+    del count
+    s = one_magnitude(ternary, self)
+    wide = widen(s)
+    unit, middle = self._unit(ternary.codes, wide.dtype)
+    _, mu, sigma = self._moments(unit)
+    delta = jnp.minimum(middle, 2.9 * sigma)
+    implied = truncated_gaussian_scale(delta, sigma, mu)
+    alive = implied > 0
+    size = jnp.where(alive, wide / jnp.where(alive, implied, 1), 0)
+    # With so few digits sums of squares are exact, and so is sigma.
+    size = jax.lax.reduce_precision(size, 8, 6)
+    w, delta = (unit * size).astype(s.dtype), delta * size
+    _, mu, sigma = self._moments(w)
+    # S grows .64 to 1 times as much as Delta.
+    for _ in range(12):
+      delta += wide - truncated_gaussian_scale(delta, sigma, mu)
+    near = delta.astype(s.dtype)
+    ends = jnp.zeros_like(near), jnp.full_like(near, jnp.inf)
+    tried = jnp.stack([near, *(jnp.nextafter(near, end) for end in ends)])
+    got = truncated_gaussian_scale(widen(tried), sigma, mu).astype(s.dtype)
+    best = jnp.argmin(jnp.abs(got - s), 0, keepdims=True)
+    return w, {"delta": jnp.take_along_axis(tried, best, 0)[0]}, {}
+
+  def _unit(self, codes: Array, dtype: DTypeLike) -> tuple[Array, Array]:
+    """Returns latents of size 1, and a threshold amid their magnitudes."""
+    axes = reduced_axes(codes, self.channel_axis)
+    n_n, n_0, n_p = (
+      jnp.sum(codes == sign, axes, dtype, keepdims=axes is not None)
+      for sign in (-1, 0, 1)
+    )
+    if not self.mean:
+      return codes.astype(dtype), jnp.full_like(n_0, 0.5)
+    both = (n_p > 0) & (n_n > 0)
+    more = jnp.maximum(jnp.maximum(n_p, n_n), 1)
+    up, down = (jnp.where(both, n / more, 1) for n in (n_n, n_p))
+    rest = jnp.where(both, 0, (n_n - n_p) / jnp.maximum(n_0, 1))
+    unit = jnp.where(codes > 0, up, jnp.where(codes < 0, -down, rest))
+    return unit, (jnp.minimum(up, down) + jnp.abs(rest)) / 2
 
   def _moments(self, w: Array) -> tuple[Array, Array, Array]:
     """Returns centered weights, mu and sigma, widened."""

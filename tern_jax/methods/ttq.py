@@ -11,6 +11,7 @@ from tern_jax.base import (
   Arrays,
   Ternarizer,
   Ternary,
+  alive,
   check_range,
   dense,
   least_scale,
@@ -119,6 +120,16 @@ class TTQ(Ternarizer):
   ) -> tuple[Arrays, Arrays]:
     """Puts the threshold where these latents have it."""
     return scales, {**state, "threshold": self._look(w)}
+
+  def invert(
+    self, ternary: Ternary, count: Array
+  ) -> tuple[Array, Arrays, Arrays]:
+    """Returns latents at 0 and at both signs of the mean magnitude."""
+    size = jnp.sum(jnp.abs(widen(ternary.dequantize())))
+    size /= jnp.maximum(jnp.sum(ternary.codes != 0, dtype=size.dtype), 1)
+    w = ternary.codes.astype(ternary.dtype) * size.astype(ternary.dtype)
+    scales = {"w_n": alive(ternary.w_n), "w_p": alive(ternary.w_p)}
+    return w, scales, {"count": count, "threshold": self._look(w)}
 
   def _look(self, w: Array) -> Array:
     top = jnp.max(jnp.abs(widen(w)))

@@ -12,8 +12,10 @@ from tern_jax.base import (
   Ternary,
   check_range,
   dense,
+  one_magnitude,
   reduced_axes,
   widen,
+  with_mean,
 )
 from tern_jax.estimators import straight_through
 from tern_jax.sparsity import (
@@ -21,6 +23,7 @@ from tern_jax.sparsity import (
   Schedulable,
   at,
   check_sparsity,
+  check_zeros,
   magnitude_threshold,
 )
 
@@ -104,8 +107,28 @@ class TWN(Ternarizer):
     self, w: Array, scales: Arrays, state: Arrays
   ) -> tuple[Arrays, Arrays]:
     """Puts Delta and the scale where these latents have them exactly."""
-    count = state["count"]
-    return scales, {"count": count, **self._look(w, count)}
+    count, guess = state["count"], state["threshold"]
+    return scales, {"count": count, **self._look(w, count, guess)}
+
+  def invert(
+    self, ternary: Ternary, count: Array
+  ) -> tuple[Array, Arrays, Arrays]:
+    """Returns the weights, of this scale in all digits, Delta and the scale.
+
+    Delta is `threshold * share of nonzeros * scale`, which must be less than
+    the scale; for a sparsity, which must be that of these weights, it is half
+    the least magnitude.
+    """
+    scale = widen(one_magnitude(ternary, self))
+    codes, dtype = ternary.codes, ternary.dtype
+    w = with_mean(codes, scale, dtype, self.channel_axis)
+    state = {"count": count, **self._look(w, count), "scale": scale}
+    if self.sparsity is not None:
+      check_zeros(codes, self.sparsity, count)
+      top = jnp.max(scale, initial=0)
+      used = jnp.where(codes == 0, top, jnp.abs(widen(w)))
+      state["threshold"] = jnp.min(used, initial=top) / 2
+    return w, {}, state
 
   def _look(
     self,
