@@ -131,9 +131,64 @@ def load_packed(path: str | os.PathLike[str], like: Any = None) -> Any:
   Raises:
     CheckpointError: nothing there, damaged, from a newer version of the
       format, or of other paths, shapes or dtypes than `like`.
+    ImportError: its codec is "entropy", and constriction is missing.
   """
-  path = _locate(path)
+  path = locate(path)
   return _load(path, "packed", read_spec(path), like)
+
+
+def examine(
+  path: str | os.PathLike[str], part: str = "packed"
+) -> dict[tuple[str, ...], Any]:
+  """Loads and verifies each leaf alone, whatever is wrong with the others.
+
+  Args:
+    path: a checkpoint, a step of a training run, or a run: its latest step.
+    part: "packed" or, of a training run, "state".
+
+  Returns:
+    {keys: the leaf, on the host, or the CheckpointError of what is wrong}.
+
+  Raises:
+    CheckpointError: nothing there, or its spec is damaged, or from a newer
+      version, or there is no such part.
+    ImportError: its codec is "entropy", and constriction is missing.
+  """
+  path = locate(path)
+  spec = read_spec(path)
+  with _explained("read", path):
+    entries = _entries(path, part, spec)
+  found: dict[tuple[str, ...], Any] = {}
+  try:
+    with _explained("read", path):
+      stored = _stored(path, part, entries)
+  except CheckpointError as e:
+    return dict.fromkeys(entries, e)
+  for i, (keys, entry) in enumerate(entries.items()):
+    try:
+      with _explained("read", path):
+        found[keys] = _leaf(path, entry, stored.get(_number(i), {}))
+    except CheckpointError as e:
+      found[keys] = e
+  return found
+
+
+def locate(path: str | os.PathLike[str]) -> Path:
+  """Returns the folder of a checkpoint, which may be a run's latest step.
+
+  Raises:
+    CheckpointError: there is no checkpoint.
+  """
+  path = Path(path).absolute()
+  if not path.is_dir():
+    what = "is a file" if path.exists() else "does not exist"
+    raise CheckpointError(f"{path} {what}: give the folder of a checkpoint.")
+  steps = [] if (path / _SPEC).exists() else _steps(path)
+  if steps:
+    path = path / str(max(steps))
+  if not (path / _SPEC).exists():
+    raise CheckpointError(f"{path} holds no checkpoint: its spec is missing.")
+  return path
 
 
 def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -149,7 +204,7 @@ def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
   Raises:
     CheckpointError: nothing there, damaged, or from a newer version.
   """
-  path = _locate(path)
+  path = locate(path)
   with _explained("read the spec of", path):
     sealed = json.loads((path / _SPEC).read_text("utf-8"))
     spec = sealed["spec"]
@@ -276,7 +331,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         dtypes than `like`.
     """
     path = self.directory if step is None else self.directory / str(step)
-    path = _locate(path)
+    path = locate(path)
     spec = read_spec(path)
     return _load(path, "state", spec, like), spec["extra"], int(path.name)
 
@@ -398,9 +453,7 @@ def _host(x: Any) -> np.ndarray:
 def _load(path: Path, part: str, spec: dict[str, Any], like: Any) -> Any:
   """Returns a part of a checkpoint, verified, in the structure of `like`."""
   with _explained("read", path):
-    if part not in spec["leaves"]:
-      raise CheckpointError(f"{path} has packed weights only, no {part}.")
-    entries = {tuple(e["path"]): e for e in spec["leaves"][part]}
+    entries = _entries(path, part, spec)
     if like is None:
       found = _read(path, part, entries)
       return _nest({k: _place(x, None) for k, x in found.items()})
@@ -411,6 +464,15 @@ def _load(path: Path, part: str, spec: dict[str, Any], like: Any) -> Any:
       _place(found[k], x) if k in found else x for k, x in wanted.items()
     ]
     return jax.tree.unflatten(treedef, leaves)
+
+
+def _entries(
+  path: Path, part: str, spec: dict[str, Any]
+) -> dict[tuple[str, ...], Any]:
+  """Returns the leaves of a part, as the spec describes them."""
+  if part not in spec["leaves"]:
+    raise CheckpointError(f"{path} has packed weights only, no {part}.")
+  return {tuple(e["path"]): e for e in spec["leaves"][part]}
 
 
 def _check_fit(path: Path, entries: dict, wanted: dict) -> None:
@@ -437,6 +499,15 @@ def _check_fit(path: Path, entries: dict, wanted: dict) -> None:
 
 def _read(path: Path, part: str, entries: dict) -> dict[Any, Any]:
   """Returns the verified leaves of a part, on the host."""
+  stored = _stored(path, part, entries)
+  return {
+    keys: _leaf(path, e, stored.get(_number(i), {}))
+    for i, (keys, e) in enumerate(entries.items())
+  }
+
+
+def _stored(path: Path, part: str, entries: dict) -> dict[str, Any]:
+  """Returns the arrays of a part, by the numbers of their leaves."""
   on_disk = (path / part).exists()
   # The index must agree with the spec before any array is allocated.
   index = ocp.metadata(path, part).metadata if on_disk else {}
@@ -447,21 +518,23 @@ def _read(path: Path, part: str, entries: dict) -> dict[Any, Any]:
         f"{path}: {_name(e['path'])} is damaged: its arrays are not those of "
         f"the spec, {described}."
       )
-  stored = ocp.load(path, checkpointable_name=part) if on_disk else {}
-  leaves = {}
-  for i, (keys, e) in enumerate(entries.items()):
-    name, data = _name(keys), stored.get(_number(i), {})
-    arrays = {
-      k: data[k] if k in data else np.zeros(a["shape"], a["dtype"])
-      for k, a in e["arrays"].items()
-    }
-    if e["kind"] == "ternary" and "coded" in arrays:
-      arrays = _planes(path, e, arrays)
-    if _crc_of(arrays) != e["crc32"]:
-      raise CheckpointError(f"{path}: {name} is damaged: its crc32 differs.")
-    leaves[keys] = _decode(e, arrays)
-    validate({name: leaves[keys]})
-  return leaves
+  return ocp.load(path, checkpointable_name=part) if on_disk else {}
+
+
+def _leaf(path: Path, entry: dict, data: dict[str, Any]) -> Any:
+  """Returns a verified leaf, on the host."""
+  name = _name(entry["path"])
+  arrays = {
+    k: data[k] if k in data else np.zeros(a["shape"], a["dtype"])
+    for k, a in entry["arrays"].items()
+  }
+  if entry["kind"] == "ternary" and "coded" in arrays:
+    arrays = _planes(path, entry, arrays)
+  if _crc_of(arrays) != entry["crc32"]:
+    raise CheckpointError(f"{path}: {name} is damaged: its crc32 differs.")
+  leaf = _decode(entry, arrays)
+  validate({name: leaf})
+  return leaf
 
 
 def _planes(path: Path, entry: dict, arrays: dict[str, Any]) -> dict[str, Any]:
@@ -538,7 +611,7 @@ def _explained(task: str, path: Path) -> Iterator[None]:
   """Turns whatever fails inside into a CheckpointError that names the path."""
   try:
     yield
-  except CheckpointError:
+  except (CheckpointError, ImportError):
     raise
   except Exception as e:  # orbax and TensorStore raise errors of many kinds
     reason = str(e).partition("\n")[0]
@@ -558,20 +631,6 @@ def _probe(path: Path) -> None:
 
 def _steps(directory: Path) -> list[int]:
   return [int(p.name) for p in directory.glob("*") if p.name.isdecimal()]
-
-
-def _locate(path: str | os.PathLike[str]) -> Path:
-  """Returns the folder of a checkpoint, which may be a run's latest step."""
-  path = Path(path).absolute()
-  if not path.is_dir():
-    what = "is a file" if path.exists() else "does not exist"
-    raise CheckpointError(f"{path} {what}: give the folder of a checkpoint.")
-  steps = [] if (path / _SPEC).exists() else _steps(path)
-  if steps:
-    path = path / str(max(steps))
-  if not (path / _SPEC).exists():
-    raise CheckpointError(f"{path} holds no checkpoint: its spec is missing.")
-  return path
 
 
 def _swap(fresh: Path, path: Path) -> None:

@@ -1,0 +1,346 @@
+"""The command `python -m tern_jax`: looks at checkpoints, compares, exports.
+
+Exit status: 0 if all is well; 1 if leaves are damaged (inspect, verify) or
+differ (diff); 2 if the command could not do its work, with one line that says
+why.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from tern_jax import export, metrics
+from tern_jax.checkpoint import (
+  CheckpointError,
+  examine,
+  load_packed,
+  locate,
+  read_spec,
+)
+from tern_jax.packed import PackedTernary, to_ternary
+
+Leaves = dict[tuple[str, ...], Any]
+PATH = "a checkpoint, a step of a training run, or a run: its latest step"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command.
+
+  Args:
+    argv: its arguments, None for those of the process.
+
+  Returns:
+    The exit status.
+  """
+  options = _parser().parse_args(argv)
+  try:
+    return options.run(options)
+  except Exception as error:  # whatever a file holds: no traceback
+    reason = " ".join(str(error).split())
+    if not isinstance(error, ValueError | OSError | ImportError):
+      reason = f"{type(error).__name__}: {reason}"
+    print(f"tern_jax {options.command}: {reason}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m tern_jax", description="Looks at checkpoints of tern_jax."
+  )
+  commands = parser.add_subparsers(dest="command", required=True)
+
+  def add(name: str, run: Any, text: str, *paths: str) -> Any:
+    command = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run)
+    for path in paths:
+      command.add_argument(path, help=PATH)
+    if run is not _export:
+      command.add_argument("--json", action="store_true", help="for machines")
+    return command
+
+  add("inspect", _inspect, "Shows what a checkpoint holds, by layer.", "path")
+  add("verify", _verify, "Checks every array of a checkpoint.", "path")
+  add("diff", _diff, "Counts the codes that flipped, by layer.", "a", "b")
+  command = add("export", _export, "Writes a file for other runtimes.", "path")
+  command.add_argument("out", help="file to write")
+  command.add_argument(
+    "--to", choices=("safetensors", "gguf", "stablehlo"), required=True
+  )
+  command.add_argument("--codec", choices=export.CODECS, default="planes")
+  command.add_argument("--type", choices=export.GGUF_TYPES, default="TQ2_0")
+  command.add_argument("--channel-axis", type=int, default=-1)
+  command.add_argument("--overwrite", action="store_true")
+  return parser
+
+
+def _inspect(options: argparse.Namespace) -> int:
+  path = locate(options.path)
+  spec, leaves = read_spec(path), examine(path)
+  layers, others = [], []
+  for entry in spec["leaves"]["packed"]:
+    leaf = leaves[tuple(entry["path"])]
+    rows = layers if entry["kind"] == "ternary" else others
+    rows.append(_row(entry, leaf))
+  total = _total([x for x in layers if x["crc32"] == "ok"])
+  facts = {k: spec[k] for k in ("format", "codec", "method", "versions")}
+  report = {"path": str(path), **facts, "layers": layers, "others": others}
+  if options.json:
+    print(json.dumps(report | {"total": total}, indent=2))
+  else:
+    print(f"{path}: {spec['method'] or 'no method'}, {spec['codec']}")
+    _print_table(
+      ("layer", "shape", "zeros", "bits", "entropy", "scales", "crc32"),
+      [_cells(x) for x in layers],
+    )
+    _print_total(total, others)
+  return int(any(x["crc32"] != "ok" for x in layers + others))
+
+
+def _row(entry: dict[str, Any], leaf: Any) -> dict[str, Any]:
+  """Returns what there is to say about a leaf, as JSON."""
+  row = {
+    "path": "/".join(entry["path"]),
+    "shape": entry["shape"],
+    "dtype": entry["dtype"],
+    "bytes": _stored_bytes(entry),
+    "crc32": "damaged" if isinstance(leaf, CheckpointError) else "ok",
+  }
+  if not isinstance(leaf, PackedTernary):
+    return row
+  n = leaf.size
+  scales = np.concatenate([np.ravel(leaf.w_p), np.ravel(leaf.w_n)])
+  scales = scales.astype(np.float64)
+  return row | {
+    "weights": n,
+    "sparsity": float(metrics.sparsity(leaf)),
+    "bits_per_weight": 8 * row["bytes"] / max(n, 1),
+    "entropy": float(metrics.entropy(leaf)),
+    "scales": {
+      "shape": list(leaf.w_p.shape),
+      "equal": bool(np.array_equal(leaf.w_p, leaf.w_n)),
+      "min": float(scales.min()) if scales.size else None,
+      "max": float(scales.max()) if scales.size else None,
+    },
+  }
+
+
+def _stored_bytes(entry: dict[str, Any]) -> int:
+  arrays = entry["arrays"].values()
+  return sum(
+    int(np.prod(a["shape"], dtype=np.int64)) * np.dtype(a["dtype"]).itemsize
+    for a in arrays
+  )
+
+
+def _total(layers: list[dict[str, Any]]) -> dict[str, Any]:
+  """Returns the sums over layers that are whole."""
+  n = sum(x["weights"] for x in layers)
+  zeros = sum(x["weights"] * x["sparsity"] for x in layers)
+  stored = sum(x["bytes"] for x in layers)
+  bound = sum(x["weights"] * x["entropy"] for x in layers) / 8
+  return {
+    "weights": n,
+    "sparsity": zeros / max(n, 1),
+    "bytes": stored,
+    "float32_bytes": 4 * n,
+    "entropy_bytes": bound,
+    "float32_ratio": 4 * n / max(stored, 1),
+    "entropy_ratio": stored / bound if bound else None,
+  }
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+  shape = "x".join(map(str, row["shape"]))
+  if "scales" not in row:
+    return row["path"], shape, "", "", "", "", row["crc32"]
+  scales = row["scales"]
+  size = "x".join(map(str, scales["shape"])) or "tensor"
+  ends = [f"{x:.4g}" for x in (scales["min"], scales["max"]) if x is not None]
+  return (
+    row["path"],
+    shape,
+    f"{row['sparsity']:.3f}",
+    f"{row['bits_per_weight']:.3f}",
+    f"{row['entropy']:.3f}",
+    f"{size} {' to '.join(dict.fromkeys(ends))}",
+    row["crc32"],
+  )
+
+
+def _print_total(total: dict[str, Any], others: list[dict[str, Any]]) -> None:
+  n = max(total["weights"], 1)
+  lines = [("float32", total["float32_bytes"]), ("stored", total["bytes"])]
+  print(f"{total['weights']:,} weights, {total['sparsity']:.3f} of them zero")
+  for name, size in [*lines, ("entropy", total["entropy_bytes"])]:
+    print(f"  {name:8}{size:>16,.0f} bytes {8 * size / n:8.3f} bits a weight")
+  if total["entropy_ratio"]:
+    print(
+      f"  stored is 1 / {total['float32_ratio']:.2f} of float32, and"
+      f" {total['entropy_ratio']:.3f} times the entropy"
+    )
+  size = sum(x["bytes"] for x in others)
+  print(f"{len(others)} other arrays of {size:,} bytes")
+  for row in others:
+    if row["crc32"] != "ok":
+      print(f"  {row['path']}: {row['crc32']}")
+
+
+def _verify(options: argparse.Namespace) -> int:
+  path = locate(options.path)
+  try:
+    spec = read_spec(path)
+    found = {part: examine(path, part) for part in spec["leaves"]}
+  except CheckpointError as error:
+    found = {"spec": {(): error}}
+  faults = {
+    "/".join((part, *keys)): str(leaf)
+    for part, leaves in found.items()
+    for keys, leaf in leaves.items()
+    if isinstance(leaf, CheckpointError)
+  }
+  arrays = {part: len(leaves) for part, leaves in found.items()}
+  if options.json:
+    report = {"path": str(path), "leaves": arrays, "damaged": faults}
+    print(json.dumps(report, indent=2))
+  else:
+    for name, fault in faults.items():
+      print(f"{name}: {fault}")
+    if not faults:
+      counts = ", ".join(f"{n} of {part}" for part, n in arrays.items())
+      print(f"{path}: all leaves are as they were saved, {counts}")
+  return int(bool(faults))
+
+
+def _diff(options: argparse.Namespace) -> int:
+  a, b = (_whole(path) for path in (options.a, options.b))
+  layers, changed, shapes = [], [], {}
+  for keys in (k for k in a if k in b):
+    name, x, y = "/".join(keys), a[keys], b[keys]
+    if _kind(x) != _kind(y):
+      shapes[name] = [_kind(x), _kind(y)]
+    elif isinstance(x, PackedTernary):
+      layers.append({"path": name, **_flips(x, y)})
+    elif np.asarray(x).tobytes() != np.asarray(y).tobytes():
+      changed.append(name)
+  n, flips = (sum(x[k] for x in layers) for k in ("weights", "flips"))
+  report = {
+    "a": str(locate(options.a)),
+    "b": str(locate(options.b)),
+    "layers": layers,
+    "flips": flips,
+    "share": flips / max(n, 1),
+    "only_a": ["/".join(k) for k in a if k not in b],
+    "only_b": ["/".join(k) for k in b if k not in a],
+    "kinds": shapes,
+    "others": changed,
+  }
+  if options.json:
+    print(json.dumps(report, indent=2))
+  else:
+    _print_diff(report)
+  differs = any(x["flips"] or x["magnitudes"] for x in layers)
+  return int(
+    differs or any(report[k] for k in ("only_a", "only_b", "kinds", "others"))
+  )
+
+
+def _whole(path: str) -> Leaves:
+  """Returns the leaves of a checkpoint, none of them damaged."""
+  leaves = examine(path)
+  for leaf in leaves.values():
+    if isinstance(leaf, CheckpointError):
+      raise leaf
+  return leaves
+
+
+def _kind(leaf: Any) -> str:
+  kind = "ternary " if isinstance(leaf, PackedTernary) else ""
+  return f"{kind}{leaf.dtype} {'x'.join(map(str, leaf.shape)) or '0-d'}"
+
+
+def _flips(x: PackedTernary, y: PackedTernary) -> dict[str, Any]:
+  """Counts what changed from one to the other."""
+  old, new = (np.asarray(to_ternary(leaf).codes) for leaf in (x, y))
+  flips = int(np.sum(old != new))
+  same = all(np.array_equal(p, q) for p, q in ((x.w_p, y.w_p), (x.w_n, y.w_n)))
+  return {
+    "weights": old.size,
+    "flips": flips,
+    "share": flips / max(old.size, 1),
+    "zeros_added": int(np.sum((old != 0) & (new == 0))),
+    "zeros_removed": int(np.sum((old == 0) & (new != 0))),
+    "signs": int(np.sum(old * new == -1)),
+    "magnitudes": not same,
+  }
+
+
+def _print_diff(report: dict[str, Any]) -> None:
+  _print_table(
+    ("layer", "weights", "flips", "share", "+zeros", "-zeros", "signs", ""),
+    [
+      (
+        x["path"],
+        f"{x['weights']:,}",
+        f"{x['flips']:,}",
+        f"{x['share']:.4%}",
+        f"{x['zeros_added']:,}",
+        f"{x['zeros_removed']:,}",
+        f"{x['signs']:,}",
+        "other magnitudes" if x["magnitudes"] else "",
+      )
+      for x in report["layers"]
+    ],
+  )
+  print(f"{report['flips']:,} codes flipped, {report['share']:.4%}")
+  for side in ("a", "b"):
+    for name in report[f"only_{side}"]:
+      print(f"{name}: only in {report[side]}")
+  for name, (x, y) in report["kinds"].items():
+    print(f"{name}: {x} became {y}")
+  for name in report["others"]:
+    print(f"{name}: other values")
+
+
+def _export(options: argparse.Namespace) -> int:
+  if options.to == "stablehlo":
+    raise ValueError(
+      "a StableHLO artefact has the model in it, which no checkpoint holds:"
+      " call tern_jax.export.to_stablehlo in Python."
+    )
+  tree = load_packed(options.path)
+  if options.to == "safetensors":
+    export.to_safetensors(
+      options.out, tree, codec=options.codec, overwrite=options.overwrite
+    )
+    return 0
+  errors = export.to_gguf(
+    options.out,
+    tree,
+    options.type,
+    channel_axis=options.channel_axis,
+    overwrite=options.overwrite,
+  )
+  for name, error in errors.items():
+    print(f"{name}: relative RMS error {error:.1e}")
+  return 0
+
+
+def _print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+  """Prints columns as wide as they need; all but the first to the right."""
+  table = [head, *rows]
+  widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+  for row in table:
+    first, *rest = zip(row, widths, strict=True)
+    cells = [first[0].ljust(first[1]), *(x.rjust(n) for x, n in rest)]
+    print("  ".join(cells).rstrip())
+
+
+if __name__ == "__main__":
+  # Looking at a file must not take the accelerator of a training beside it.
+  jax.config.update("jax_platforms", "cpu")
+  sys.exit(main())
