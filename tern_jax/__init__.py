@@ -11,6 +11,7 @@ from tern_jax.base import LABELS as LABELS
 from tern_jax.base import Ternarizer as Ternarizer
 from tern_jax.base import Ternary as Ternary
 from tern_jax.base import TernParams as TernParams
+from tern_jax.budget import fit_budget as fit_budget
 from tern_jax.checkpoint import CheckpointError as CheckpointError
 from tern_jax.checkpoint import load_packed as load_packed
 from tern_jax.checkpoint import save_packed as save_packed
@@ -43,5 +44,7 @@ from tern_jax.regularizers import wdr_grad as wdr_grad
 from tern_jax.regularizers import wdr_transform as wdr_transform
 from tern_jax.resume import from_packed as from_packed
 from tern_jax.select import kernels as kernels
+from tern_jax.sparsity import across_layers as across_layers
+from tern_jax.sparsity import per_layer as per_layer
 from tern_jax.sparsity import ramp as ramp
 from tern_jax.transform import ParamTransform as ParamTransform

@@ -16,11 +16,14 @@ import optax
 from tern_jax.base import Array, call_repr, check_range, path_str, widen
 from tern_jax.select import check_patterns, matches_any
 from tern_jax.sparsity import (
+  TOLERANCE,
+  AcrossLayers,
   Schedulable,
   at,
   check_sparsity,
+  check_targets,
   magnitude_threshold,
-  renew,
+  target_of,
 )
 
 
@@ -173,7 +176,8 @@ def at_sparsity(sparsity: Schedulable, every: int = 10) -> AtSparsity:
   `SCA(sparsity=..., every=...)` keeps for the same arguments.
 
   Args:
-    sparsity: share of zeros in [0, 1), or a schedule of it.
+    sparsity: share of zeros in [0, 1), or a schedule of it; also `per_layer`
+      or `across_layers`.
     every: updates between two looks at the quantile.
 
   Returns:
@@ -340,20 +344,40 @@ def wdr_transform(
     is_stack = matches_any(stacked, path_str(path))
     return jax.vmap(fn, in_axes) if is_stack else fn
 
+  def look(params: Any, old: Any, count: Array, tolerance: float) -> Any:
+    """Returns the thresholds of `at_sparsity`, guessed by the old ones."""
+    if isinstance(alpha.sparsity, AcrossLayers):
+      leaves = jax.tree.leaves(params)
+      target = at(alpha.sparsity.sparsity, count)
+      found = magnitude_threshold(leaves, target, tolerance=tolerance)
+      return jax.tree.map(lambda t: jnp.broadcast_to(found, t.shape), old)
+
+    def find(path: Any, theta: Array, guess: Array) -> Array:
+      target = at(target_of(alpha.sparsity, path_str(path)), count)
+      return lift(
+        path,
+        lambda theta, guess: magnitude_threshold(
+          theta, target, guess, tolerance
+        ),
+      )(theta, guess)
+
+    return jax.tree_util.tree_map_with_path(find, params, old)
+
   def init(params: Any) -> WdrState:
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    check_patterns(stacked, [path_str(path) for path, _ in leaves])
+    paths = [path_str(path) for path, _ in leaves]
+    check_patterns(stacked, paths)
     count = jnp.zeros((), jnp.int32)
     if not isinstance(alpha, AtSparsity):
       return WdrState(count, ())
-
-    def start(theta: Array) -> Array:
-      return magnitude_threshold(theta, at(alpha.sparsity, count))
-
-    threshold = jax.tree_util.tree_map_with_path(
-      lambda path, theta: lift(path, start)(theta), params
+    check_targets(alpha.sparsity, paths)
+    unknown = jax.tree_util.tree_map_with_path(
+      lambda path, x: jnp.zeros(
+        x.shape[: matches_any(stacked, path_str(path))]
+      ),
+      params,
     )
-    return WdrState(count, threshold)
+    return WdrState(count, look(params, unknown, count, 0.0))
 
   def update(
     updates: Any, state: Any, params: Any = None
@@ -367,12 +391,11 @@ def wdr_transform(
     if isinstance(alpha, AtSparsity):
       sets_in = jnp.logical_not(_is_on(strength, count - 1))
       due = _is_on(strength, count) & (sets_in | (count % alpha.every == 0))
-
-      def follow(theta: Array, old: Array) -> Array:
-        return renew(old, theta, alpha.sparsity, count, due)
-
-      threshold = jax.tree_util.tree_map_with_path(
-        lambda path, *args: lift(path, follow)(*args), params, threshold
+      threshold = jax.lax.cond(
+        due,
+        lambda old: look(params, old, count, TOLERANCE),
+        lambda old: old,
+        threshold,
       )
       alphas = jax.tree.map(lambda t: 2 * jnp.square(jnp.tanh(t)), threshold)
     else:

@@ -1,18 +1,23 @@
 """Targets: the threshold that leaves exactly the asked share of zeros."""
 
 import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from tern_jax.base import Array, Arrays, call_repr, check_range, concrete
+from tern_jax.select import check_patterns, matches
 
 #: Share of the weights by which a target may be missed while it is followed.
 TOLERANCE = 1e-3
 
-#: A number, an array, or a schedule from the step count to one.
+#: A number, an array, or a schedule from the step count to one. A sparsity may
+#: also be made by `per_layer` or `across_layers`, which whoever walks a tree
+#: resolves to the target of each leaf.
 Schedulable = Any
 
 
@@ -24,11 +29,22 @@ def at(
   >>> float(at(0.5, 0)), float(at(lambda count: 2. * count, 3))
   (0.5, 6.0)
   """
+  if isinstance(value, PerLayer | AcrossLayers):
+    raise TypeError(
+      f"{value!r} is the target of a tree, and this is one array: use"
+      " ParamTransform, or give the array a number."
+    )
   return jnp.asarray(value(count) if callable(value) else value).astype(dtype)
 
 
 def check_sparsity(sparsity: Schedulable) -> None:
   """Raises a ValueError unless a concrete sparsity lies in [0, 1)."""
+  if isinstance(sparsity, Mapping):
+    raise ValueError(
+      f"sparsity is a dict: give tern_jax.per_layer({sparsity}) instead."
+    )
+  if isinstance(sparsity, PerLayer | AcrossLayers):
+    return
   check_range(
     "sparsity", sparsity, 0, 1, "it is the share of zeros, for example 0.8"
   )
@@ -57,13 +73,14 @@ class Ramp:
     return call_repr(self, "ramp")
 
 
-def ramp(sparsity: float, steps: int, until: float = 0.5) -> Ramp:
+def ramp(sparsity: Any, steps: int, until: float = 0.5) -> Any:
   """Makes a cubic schedule of sparsity from 0 to the target, then flat.
 
   `s(n) = sparsity * (1 - (1 - n / (until * steps))^3)`.
 
   Args:
-    sparsity: share of zeros in [0, 1) at the end.
+    sparsity: share of zeros in [0, 1) at the end; or shares `per_layer` or
+      `across_layers`, which then all are on such a ramp.
     steps: training steps of the whole run.
     until: share of the run after which the target is reached.
 
@@ -76,11 +93,124 @@ def ramp(sparsity: float, steps: int, until: float = 0.5) -> Ramp:
 
   Source: Zhu & Gupta, arXiv 1710.01878, equation 1.
   """
-  return Ramp(sparsity, steps, until)
+
+  def rise(share: Any) -> Ramp:
+    return Ramp(share, steps, until)
+
+  if isinstance(sparsity, PerLayer | AcrossLayers):
+    return sparsity.map(rise)
+  return rise(sparsity)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class PerLayer:
+  """Targets made by `per_layer`."""
+
+  targets: tuple[tuple[str, Schedulable], ...]
+
+  def __post_init__(self):
+    for _, target in self.targets:
+      check_sparsity(target)
+
+  def map(self, fn: Callable[[Any], Any]) -> "PerLayer":
+    """Returns the targets that a function makes of these."""
+    return PerLayer(tuple((k, fn(target)) for k, target in self.targets))
+
+  def of(self, path: str) -> Schedulable:
+    """Returns the target of a leaf: that of the first pattern that matches.
+
+    Raises:
+      ValueError: none does.
+    """
+    for pattern, target in self.targets:
+      if matches(pattern, path):
+        return target
+    raise ValueError(f"{self!r} has no target for {path}: add one.")
+
+  def __repr__(self) -> str:
+    """Prints the call that made it."""
+    return f"per_layer({dict(self.targets)})"
+
+
+def per_layer(targets: Mapping[str, Schedulable]) -> PerLayer:
+  """Makes a sparsity that is another one for each layer.
+
+  Takes the place of a number in `SCA(sparsity=...)`, that of any other method,
+  `at_sparsity` and `ramp`.
+
+  Args:
+    targets: {pattern: share of zeros in [0, 1), or a schedule of it}; patterns
+      are those of `kernels`, a whole path among them, and the first that
+      matches counts. `fit_budget` returns the like.
+
+  Returns:
+    Hashable, printable as this call.
+
+  Raises:
+    ValueError: a concrete share lies outside [0, 1).
+
+  >>> per_layer({"head": 0.5, "*": 0.9}).of("Dense_0/kernel")
+  0.9
+  """
+  return PerLayer(tuple(targets.items()))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class AcrossLayers:
+  """A target made by `across_layers`."""
+
+  sparsity: Schedulable
+
+  def __post_init__(self):
+    check_sparsity(self.sparsity)
+
+  def map(self, fn: Callable[[Any], Any]) -> "AcrossLayers":
+    """Returns the target that a function makes of this."""
+    return AcrossLayers(fn(self.sparsity))
+
+  def __repr__(self) -> str:
+    """Prints the call that made it."""
+    return call_repr(self, "across_layers")
+
+
+def across_layers(sparsity: Schedulable) -> AcrossLayers:
+  """Makes a sparsity that all layers together have: one threshold for all.
+
+  Takes the place of a number in `SCA(sparsity=...)`, that of any other method,
+  `at_sparsity` and `ramp`. Which share of a layer is zero then follows from the
+  magnitudes of its latents beside those of the others: `SCA` gives all layers
+  latents of one spread, elsewhere they are those of the initialization.
+
+  Args:
+    sparsity: share of zeros of all selected weights in [0, 1), or a schedule.
+
+  Returns:
+    Hashable, printable as this call.
+
+  Raises:
+    ValueError: a concrete share lies outside [0, 1).
+
+  >>> across_layers(0.9)
+  across_layers(sparsity=0.9)
+  """
+  return AcrossLayers(sparsity)
+
+
+def target_of(sparsity: Schedulable, path: str) -> Schedulable:
+  """Returns the target of a leaf, where there is one of its own."""
+  return sparsity.of(path) if isinstance(sparsity, PerLayer) else sparsity
+
+
+def check_targets(sparsity: Schedulable, paths: Sequence[str]) -> None:
+  """Raises a ValueError unless each leaf has a target, and each a leaf."""
+  if isinstance(sparsity, PerLayer):
+    check_patterns([pattern for pattern, _ in sparsity.targets], paths)
+    for path in paths:
+      sparsity.of(path)
 
 
 def magnitude_threshold(
-  x: Array,
+  x: Array | Iterable[Array],
   sparsity: Array | float,
   guess: Array | None = None,
   tolerance: float = 0.0,
@@ -93,7 +223,8 @@ def magnitude_threshold(
   few counting passes, no sorting, hence cheap, and exact on sharded arrays.
 
   Args:
-    x: float, any shape; compared in float32.
+    x: float, any shape; compared in float32. Or several such arrays, which
+      count as one.
     sparsity: 0-d, share of zeros in [0, 1].
     guess: float32, 0-d, where to look first, such as the last threshold.
     tolerance: share of the weights by which k may be missed.
@@ -106,10 +237,11 @@ def magnitude_threshold(
   >>> 0.2 <= float(magnitude_threshold(jnp.array([-.1, .2, -.3, .4]), .5)) < .3
   True
   """
-  n = x.size
+  arrays = [x] if isinstance(x, jax.Array | np.ndarray) else list(x)
+  n = sum(a.size for a in arrays)
   if not n:
     return jnp.zeros((), jnp.float32)
-  magnitude = jnp.atleast_1d(jnp.abs(x.astype(jnp.float32)))
+  magnitudes = [jnp.atleast_1d(jnp.abs(a.astype(jnp.float32))) for a in arrays]
   k = _share_of(n, sparsity)
   slack = jnp.asarray(tolerance * n, jnp.int32)
 
@@ -122,8 +254,9 @@ def magnitude_threshold(
   def count_under(threshold: Array) -> Array:
     # Rows are counted in float32, exactly, because XLA:CPU vectorizes that
     # and not the sum of integers.
-    under = (magnitude <= threshold).astype(jnp.float32)
-    return jnp.sum(jnp.sum(under, -1).astype(jnp.int32), dtype=jnp.int32)
+    under = [(m <= threshold).astype(jnp.float32) for m in magnitudes]
+    rows = [jnp.sum(u, -1).astype(jnp.int32) for u in under]
+    return sum((jnp.sum(r, dtype=jnp.int32) for r in rows), jnp.int32(0))
 
   def proceed(carry: tuple[Array, ...]) -> Array:
     _, _, low, high, _, _, missed = carry
@@ -165,7 +298,7 @@ def magnitude_threshold(
   if guess is None:
     guess = jnp.zeros((), jnp.float32)
   # Without a guess, start where normal weights have their quantile.
-  sigma = jnp.sqrt(jnp.mean(jnp.square(magnitude)))
+  sigma = jnp.sqrt(sum(jnp.sum(jnp.square(m)) for m in magnitudes) / n)
   quantile = jax.scipy.special.erfinv(jnp.asarray(sparsity, jnp.float32))
   first = bits(jnp.where(guess > 0, guess, 2**0.5 * sigma * quantile))
   first = jnp.clip(first, 1, infinity - 1)
@@ -211,8 +344,14 @@ def follow_target(
     The same kind of state, one step on.
   """
   count = state["count"] + 1
-  due = count % every == 0
-  threshold = renew(state["threshold"], w, sparsity, count, due)
+  threshold = jax.lax.cond(
+    count % every == 0,
+    lambda guess: magnitude_threshold(
+      w, at(sparsity, count), guess=guess, tolerance=TOLERANCE
+    ),
+    lambda held: held,
+    state["threshold"],
+  )
   return {"count": count, "threshold": threshold}
 
 
@@ -259,31 +398,3 @@ give sparsity=0.25, or a method without a target.
       f" sparsity={sparsity}{moment}: give sparsity={zeros / n}, or a"
       " method without a target."
     )
-
-
-def renew(
-  threshold: Array,
-  w: Array,
-  sparsity: Schedulable,
-  count: Array,
-  due: Array,
-) -> Array:
-  """Returns the threshold of the asked sparsity, found anew if that is due.
-
-  Args:
-    threshold: float32, 0-d, the one in force.
-    w: float, any shape, the latents at step `count`.
-    sparsity: share of zeros, or a schedule of it.
-    count: int32, 0-d, step.
-    due: bool, 0-d, whether the threshold is found anew.
-
-  Returns:
-    float32, 0-d.
-  """
-  return jax.lax.cond(
-    due,
-    lambda: magnitude_threshold(
-      w, at(sparsity, count), guess=threshold, tolerance=TOLERANCE
-    ),
-    lambda: threshold,
-  )

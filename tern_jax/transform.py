@@ -21,6 +21,14 @@ from tern_jax.base import (
   path_str,
 )
 from tern_jax.select import Kernels, check_patterns, check_weights, matches_any
+from tern_jax.sparsity import (
+  TOLERANCE,
+  AcrossLayers,
+  at,
+  check_targets,
+  magnitude_threshold,
+  target_of,
+)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -82,12 +90,18 @@ class ParamTransform:
     self._check_paths(tree)
     scales, state = {}, {}
 
-    def start(path: str, w: Any) -> Any:
+    def latent_of(path: str, w: Any) -> Any:
       check_weights(path, w)
-      scales[path], state[path] = self._lift(path, "init")(w)
       return self._lift(path, "latent")(w)
 
-    latent = self._map(start, tree)
+    latent = self._map(latent_of, tree)
+    shares = self._shares(latent, jnp.zeros((), jnp.int32))
+
+    def start(path: str, w: Any) -> None:
+      init = self._lift(path, "init", shares)
+      scales[path], state[path] = init(w)
+
+    self._map(start, tree)
     return TernParams(latent=latent, scales=scales), state
 
   def from_ternary(
@@ -146,7 +160,9 @@ class ParamTransform:
     self, params: TernParams, state: dict[str, Any]
   ) -> tuple[TernParams, dict[str, Any]]:
     """Returns (params, state) for the next step; call it after each update."""
-    return self._update("after_step", params, state)
+    _check_params(params)
+    shares = self._due_shares(params.latent, _count(state) + 1)
+    return self._update("after_step", params, state, shares)
 
   def refresh(
     self, params: TernParams, state: dict[str, Any]
@@ -156,7 +172,9 @@ class ParamTransform:
     Call it once when training is over, or after the latents were replaced, by
     their moving averages for example.
     """
-    return self._update("refresh", params, state)
+    _check_params(params)
+    shares = self._shares(params.latent, _count(state))
+    return self._update("refresh", params, state, shares)
 
   def __repr__(self) -> str:
     """Prints the call that made it."""
@@ -171,6 +189,64 @@ class ParamTransform:
         f" apart: {', '.join(selected)}. Rename one of them."
       )
     check_patterns(self.stacked, selected)
+    check_targets(self._target, selected)
+
+  @property
+  def _target(self) -> Any:
+    """The sparsity that the method is asked for, None if it is not."""
+    return getattr(self.method, "sparsity", None)
+
+  def _method(self, path: str, share: Any = None) -> Ternarizer:
+    """Returns the method of one layer, with a target of its own.
+
+    Args:
+      path: of the leaf.
+      share: its part of a target across layers; not given where the method
+        does not look at its target.
+    """
+    if isinstance(self._target, AcrossLayers):
+      own = 0.0 if share is None else share
+    else:
+      own = target_of(self._target, path)
+    method: Any = self.method
+    return (
+      method
+      if own is self._target
+      else dataclasses.replace(method, sparsity=own)
+    )
+
+  def _shares(
+    self, latent: Any, count: jax.Array, tolerance: float = 0.0
+  ) -> dict[str, jax.Array]:
+    """Divides a target across layers: {path: share of zeros of each layer}."""
+    if not isinstance(self._target, AcrossLayers):
+      return {}
+    leaves: dict[str, Any] = {}
+    self._map(leaves.__setitem__, latent)
+    threshold = magnitude_threshold(
+      leaves.values(), at(self._target.sparsity, count), tolerance=tolerance
+    )
+
+    def share(path: str, w: Any) -> jax.Array:
+      axes = tuple(range(matches_any(self.stacked, path), w.ndim))
+      under = jnp.abs(w.astype(jnp.float32)) <= threshold
+      return jnp.mean(under, axes, jnp.float32)
+
+    return {path: share(path, w) for path, w in leaves.items()}
+
+  def _due_shares(self, latent: Any, count: jax.Array) -> dict[str, jax.Array]:
+    """Returns the shares of a step, zeros if nobody looks at them."""
+    if not isinstance(self._target, AcrossLayers):
+      return {}
+    method: Any = self.method
+
+    def divide() -> dict[str, jax.Array]:
+      return self._shares(latent, count, TOLERANCE)
+
+    def zeros() -> dict[str, jax.Array]:
+      return jax.tree.map(jnp.zeros_like, jax.eval_shape(divide))
+
+    return jax.lax.cond(count % method.every == 0, divide, zeros)
 
   def _invert(
     self, path: str, ternary: Ternary, count: jax.Array
@@ -185,12 +261,15 @@ class ParamTransform:
         " least: such weights can be deployed, but not trained."
       )
     fit = self._fit(path, ternary)
+    axes = tuple(range(matches_any(self.stacked, path), w.ndim))
+    shares = {path: jnp.mean(ternary.codes == 0, axes, jnp.float32)}
 
     def one(layer: Ternary) -> tuple[Any, Any, Any]:
+      method = self._method(path, jnp.mean(layer.codes == 0))
       try:
         if self.group_size is None:
-          return self.method.invert(layer, count)
-        return _invert_groups(self.method, path, self.group_size, layer, count)
+          return method.invert(layer, count)
+        return _invert_groups(method, path, self.group_size, layer, count)
       except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -203,7 +282,7 @@ class ParamTransform:
       latent, scales, state = jax.tree.map(lambda *x: jnp.stack(x), *layers)
     else:
       latent, scales, state = one(fit)
-    fresh = self._lift(path, "refresh")(latent, scales, state)
+    fresh = self._lift(path, "refresh", shares)(latent, scales, state)
     codes = self._lift(path, "discretize")(latent, *fresh).codes
     if concrete(codes) and jnp.any(codes != ternary.codes):
       raise ValueError(
@@ -249,42 +328,60 @@ class ParamTransform:
     return jax.tree_util.tree_map_with_path(visit, tree)
 
   def _update(
-    self, name: str, params: TernParams, state: dict[str, Any]
+    self, name: str, params: TernParams, state: dict[str, Any], shares: Any
   ) -> tuple[TernParams, dict[str, Any]]:
     """Applies a method's function from (scales, state) to (scales, state)."""
     scales, states = {}, {}
-    fn = self._with(params, state, name)
+    fn = self._with(params, state, name, shares)
 
-    def visit(path: str, w: Any) -> Any:
+    def visit(path: str, w: Any) -> None:
       scales[path], states[path] = fn(path, w)
-      return w
 
     self._map(visit, params.latent)
     return params.replace(scales=scales), states
 
   def _with(
-    self, params: TernParams, state: dict[str, Any], name: str
+    self,
+    params: TernParams,
+    state: dict[str, Any],
+    name: str,
+    shares: dict[str, Any] | None = None,
   ) -> Callable[[str, Any], Any]:
     """Gives a method's function the scales and state of a path."""
-    if not isinstance(params, TernParams):
-      raise TypeError(
-        f"ParamTransform got params of type {type(params).__name__}, but it"
-        " needs the TernParams that init returned: params, state ="
-        " tern.init(tree)."
-      )
-    return lambda path, w: self._lift(path, name)(
+    _check_params(params)
+    return lambda path, w: self._lift(path, name, shares)(
       w, params.scales[path], state[path]
     )
 
-  def _lift(self, path: str, name: str) -> Callable[..., Any]:
+  def _lift(
+    self, path: str, name: str, shares: dict[str, Any] | None = None
+  ) -> Callable[..., Any]:
     """Maps a method's function over the layers of a stacked leaf."""
-    if self.group_size is None:
-      fn = getattr(self.method, name)
-    else:
-      fn = functools.partial(
-        _in_groups, self.method, name, path, self.group_size
-      )
-    return jax.vmap(fn) if matches_any(self.stacked, path) else fn
+
+    def fn(share: Any, *args: Any) -> Any:
+      method = self._method(path, share)
+      if self.group_size is None:
+        return getattr(method, name)(*args)
+      return _in_groups(method, name, path, self.group_size, *args)
+
+    share = (shares or {}).get(path)
+    is_stack = matches_any(self.stacked, path)
+    return functools.partial(jax.vmap(fn) if is_stack else fn, share)
+
+
+def _count(state: dict[str, Any]) -> jax.Array:
+  """Returns the step at which the targets of a state are."""
+  counts = (jnp.ravel(leaf["count"]) for leaf in state.values() if leaf)
+  return next(counts, jnp.zeros(1, jnp.int32))[0]
+
+
+def _check_params(params: Any) -> None:
+  if not isinstance(params, TernParams):
+    raise TypeError(
+      f"ParamTransform got params of type {type(params).__name__}, but it"
+      " needs the TernParams that init returned: params, state ="
+      " tern.init(tree)."
+    )
 
 
 def _in_groups(

@@ -1,0 +1,146 @@
+"""Budgets: a size in bytes, shared over the layers of a network."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from tern_jax.base import path_str
+from tern_jax.select import Kernels, check_weights
+from tern_jax.sparsity import PerLayer
+
+#: Sparsities that are tried: denser towards 1, where bits change fastest.
+_GRID = 1 - np.geomspace(1, 1e-3, 2001)
+
+
+class _Layer(NamedTuple):
+  """What a sparsity costs in a layer, on the grid."""
+
+  path: str
+  distortion: np.ndarray
+  bytes: np.ndarray
+
+
+def fit_budget(
+  params: Any,
+  *,
+  bytes: float,
+  where: Kernels | None = None,
+  scales: int = 2,
+) -> PerLayer:
+  """Shares a size in bytes over layers: the sparsity of each.
+
+  Minimizes the sum of relative squared errors
+  `D_l(s) = |W - a code|^2 / |W|^2`, with the zeros at the smallest magnitudes
+  and the best scale a, under `sum_l R_l(s) <= bytes` with
+  `R_l(s) = n_l (h(s) + 1 - s) / 8`, the entropy of codes of both signs alike.
+  One Lagrange multiplier: each layer minimizes `D_l + lambda R_l`.
+
+  `R` is what `save_packed(codec="entropy")` stores, or less where a layer's
+  signs or rows are uneven; the container around it, an orbax checkpoint or
+  JSON, comes on top.
+
+  Args:
+    params: the user's parameters, random or, better, trained: layers that a
+      few large weights make up can then give more. Concrete arrays.
+    bytes: of everything: codes, scales, and all other leaves as they are.
+    where: which leaves are ternary, `kernels()` by default.
+    scales: magnitudes stored for each ternary leaf, of its dtype: 2 for a
+      tensor, `2 * channels` for channels.
+
+  Returns:
+    The targets, for `sparsity=` of any method, `at_sparsity` and `ramp`. Their
+    size lies at `bytes`, below it by 1 % at most, unless the least distortion,
+    at some 45 % zeros, is smaller.
+
+  Raises:
+    ValueError: no room for the leaves that stay, or 99.9 % zeros are too
+      large; nothing is selected.
+    TypeError: a selected leaf is not floating-point.
+
+  >>> import jax.numpy as jnp
+  >>> w = jnp.linspace(-1.0, 1.0, 4000)
+  >>> params = {"a": {"kernel": w.reshape(40, 100)},
+  ...           "b": {"kernel": w[::10].reshape(40, 10)}}
+  >>> targets = fit_budget(params, bytes=500)
+  >>> [round(float(targets.of(k + "/kernel")), 2) for k in "ab"]
+  [0.84, 0.33]
+  """
+  where = where or Kernels()
+  where.paths(params)
+  fixed, layers = 0, []
+  for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+    path, itemsize = path_str(keys), np.dtype(leaf.dtype).itemsize
+    if where.selects(path, leaf):
+      check_weights(path, leaf)
+      fixed += scales * itemsize
+      layers.append(_measure(path, leaf))
+    else:
+      fixed += leaf.size * itemsize
+  chosen = _share(layers, bytes - fixed, bytes, fixed)
+  shares = np.interp(chosen, np.arange(_GRID.size), _GRID)
+  return PerLayer(
+    tuple((x.path, float(s)) for x, s in zip(layers, shares, strict=True))
+  )
+
+
+def _measure(path: str, w: Any) -> _Layer:
+  """Returns distortion and bytes of a layer over the grid."""
+  magnitude = np.sort(np.abs(np.asarray(w, np.float64)).ravel())
+  n = magnitude.size
+  zeros = np.minimum(np.round(_GRID * n).astype(np.int64), n - 1)
+  above = np.cumsum(magnitude[::-1])[::-1][zeros]
+  energy = float(np.sum(np.square(magnitude))) or 1.0
+  distortion = 1 - np.square(above) / (n - zeros) / energy
+  s, used = _GRID, 1 - _GRID
+  with np.errstate(divide="ignore", invalid="ignore"):
+    entropy = used - used * np.log2(used) - np.where(s > 0, s * np.log2(s), 0)
+  return _Layer(path, distortion, n * entropy / 8)
+
+
+def _share(
+  layers: list[_Layer], room: float, asked: float, fixed: int
+) -> np.ndarray:
+  """Returns the positions on the grid, between two points, of each layer."""
+
+  def cheapest(exponent: float) -> np.ndarray:
+    lam = 2.0**exponent
+    return np.array([np.argmin(x.distortion + lam * x.bytes) for x in layers])
+
+  def size(chosen: np.ndarray) -> float:
+    grid = np.arange(_GRID.size)
+    pairs = zip(chosen, layers, strict=True)
+    return sum(float(np.interp(i, grid, x.bytes)) for i, x in pairs)
+
+  least = sum(float(x.bytes[-1]) for x in layers)
+  if room < least:
+    raise ValueError(
+      f"{asked:,.0f} bytes are too few: {fixed:,} are taken by scales and"
+      f" leaves that are not ternary, {math.ceil(least):,} by ternary ones of"
+      f" {_GRID[-1]:.1%} zeros: give at least {math.ceil(fixed + least):,}."
+    )
+  # Lambda from nothing to more than any distortion is worth.
+  low, high = -100.0, 100.0
+  if size(cheapest(low)) <= room:
+    return cheapest(low)
+  low, high = _bisect(lambda x: size(cheapest(x)) > room, low, high)
+  ends = cheapest(low), cheapest(high)
+  # Between these two a layer or some leap from one sparsity to another.
+  _, part = _bisect(lambda t: size(_mix(ends, t)) > room, 0.0, 1.0)
+  return _mix(ends, part)
+
+
+def _bisect(
+  is_low: Callable[[float], bool], low: float, high: float
+) -> tuple[float, float]:
+  """Returns two neighbors of which one is low, the other is not."""
+  for _ in range(60):
+    middle = 0.5 * (low + high)
+    low, high = (middle, high) if is_low(middle) else (low, middle)
+  return low, high
+
+
+def _mix(ends: tuple[np.ndarray, np.ndarray], part: float) -> np.ndarray:
+  return (1 - part) * ends[0] + part * ends[1]

@@ -1,0 +1,293 @@
+"""Sizes shared over layers, and the targets that come of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import tern_jax
+from tern_jax import (
+  SCA,
+  TWN,
+  ParamTransform,
+  across_layers,
+  at_sparsity,
+  codec,
+  fit_budget,
+  from_packed,
+  per_layer,
+  ramp,
+  relative,
+  wdr_transform,
+)
+from tern_jax.training import data_mesh
+
+SHAPES = {"a": (64, 96), "b": (3, 3, 16, 32), "c": (48, 10)}
+
+
+def net(seed=0):
+  rng = np.random.default_rng(seed)
+  sigma = {"a": 0.05, "b": 0.1, "c": 0.3}
+  return {
+    k: {
+      "kernel": jnp.asarray(sigma[k] * rng.normal(size=shape), jnp.float32),
+      "bias": jnp.zeros(shape[-1]),
+    }
+    for k, shape in SHAPES.items()
+  }
+
+
+def zeros(tern, params, state):
+  ternary = tern.discretize(params, state)
+  return {
+    k: float(jnp.mean(v["kernel"].codes == 0)) for k, v in ternary.items()
+  }
+
+
+def size(tern, params, state):
+  """Bytes of codes at the entropy of both signs alike, scales and biases."""
+  total = 0.0
+  for layer in tern.discretize(params, state).values():
+    codes = np.asarray(layer["kernel"].codes)
+    s = np.mean(codes == 0)
+    bits = -s * np.log2(s) - (1 - s) * np.log2((1 - s) / 2)
+    total += codes.size * bits / 8 + 8 + 4 * layer["bias"].size
+  return total
+
+
+# Targets of a tree.
+
+
+def test_per_layer_targets_are_met():
+  tern = ParamTransform(SCA(sparsity=per_layer({"a": 0.9, "*/kernel": 0.5})))
+  assert zeros(tern, *tern.init(net())) == pytest.approx(
+    {"a": 0.9, "b": 0.5, "c": 0.5}, abs=1e-4
+  )
+
+
+@pytest.mark.parametrize(
+  "target",
+  [per_layer({"a": 0.5, "head/w": 0.25}), across_layers(0.8)],
+  ids=["per_layer", "across_layers"],
+)
+def test_targets_print_hash_and_rise(target):
+  names = {"per_layer": per_layer, "across_layers": across_layers}
+  assert eval(repr(target), names) == target
+  assert hash(target) == hash(eval(repr(target), names))
+  risen = ramp(target, steps=100)
+  assert eval(repr(risen), {**names, "ramp": ramp}) == risen
+  method = SCA(sparsity=risen)
+  assert eval(repr(method), {**names, "ramp": ramp, "SCA": SCA}) == method
+
+
+def test_bad_targets():
+  tree = net()
+  with pytest.raises(ValueError, match=r"sparsity must lie in \[0, 1\)"):
+    per_layer({"a": 1.5})
+  with pytest.raises(ValueError, match=r"give tern_jax\.per_layer"):
+    SCA(sparsity={"a": 0.5})
+  with pytest.raises(ValueError, match="'head' matches no leaf"):
+    ParamTransform(SCA(sparsity=per_layer({"head": 0.5, "*": 0.5}))).init(tree)
+  with pytest.raises(ValueError, match="no target for b/kernel: add one"):
+    ParamTransform(SCA(sparsity=per_layer({"a": 0.5}))).init(tree)
+  for target in (per_layer({"a": 0.5}), across_layers(0.5)):
+    with pytest.raises(TypeError, match="use ParamTransform"):
+      TWN(sparsity=target).init(tree["a"]["kernel"])
+
+
+def test_across_layers_has_one_threshold():
+  tree = net()
+  tern = ParamTransform(TWN(sparsity=across_layers(0.8)))
+  got = zeros(tern, *tern.init(tree))
+  every = np.concatenate([np.ravel(v["kernel"]) for v in tree.values()])
+  limit = np.sort(np.abs(every))[round(0.8 * every.size) - 1]
+  want = {k: np.mean(np.abs(v["kernel"]) <= limit) for k, v in tree.items()}
+  assert got == pytest.approx(want, abs=1e-6)
+  assert got["a"] > 0.9 > got["c"]
+
+
+@pytest.mark.parametrize("where", ["jit", "vmap", "sharded"])
+def test_across_layers_everywhere(where):
+  tree = net()
+  tern = ParamTransform(SCA(sparsity=across_layers(0.7)))
+  want = tern.discretize(*tern.init(tree))
+
+  def codes(tree):
+    made = tern.discretize(*tern.refresh(*tern.init(tree)))
+    return {k: v["kernel"].codes for k, v in made.items()}
+
+  if where == "jit":
+    got = jax.jit(codes)(tree)
+  elif where == "vmap":
+    two = jax.tree.map(lambda *x: jnp.stack(x), tree, net(1))
+    got = jax.tree.map(lambda x: x[0], jax.vmap(codes)(two))
+  else:
+    sharding = NamedSharding(data_mesh(), P("data"))
+    spread = jax.tree.map(
+      lambda x: jax.device_put(x, sharding) if x.shape[0] % 8 == 0 else x, tree
+    )
+    got = jax.jit(codes)(spread)
+  for k in tree:
+    np.testing.assert_array_equal(got[k], want[k]["kernel"].codes)
+
+
+def test_stacked_layers_share_a_target_across():
+  tree = net()
+  layers = [0.5, 1.0, 2.0]
+  kernel = tree["a"]["kernel"]
+  stack = {"s": {"kernel": jnp.stack([k * kernel for k in layers])}}
+  single = {str(k): {"kernel": k * kernel} for k in layers}
+  method = TWN(sparsity=across_layers(0.75))
+  tern = ParamTransform(method, stacked=("s",))
+  got = tern.discretize(*tern.init(stack))["s"]["kernel"]
+  alone = ParamTransform(method)
+  want = alone.discretize(*alone.init(single))
+  for i, k in enumerate(layers):
+    np.testing.assert_array_equal(got.codes[i], want[str(k)]["kernel"].codes)
+
+
+@pytest.mark.parametrize(
+  "target",
+  [per_layer({"a": 0.8, "b": 0.6, "c": 0.4}), across_layers(0.7)],
+  ids=["per_layer", "across_layers"],
+)
+def test_targets_are_followed_in_training(target, standard_promotion):
+  tree = net()
+  steps = 60
+  risen = ramp(target, steps)
+  tern = ParamTransform(SCA(sparsity=risen))
+  params, state = tern.init(tree)
+  tx = optax.chain(
+    wdr_transform(at_sparsity(risen), relative(0.5), mask=tern_jax.kernels()),
+    optax.adam(1e-2),
+  )
+
+  def loss(params):
+    weights = jax.tree.leaves(tern(params, state))
+    return sum(jnp.sum(jnp.square(w - 0.1)) for w in weights)
+
+  @jax.jit
+  def step(params, state, opt_state):
+    grads = jax.grad(loss)(params)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    return *tern.after_step(params, state), opt_state
+
+  opt_state = tx.init(params)
+  for _ in range(steps):
+    params, state, opt_state = step(params, state, opt_state)
+  sizes = {k: v["kernel"].size for k, v in tree.items()}
+
+  def total(share):
+    return sum(share[k] * n for k, n in sizes.items()) / sum(sizes.values())
+
+  followed = zeros(tern, params, state)
+  met = zeros(tern, *tern.refresh(params, state))
+  want = (
+    {k: v for k, v in target.targets}
+    if isinstance(target, tern_jax.sparsity.PerLayer)
+    else None
+  )
+  if want:
+    assert followed == pytest.approx(want, abs=2e-3)
+    assert met == pytest.approx(want, abs=3e-3)
+  assert total(followed) == pytest.approx(
+    total(want) if want else 0.7, abs=2e-3
+  )
+  assert total(met) == pytest.approx(total(want) if want else 0.7, abs=1e-3)
+
+
+def test_wdr_has_the_barrier_of_all_layers():
+  tree = net()
+  target = across_layers(0.6)
+  tx = wdr_transform(
+    at_sparsity(target), relative(1.0), mask=tern_jax.kernels()
+  )
+  state = tx.init(tree).inner_state
+  every = np.concatenate([np.ravel(v["kernel"]) for v in tree.values()])
+  for limit in jax.tree.leaves(state.threshold):
+    assert np.sum(np.abs(every) <= limit) == round(0.6 * every.size)
+
+
+def test_a_file_goes_on_with_a_target_across_layers():
+  tern = ParamTransform(SCA(sparsity=across_layers(0.7)))
+  packed = tern_jax.pack(tern.discretize(*tern.init(net())))
+  params, state = from_packed(packed, tern)
+  for moment in ((params, state), tern.refresh(params, state)):
+    again = tern_jax.pack(tern.discretize(*moment))
+    jax.tree.map(np.testing.assert_array_equal, again, packed)
+
+
+# Budgets.
+
+
+@pytest.mark.parametrize("asked", [700, 1300, 1900])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_budget_is_met_from_below(asked, seed):
+  tree = net(seed)
+  targets = fit_budget(tree, bytes=asked + 700)
+  tern = ParamTransform(SCA(sparsity=targets))
+  got = size(tern, *tern.init(tree))
+  assert 0.99 * (asked + 700) <= got <= 1.001 * (asked + 700)
+
+
+def test_the_budget_is_what_a_codec_stores():
+  tree = net()
+  asked = 2500
+  tern = ParamTransform(TWN(sparsity=fit_budget(tree, bytes=asked)))
+  packed = tern_jax.pack(tern.discretize(*tern.init(tree)))
+  stored = sum(
+    len(codec.encode(layer["kernel"])) + 8 + 4 * layer["bias"].size
+    for layer in packed.values()
+  )
+  assert 0.97 * asked < stored < 1.03 * asked + 64 * len(tree)
+
+
+def test_no_other_shares_of_one_size_are_better():
+  tree = net()
+
+  def distortion(shares):
+    total = 0.0
+    for k, s in shares.items():
+      w = np.sort(np.abs(np.ravel(tree[k]["kernel"])).astype(np.float64))
+      kept = w[round(s * w.size) :]
+      total += 1 - np.sum(kept) ** 2 / kept.size / np.sum(w * w)
+    return total
+
+  def cost(shares):
+    total = 0.0
+    for k, s in shares.items():
+      n = tree[k]["kernel"].size
+      total += n / 8 * (-s * np.log2(s) - (1 - s) * np.log2((1 - s) / 2))
+    return total
+
+  fixed = sum(8 + 4 * v["bias"].size for v in tree.values())
+  targets = fit_budget(tree, bytes=1200 + fixed)
+  best = {k: float(targets.of(f"{k}/kernel")) for k in tree}
+  assert cost(best) == pytest.approx(1200, rel=1e-3)
+  rng = np.random.default_rng(0)
+  tried = 0
+  while tried < 200:
+    other = {k: float(rng.uniform(0.4, 0.999)) for k in tree}
+    if cost(other) <= 1200:
+      tried += 1
+      assert distortion(other) > distortion(best) - 1e-4
+
+
+def test_more_than_enough_room_asks_for_the_least_distortion():
+  targets = fit_budget(net(), bytes=1e9)
+  # Of normal weights: Delta = .612 sigma, erf(.612 / sqrt 2) = .459.
+  for _, share in targets.targets:
+    assert share == pytest.approx(0.459, abs=0.03)
+
+
+def test_too_small_a_budget():
+  with pytest.raises(ValueError, match="576 are taken by scales"):
+    fit_budget(net(), bytes=500)
+  with pytest.raises(ValueError, match="give at least"):
+    fit_budget(net(), bytes=580)
+  with pytest.raises(ValueError, match="selects no leaf"):
+    fit_budget({"bias": jnp.zeros(3)}, bytes=500)
