@@ -5,9 +5,11 @@ import json
 import shutil
 
 import jax
+import numpy as np
 import pytest
 
 from experiments.common import cli, evaluate, log, methods, run
+from tern_jax import metrics
 
 # What may differ between two runs of the same config; orbax writes down times.
 INCIDENTAL = ("seconds", "command", "disk_bytes")
@@ -68,7 +70,7 @@ def test_the_record_is_consistent(config, result):
 
 def test_what_a_run_leaves(config, result):
   directory = config.directory
-  for name in ("curves", "histograms", "layers"):
+  for name in ("curves", "diagnostics", "histograms", "layers"):
     assert (directory / f"{name}.png").stat().st_size > 10_000
   for phase, place in (
     ("float", config.float_directory),
@@ -83,6 +85,31 @@ def test_what_a_run_leaves(config, result):
   table = log.table(result)
   assert f"{100 * result['accuracy']:.2f}" in table
   assert max(map(len, table.splitlines())) <= 80
+
+
+def test_weights_are_watched_by_layer(config, result):
+  records = log.read_metrics(config.directory)
+  names = ("sparsity", "entropy", "barrier", "converged", "zeros_rms")
+  for path, layer in result["layers"].items():
+    series = {
+      name: [record[f"{name}/{path}"] for record in records]
+      for name in (*names, "flip_rate")
+    }
+    assert series["sparsity"][-1] == layer["reached"]
+    assert all(0 <= share < 1 for share in series["flip_rate"])
+    assert series["flip_rate"][0] > series["flip_rate"][-1]
+    # The late WDR brings weights to their codes.
+    assert series["converged"][-1] > min(series["converged"])
+    for rms, top in zip(series["zeros_rms"], series["barrier"], strict=True):
+      assert 0 < rms < top < 1
+    latents = log.load_latents(config.directory, records[-1]["step"])[path]
+    least = np.quantile(np.abs(np.tanh(latents)), layer["reached"] - 0.01)
+    assert series["barrier"][-1] > least
+  assert all(
+    "/" not in name
+    for record in log.read_metrics(config.float_directory)
+    for name in record
+  )
 
 
 def test_a_finished_run_is_not_repeated(config, result, monkeypatch):
@@ -134,6 +161,9 @@ def test_runs_share_a_float_net(config, result):
   # The last third keeps the codes of the best state before.
   best = max(records[:2], key=lambda r: r["validation_accuracy"])
   assert records[2]["sparsity"] == best["sparsity"]
+  for path in measured["layers"]:
+    # Flips of the last stage are counted from the state that it starts with.
+    assert [r[f"flip_rate/{path}"] > 0 for r in records] == [True, True, False]
   assert "frozen=True" in measured["method"]
 
 
@@ -258,6 +288,16 @@ def test_every_method_has_a_recipe_and_a_picture(name):
   assert shown.shape == theta.shape
   # Latents and the codes that they are drawn against have one unit.
   assert 0.1 < float(abs(shown).mean()) < 2
+
+  @jax.jit
+  def diagnose(theta):
+    method = recipe.stages[0].method
+    codes = method.discretize(theta, *method.init(theta))
+    return metrics.diagnose({"w": config.shown(theta)}, {"w": codes})["w"]
+
+  measured = diagnose(theta)
+  assert 0 <= measured["zeros_rms"] <= measured["barrier"] < 2
+  assert 0 <= measured["converged"] <= 1
   assert 0 <= recipe.onset <= 100
   assert recipe.stages[-1].last == 100
 

@@ -107,7 +107,82 @@ def test_distance_to_ternary():
   assert float(metrics.distance_to_ternary(theta)) == pytest.approx(expected)
 
 
+def latents(dtype=jnp.float32):
+  """Two layers of latents, and their codes by a threshold of .3."""
+  rng = np.random.default_rng(1)
+  theta, codes, one = {}, {}, jnp.ones(())
+  for name, shape in (("a", (40, 30)), ("b", (30, 7))):
+    w = rng.normal(size=shape).astype(np.float32)
+    theta[name] = {"kernel": jnp.asarray(w, dtype), "bias": jnp.zeros(7)}
+    w = np.asarray(theta[name]["kernel"], np.float32)
+    hard = np.sign(w) * (np.abs(np.tanh(w)) > 0.3)
+    leaf = tern_jax.Ternary(jnp.asarray(hard, jnp.int8), one, one)
+    codes[name] = {"kernel": leaf, "bias": jnp.zeros(7)}
+  return theta, codes
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_diagnostics_of_each_layer(dtype):
+  theta, codes = latents(dtype)
+  _, before = latents()
+  flipped = before["b"]["kernel"].codes.at[:, 0].multiply(-1)
+  one = jnp.ones(())
+  before["b"]["kernel"] = tern_jax.Ternary(flipped, one, one)
+  weights = jax.tree.map(jnp.tanh, theta)
+  measured = jax.jit(metrics.diagnose)(weights, codes, before)
+  assert list(measured) == ["a/kernel", "b/kernel"]
+  for path, layer in measured.items():
+    name = path[0]
+    w = np.asarray(weights[name]["kernel"], np.float64)
+    c = np.asarray(codes[name]["kernel"].codes)
+    zeros = w[c == 0]
+    expected = {
+      "sparsity": np.mean(c == 0),
+      "entropy": entropy_of(c),
+      "barrier": np.abs(zeros).max(),
+      "converged": np.mean(np.abs(w - c) <= 0.05),
+      "zeros_rms": np.sqrt(np.mean(zeros**2)),
+      "flip_rate": np.mean(c != np.asarray(before[name]["kernel"].codes)),
+    }
+    assert layer.keys() == expected.keys()
+    assert {value.dtype.name for value in layer.values()} == {"float32"}
+    for key, value in layer.items():
+      assert float(value) == pytest.approx(expected[key], rel=1e-5), key
+    assert layer["barrier"] <= 0.31
+  if dtype == jnp.float32:
+    assert float(measured["a/kernel"]["flip_rate"]) == 0.0
+
+
+def test_diagnostics_at_their_limits():
+  one = jnp.ones(())
+  zeros = tern_jax.Ternary(jnp.zeros((3, 2), jnp.int8), one, one)
+  ones = tern_jax.Ternary(jnp.ones((3, 2), jnp.int8), one, one)
+  layer = metrics.diagnose({"w": jnp.zeros((3, 2))}, {"w": zeros}, {"w": ones})
+  layer = {name: float(value) for name, value in layer["w"].items()}
+  assert layer == {
+    "sparsity": 1.0,
+    "entropy": 0.0,
+    "barrier": 0.0,
+    "converged": 1.0,
+    "zeros_rms": 0.0,
+    "flip_rate": 1.0,
+  }
+  # Without zeros there is nothing below the barrier.
+  layer = metrics.diagnose({"w": jnp.full((3, 2), 0.9)}, {"w": ones})["w"]
+  assert "flip_rate" not in layer
+  for name in ("sparsity", "barrier", "converged", "zeros_rms"):
+    assert float(layer[name]) == 0.0
+  # Shares, also of what lies as far as is allowed.
+  half = jnp.full((3, 2), 0.5)
+  assert float(metrics.converged(half, ones, within=0.5)) == 1.0
+
+
 def test_bad_input():
+  theta, codes = latents()
+  with pytest.raises(ValueError, match="No continuous weights for b/kernel"):
+    metrics.diagnose({"a": theta["a"]}, codes)
+  with pytest.raises(ValueError, match="b/kernel are in one only"):
+    metrics.diagnose(theta, codes, {"a": codes["a"]})
   with pytest.raises(ValueError, match="holds no ternary leaf"):
     metrics.sparsity({"w": jnp.ones(3)})
   with pytest.raises(ValueError, match="holds no packed leaf"):

@@ -139,13 +139,14 @@ class Log:
       self._bar.close()
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
-    """Writes the metrics of a step."""
+    """Writes the metrics of a step; those by layer have a slash."""
     if not self._writes:
       return
     self._write_line({"phase": self.phase, "step": step, **metrics})
     for name, value in metrics.items():
       self._events.add_scalar(name, value, step)
-    text = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    shown = {name: value for name, value in metrics.items() if "/" not in name}
+    text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
     self._bar.update(step - self._bar.n)
     self._bar.set_postfix_str(text)
     # A file or pipe gets a line for each quarter of the phase instead.
@@ -198,10 +199,10 @@ def table(result: dict[str, Any]) -> str:
     ("packed model on disk", f"{result['disk_bytes']:,}", "bytes"),
     ("float32 model", f"{result['float_bytes']:,}", "bytes"),
   ]
-  return "\n\n".join(map(_aligned, (rows, layers, sizes)))
+  return "\n\n".join(map(aligned, (rows, layers, sizes)))
 
 
-def _aligned(rows: Rows) -> str:
+def aligned(rows: Rows) -> str:
   """Aligns columns: the first to the left, the others to the right."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = [

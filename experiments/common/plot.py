@@ -1,12 +1,13 @@
 """The pictures of a run: curves, histograms of latents, sparsity by layer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -18,6 +19,9 @@ from tern_jax.select import matches_any
 # Okabe and Ito's colors, told apart by all eyes.
 FLOAT, TERNARY, ACCENT = "#0072B2", "#D55E00", "#666666"
 CODES = {-1: "#56B4E9", 0: "#999999", 1: "#D55E00"}
+#: First layer dark, last layer light, and how many have a name in a legend.
+DEPTH = colormaps["viridis"]
+MOST_NAMED = 4
 
 
 def draw(
@@ -30,16 +34,16 @@ def draw(
     result: what result.json holds.
     snapshots: steps whose latents were kept.
   """
-  workdir, method = config.directory, config.method
+  workdir, label = config.directory, config.method.axis_label
 
-  def latents(step: int) -> Iterator[tuple[str, np.ndarray]]:
-    for path, latent in log.load_latents(workdir, step).items():
-      # Each layer of a stack has scales of its own.
-      stacked = matches_any(config.stacked, path)
-      shown = jax.vmap(method.shown) if stacked else method.shown
-      yield path, np.asarray(shown(jnp.asarray(latent)))
+  def weights_at(step: int) -> dict[str, np.ndarray]:
+    latents = log.load_latents(workdir, step).items()
+    return {
+      path: np.asarray(shown(config, path, jnp.asarray(latent)))
+      for path, latent in latents
+    }
 
-  weights = {f"step {step:,}": dict(latents(step)) for step in snapshots}
+  weights = {f"step {step:,}": weights_at(step) for step in snapshots}
   packed = load_packed(workdir / "packed")["params"]
   codes = {
     path: np.asarray(leaf.codes)
@@ -50,8 +54,23 @@ def draw(
     *log.read_metrics(workdir),
   ]
   curves(records, workdir / "curves.png")
-  histograms(weights, codes, method.axis_label, workdir / "histograms.png")
+  diagnostics(records, list(codes), label, workdir / "diagnostics.png")
+  histograms(weights, codes, label, workdir / "histograms.png")
   layers(result, workdir / "layers.png")
+
+
+def shown(config: cli.Config, path: str, latent: jax.Array) -> jax.Array:
+  """Returns latents of a layer in the unit of their codes.
+
+  Args:
+    config: of the run.
+    path: of the layer, or of a stack of layers.
+    latent: its latents.
+  """
+  # Each layer of a stack has scales of its own.
+  stacked = matches_any(config.stacked, path)
+  unit = config.method.shown
+  return (jax.vmap(unit) if stacked else unit)(latent)
 
 
 def curves(records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -80,6 +99,54 @@ def curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     axis.set(xlabel="step", ylabel=label, yscale=scale)
   axes[1].legend(frameon=False, loc="lower right")
   axes[2].set_ylim(0, 100)
+  _save(figure, path)
+
+
+def diagnostics(
+  records: Sequence[dict[str, Any]],
+  layers: Sequence[str],
+  label: str,
+  path: Path,
+) -> None:
+  """Draws how the weights of each layer come to their codes.
+
+  Args:
+    records: lines of metrics.jsonl.
+    layers: paths, first to last, by which lines are colored.
+    label: the unit of weights.
+    path: PNG to write.
+  """
+  figure, axes = _figure(3, 2, width=3.4, height=2.3, sharex=True)
+  panels = (
+    ("sparsity", "zeros", "%", 100),
+    ("flip_rate", "codes changed since the last look", "%", 100),
+    ("entropy", "entropy", "bits a weight", 1),
+    ("converged", "weights within .05 of their code", "%", 100),
+    ("zeros_rms", "root mean square of the zeros", label, 1),
+    ("barrier", "barrier: the largest zero", label, 1),
+  )
+  # The lightest shades are hard to see on white.
+  shades = DEPTH(np.linspace(0, 0.85, len(layers)))
+  named = layers if len(layers) <= MOST_NAMED else (layers[0], layers[-1])
+  for axis, (key, title, unit, factor) in zip(axes, panels, strict=True):
+    for layer, color in zip(layers, shades, strict=True):
+      points = [r for r in records if f"{key}/{layer}" in r]
+      axis.plot(
+        [r["step"] for r in points],
+        [factor * r[f"{key}/{layer}"] for r in points],
+        color=color,
+        label=layer if layer in named else None,
+        linewidth=1.5,
+      )
+    axis.set_title(title, fontsize=9)
+    axis.set_ylabel(unit, fontsize=9)
+    axis.set_ylim(bottom=0)
+  for axis in axes[3:]:
+    axis.set_xlabel("step")
+  handles, names = axes[0].get_legend_handles_labels()
+  figure.legend(
+    handles, names, frameon=False, loc="outside upper right", ncols=4
+  )
   _save(figure, path)
 
 
@@ -167,6 +234,88 @@ def layers(result: dict[str, Any], path: Path) -> None:
   axis.invert_yaxis()
   axis.set(xlim=(0, 100), xlabel="zeros (%)")
   figure.legend(frameon=False, loc="outside upper right", ncols=3)
+  _save(figure, path)
+
+
+def sweep_sparsity(
+  rows: Sequence[dict[str, float]], by: str, path: Path
+) -> None:
+  """Draws predicted and measured sparsity over what was swept.
+
+  Args:
+    rows: of a sweep, one a run.
+    by: name of what was swept.
+    path: PNG to write.
+  """
+  figure, (left, right) = _figure(2, width=4.2, height=3.4)
+  values = sorted({row[by] for row in rows})
+  for key, color, marker in (
+    ("predicted", FLOAT, "x"),
+    ("sparsity", TERNARY, "o"),
+  ):
+    means = [
+      np.mean([100 * row[key] for row in rows if row[by] == value])
+      for value in values
+    ]
+    name = "measured" if key == "sparsity" else "predicted at WDR's onset"
+    left.plot(values, means, color=color, linewidth=1.5, label=name)
+    left.plot(
+      [row[by] for row in rows],
+      [100 * row[key] for row in rows],
+      marker,
+      color=color,
+      markersize=5,
+    )
+  left.set(xlabel=by, ylabel="zeros (%)", ylim=(0, 102))
+  left.legend(frameon=False, loc="lower right")
+  right.plot([0, 100], [0, 100], color=ACCENT, linewidth=1, linestyle=":")
+  right.plot(
+    [100 * row["predicted"] for row in rows],
+    [100 * row["sparsity"] for row in rows],
+    "o",
+    color=TERNARY,
+    markersize=5,
+  )
+  right.set(
+    xlabel="zeros predicted at WDR's onset (%)",
+    ylabel="zeros measured (%)",
+    xlim=(0, 102),
+    ylim=(0, 102),
+  )
+  _save(figure, path)
+
+
+def sweep_accuracy(rows: Sequence[dict[str, float]], path: Path) -> None:
+  """Draws accuracy before and after rounding, and bits, over the zeros.
+
+  Args:
+    rows: of a sweep, one a run.
+    path: PNG to write.
+  """
+  figure, (left, right) = _figure(2, width=4.2, height=3.4)
+  zeros = [100 * row["sparsity"] for row in rows]
+  for key, color, marker, name in (
+    ("test", FLOAT, "x", "as trained"),
+    ("test_rounded", TERNARY, "o", "rounded"),
+  ):
+    shares = [100 * row[key] for row in rows]
+    left.plot(zeros, shares, marker, color=color, markersize=5, label=name)
+  left.set(xlabel="zeros (%)", ylabel="test accuracy (%)")
+  left.legend(frameon=False, loc="lower left")
+  share = np.linspace(0, 1, 201)[1:-1]
+  signs = 1 - share
+  even = -share * np.log2(share) - signs * np.log2(signs) + signs
+  right.plot(
+    100 * share,
+    even,
+    color=ACCENT,
+    linewidth=1,
+    label="layers alike, as many -1 as +1",
+  )
+  bits = [row["bits"] for row in rows]
+  right.plot(zeros, bits, "o", color=TERNARY, markersize=5, label="measured")
+  right.set(xlabel="zeros (%)", ylabel="entropy (bits a weight)", ylim=(0, 1.7))
+  right.legend(frameon=False, loc="lower left")
   _save(figure, path)
 
 

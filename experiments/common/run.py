@@ -59,6 +59,16 @@ class Stage:
     codes = self.tern.discretize(state.params, state.tern_state)
     return {"params": codes, **state.model_state}
 
+  def latents(self, state: training.TrainState) -> dict[str, Any]:
+    """Returns {path: latents} of what is made ternary."""
+    assert self.tern is not None
+    leaves = jax.tree_util.tree_leaves_with_path(state.params.latent)
+    return {
+      path_str(path): leaf
+      for path, leaf in leaves
+      if self.tern.where.selects(path_str(path), leaf)
+    }
+
   def refreshed(self, state: training.TrainState) -> training.TrainState:
     """Returns the state with thresholds that fit its latents exactly."""
     if self.tern is None:
@@ -93,18 +103,8 @@ class Phase:
 
   def keep_latents(self, state: training.TrainState) -> None:
     """Keeps the latents of a step for the prediction and the pictures."""
-    assert self.final.tern is not None
-    where = self.final.tern.where
-    leaves = jax.tree_util.tree_leaves_with_path(state.params.latent)
-    log.save_latents(
-      self.directory,
-      int(state.step),
-      {
-        path_str(path): leaf
-        for path, leaf in leaves
-        if where.selects(path_str(path), leaf)
-      },
-    )
+    latents = self.final.latents(state)
+    log.save_latents(self.directory, int(state.step), latents)
 
 
 def run(config: cli.Config) -> dict[str, Any]:
@@ -327,6 +327,7 @@ def train(
       if start >= stage.last:
         continue
       step = make_step(config, stage, dataset.num_classes)
+      watch = None if stage.tern is None else Watch(config, stage, state)
       best = None
       if stage.keep_best:
         best = stack.enter_context(Best(folder / f"{phase.name}-best", state))
@@ -342,8 +343,8 @@ def train(
             "loss": float(np.mean(jax.device_get(losses))),
             "validation_accuracy": right / len(dataset.validation["label"]),
           }
-          if ternary := stage.ternary(state):
-            line["sparsity"] = float(metrics.sparsity(ternary))
+          if watch is not None:
+            line |= watch(state)
           out.write(n, line)
           losses.clear()
           if best is not None:
@@ -361,6 +362,47 @@ def train(
   if steps in phase.snapshots:
     phase.keep_latents(state)
   return state
+
+
+class Watch:
+  """How the weights of a stage come to their codes, from look to look.
+
+  Args:
+    config: of the run.
+    stage: with a method.
+    state: at which the stage starts or goes on; flips are counted from there.
+  """
+
+  def __init__(
+    self, config: cli.Config, stage: Stage, state: training.TrainState
+  ):
+    def codes(state: training.TrainState) -> Any:
+      return metrics.ternary_leaves(stage.ternary(state)["params"])
+
+    def judge(state: training.TrainState, before: Any, now: Any) -> Any:
+      latents = stage.latents(state).items()
+      weights = {path: plot.shown(config, path, w) for path, w in latents}
+      return metrics.sparsity(now), metrics.diagnose(weights, now, before)
+
+    # Apart, so that codes of one state are the same wherever a run resumes.
+    self._codes, self._judge = jax.jit(codes), jax.jit(judge)
+    self._before = self._look(state)
+
+  def __call__(self, state: training.TrainState) -> dict[str, float]:
+    """Returns the sparsity, and by layer the diagnostics as name/path."""
+    now = self._look(state)
+    total, layers = jax.device_get(self._judge(state, self._before, now))
+    self._before = now
+    values = {
+      f"{name}/{path}": float(value)
+      for path, layer in layers.items()
+      for name, value in layer.items()
+    }
+    return {"sparsity": float(total), **values}
+
+  def _look(self, state: training.TrainState) -> Any:
+    # On the host, because the next step may take over the arrays.
+    return jax.device_get(self._codes(state))
 
 
 class Best:
