@@ -18,6 +18,7 @@ stored as the array `coded` in their place; the crc32 stays that of the planes.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -25,7 +26,7 @@ import operator
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ from tern_jax import codec as entropy_codec
 from tern_jax.base import Ternary, key_str
 from tern_jax.packed import PackedTernary, validate
 
+try:
+  import fcntl
+except ImportError:  # not POSIX: nothing tells two writers apart
+  fcntl = None
+
 #: Version of the layout that this module writes, and the newest that it reads.
 FORMAT = 1
 #: How planes can be stored: "planes" is two bits a weight, "entropy" as few as
@@ -47,6 +53,8 @@ CODECS = ("planes", "entropy")
 
 #: Where orbax puts the spec.
 _SPEC = Path("spec", "data.json")
+#: What orbax adds to the name of a folder until it is whole.
+_UNFINISHED = ".orbax-checkpoint-tmp"
 # Its own annotations refuse pathlib paths, and its own policies.
 ocp: Any = v1
 _number = "{:04d}".format
@@ -67,7 +75,8 @@ def save_packed(
 ) -> None:
   """Saves packed weights, and the dense leaves beside them, to a directory.
 
-  The directory appears whole or not at all.
+  The directory appears whole or not at all. An old one that is overwritten
+  stays until then: if the process is killed, loads find the one or the other.
 
   Args:
     path: directory to make, parents included.
@@ -81,7 +90,8 @@ def save_packed(
     ValueError: unknown codec, or an invalid packed leaf.
     TypeError: a leaf is neither packed nor an array.
     ImportError: codec="entropy" without constriction.
-    CheckpointError: the path is taken or cannot be written.
+    CheckpointError: the path is taken, or another process is saving there, or
+      it cannot be written.
 
   >>> import tempfile
   >>> from tern_jax.packed import pack
@@ -94,35 +104,24 @@ def save_packed(
   """
   if codec not in CODECS:
     raise ValueError(f"codec must be one of {CODECS}, got {codec!r}.")
-  path = Path(path).absolute()
+  path = Path(path).resolve()
   parts = _parts({"packed": tree}, codec=codec, method=method)
-  with _explained("save", path):
-    if os.path.lexists(path):
-      if not overwrite:
-        raise CheckpointError(f"{path} already exists: pass overwrite=True.")
-      if not (path / _SPEC).exists():
-        raise CheckpointError(
-          f"{path} exists and is not a checkpoint: choose another path."
-        )
-    fresh = path.with_name(f".{path.name}.new") if overwrite else path
-    _probe(fresh)
-    try:
-      with _context():
-        ocp.save_checkpointables(fresh, parts, overwrite=overwrite)
-    except BaseException:
-      shutil.rmtree(f"{fresh}.orbax-checkpoint-tmp", ignore_errors=True)
-      raise
-    if overwrite:
-      _swap(fresh, path)
+  context = _context()
+  context.array.saving.use_compression = _compressible(parts)
+  with _explained("save", path), _staged(path, overwrite) as fresh, context:
+    ocp.save_checkpointables(fresh, _lent(parts))
 
 
-def load_packed(path: str | os.PathLike[str], like: Any = None) -> Any:
+def load_packed(
+  path: str | os.PathLike[str], like: Any = None, *, partial: bool = False
+) -> Any:
   """Loads and verifies what `save_packed` or a `Checkpointer` saved.
 
   Args:
     path: a checkpoint, a step of a training run, or a run: its latest step.
     like: tree of arrays, or of their shapes, with the paths of the saved tree;
       its shardings are used too. None: nested dicts, no model code needed.
+    partial: `like` has only some of the leaves, and no others are read.
 
   Returns:
     The saved tree, of the structure of `like`, with `PackedTernary` leaves
@@ -134,7 +133,7 @@ def load_packed(path: str | os.PathLike[str], like: Any = None) -> Any:
     ImportError: its codec is "entropy", and constriction is missing.
   """
   path = locate(path)
-  return _load(path, "packed", read_spec(path), like)
+  return _load(path, "packed", read_spec(path), like, partial)
 
 
 def examine(
@@ -164,10 +163,10 @@ def examine(
       stored = _stored(path, part, entries)
   except CheckpointError as e:
     return dict.fromkeys(entries, e)
-  for i, (keys, entry) in enumerate(entries.items()):
+  for keys, entry in entries.items():
     try:
       with _explained("read", path):
-        found[keys] = _leaf(path, entry, stored.get(_number(i), {}))
+        found[keys] = _leaf(path, entry, stored)
     except CheckpointError as e:
       found[keys] = e
   return found
@@ -179,7 +178,10 @@ def locate(path: str | os.PathLike[str]) -> Path:
   Raises:
     CheckpointError: there is no checkpoint.
   """
-  path = Path(path).absolute()
+  path = Path(path).resolve()
+  old = _stage(path) / "old"
+  if not os.path.lexists(path) and (old / _SPEC).exists():
+    return old  # A save was killed while it replaced the checkpoint.
   if not path.is_dir():
     what = "is a file" if path.exists() else "does not exist"
     raise CheckpointError(f"{path} {what}: give the folder of a checkpoint.")
@@ -210,6 +212,11 @@ def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
     spec = sealed["spec"]
     if sealed["crc32"] != zlib.crc32(_text(spec).encode()):
       raise CheckpointError(f"{path}: the spec is damaged: crc32 differs.")
+    if type(spec["format"]) is not int or spec["format"] < 1:
+      raise CheckpointError(
+        f"{path} has format {spec['format']!r}, but formats are numbers from "
+        f"1 to {FORMAT}: it was not written by tern_jax."
+      )
     if spec["format"] > FORMAT:
       raise CheckpointError(
         f"{path} has format {spec['format']}, but this tern_jax reads up to "
@@ -228,15 +235,17 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
 
   Every step carries the resumable state and the packed weights, so that any
   step can be deployed by `load_packed` without the training code. A step
-  appears whole or not at all; an interrupted save is ignored.
+  appears whole or not at all; an interrupted save is ignored. From its first
+  save until `close`, no other process can save to the directory.
 
   Args:
     directory: of the run, made if it does not exist; a step is a folder in it.
     save_interval: steps between saves; `save` skips the others.
     keep: number of latest steps to keep, None for all.
+    keep_every: steps that are multiples of it are kept as well, for ever.
 
   Raises:
-    ValueError: `save_interval` or `keep` below 1.
+    ValueError: `save_interval`, `keep` or `keep_every` below 1.
     CheckpointError: the directory cannot be made or read.
 
   >>> import tempfile
@@ -257,20 +266,33 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     *,
     save_interval: int = 1,
     keep: int | None = None,
+    keep_every: int | None = None,
   ):
-    for name, value in (("save_interval", save_interval), ("keep", keep)):
+    for name, value in (
+      ("save_interval", save_interval),
+      ("keep", keep),
+      ("keep_every", keep_every),
+    ):
       if value is not None and value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
-    saving = ocp.training.save_decision_policies
-    keeping = ocp.training.preservation_policies
-    self.directory = Path(directory).absolute()
+    policies = ocp.training.preservation_policies
+    keeping = [policies.LatestN(keep)]
+    if keep_every is not None:
+      keeping.append(policies.EveryNSteps(keep_every))
+    self.directory = Path(directory).resolve()
+    self._interval = save_interval
+    self._open = functools.partial(
+      ocp.training.Checkpointer,
+      self.directory,
+      context=_context(),
+      preservation_policy=policies.AnyPreservationPolicy(keeping),
+    )
     with _explained("open", self.directory):
-      self._run = ocp.training.Checkpointer(
-        self.directory,
-        context=_context(),
-        save_decision_policy=saving.FixedIntervalPolicy(save_interval),
-        preservation_policy=keeping.LatestN(keep),
-      )
+      self._run = self._open()
+    #: The step that is being saved, and what waits for it.
+    self._saving: tuple[Path, Any] | None = None
+    self._lock = contextlib.ExitStack()
+    self._locked = False
 
   def save(
     self,
@@ -281,8 +303,9 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     extra: Any = None,
     method: Any = None,
     force: bool = False,
+    wait: bool = True,
   ) -> bool:
-    """Saves one step, if it is due; returns once it is on disk.
+    """Saves one step, if it is due.
 
     Args:
       step: number of the step, not below that of a saved step.
@@ -292,55 +315,124 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         back as JSON has it: tuples as lists, keys as strings.
       method: what made the packed weights; its repr is kept in the spec.
       force: save although the step is not a multiple of the interval.
+      wait: return once the step is on disk. False: once all arrays are copied,
+        so that they can be donated or changed; what goes wrong after that is
+        raised by the next save that is due, `wait`, `restore` or `close`.
 
     Returns:
-      Whether the step was saved now: it was due and not saved already.
+      Whether the step is saved now: it was due and not saved already.
 
     Raises:
       TypeError: a leaf is no array, or `extra` is no JSON value.
-      CheckpointError: a later step exists, or the step cannot be written.
+      CheckpointError: a later step exists, or another process saves to this
+        directory, or the step cannot be written, or the one before could not.
     """
-    step, latest = operator.index(step), self.latest_step()
-    path = self.directory / str(step)
+    step = operator.index(step)
+    due = force or step % self._interval == 0
+    if due:
+      self.wait()
+    path, latest = self.directory / str(step), self.latest_step()
     if latest is not None and step < latest:
       raise CheckpointError(
         f"{path}: step {latest} is saved already: save later steps, or go on "
         "from an older step in another directory."
       )
-    if step == latest or not (force or self._run.should_save(step)):
+    if step == latest or not due:
       return False
     trees = {"state": state, "packed": packed}
     parts = _parts(trees, codec="planes", method=method, extra=extra)
     with _explained("save", path):
-      _probe(path)
-      return self._run.save_checkpointables(step, parts, force=True)
+      _lead(lambda: self._prepare(path))
+    with self._cleaned(path):
+      saving = self._run.save_checkpointables_async(
+        step, _lent(parts) if wait else parts, force=True
+      )
+    self._saving = path, saving
+    if wait:
+      self.wait()
+    return True
 
-  def restore(self, like: Any, step: int | None = None) -> tuple[Any, Any, int]:
-    """Restores the state of a step.
+  def wait(self) -> None:
+    """Returns once the last save is on disk.
+
+    Raises:
+      CheckpointError: it could not be written.
+    """
+    if self._saving:
+      (path, saving), self._saving = self._saving, None
+      with self._cleaned(path):
+        saving.result()
+
+  def close(self) -> None:
+    """Finishes the last save; then other processes can save.
+
+    Raises:
+      CheckpointError: it could not be written.
+    """
+    with self._lock:
+      self._locked = False
+      try:
+        self.wait()
+      finally:
+        self._run.close()
+
+  def restore(
+    self, like: Any, step: int | None = None, *, partial: bool = False
+  ) -> tuple[Any, Any, int]:
+    """Restores the state of a step, or a part of it.
 
     Args:
       like: state, or its shapes, of the structure, shapes, dtypes and
         shardings to restore; any number of devices, whatever it was saved on.
       step: number of the step, None for the latest.
+      partial: `like` has only some of the leaves, at their paths in the state,
+        such as `{"params": params}`; no others are read.
 
     Returns:
       (state, extra, step).
 
     Raises:
       CheckpointError: no such step, damaged, or of other paths, shapes or
-        dtypes than `like`.
+        dtypes than `like`; or the last save could not be written.
     """
-    path = self.directory if step is None else self.directory / str(step)
-    path = locate(path)
+    self.wait()
+    step = self.latest_step() if step is None else step
+    if step is None:
+      raise CheckpointError(f"{self.directory} holds no checkpoint: save one.")
+    path = locate(self.directory / str(step))
     spec = read_spec(path)
-    return _load(path, "state", spec, like), spec["extra"], int(path.name)
+    return _load(path, "state", spec, like, partial), spec["extra"], step
 
   def latest_step(self) -> int | None:
     """Returns the number of the latest saved step, None if there is none."""
     return max(_steps(self.directory), default=None)
 
   def __exit__(self, *_: object) -> None:
-    self._run.close()
+    self.close()
+
+  def _prepare(self, path: Path) -> None:
+    """Makes sure that this is the only writer, and that it can write."""
+    if not self._locked:
+      self._lock.enter_context(_locked(self.directory, self.directory))
+      self._locked = True
+      for leftover in self.directory.glob(f"*{_UNFINISHED}"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    _probe(path)
+
+  @contextlib.contextmanager
+  def _cleaned(self, path: Path) -> Iterator[None]:
+    """Leaves nothing of a save that fails inside."""
+    try:
+      with _explained("save", path):
+        yield
+    except CheckpointError:
+      # The old one would report the same error for ever.
+      with contextlib.suppress(Exception):
+        self._run.close()
+      shutil.rmtree(f"{path}{_UNFINISHED}", ignore_errors=True)
+      with _explained("open", self.directory):
+        self._run = self._open()
+      raise
 
 
 # Trees to parts.
@@ -447,32 +539,61 @@ def _host(x: Any) -> np.ndarray:
   return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
+class _Lent(np.ndarray):
+  """An array that nobody changes while it is saved: orbax need not copy it."""
+
+  def __deepcopy__(self, memo: Any) -> "_Lent":
+    return self
+
+
+def _lent(parts: Any) -> Any:
+  """Returns the parts of a checkpoint, for a save that is waited for."""
+  return jax.tree.map(
+    lambda x: x.view(_Lent) if isinstance(x, np.ndarray) else x, parts
+  )
+
+
+def _compressible(parts: Any) -> bool:
+  """Says whether most bytes are not at their entropy, only to be copied."""
+  leaves = parts.get("packed", {}).values()
+  sizes = [(name, x.nbytes) for leaf in leaves for name, x in leaf.items()]
+  coded = sum(size for name, size in sizes if name == "coded")
+  return 2 * coded <= sum(size for _, size in sizes)
+
+
 # Parts to trees.
 
 
-def _load(path: Path, part: str, spec: dict[str, Any], like: Any) -> Any:
+def _load(
+  path: Path, part: str, spec: dict[str, Any], like: Any, partial: bool
+) -> Any:
   """Returns a part of a checkpoint, verified, in the structure of `like`."""
   with _explained("read", path):
     entries = _entries(path, part, spec)
     if like is None:
-      found = _read(path, part, entries)
-      return _nest({k: _place(x, None) for k, x in found.items()})
+      return _nest(_read(path, part, entries, {}))
     wanted, treedef = _flatten(like)
+    if partial:
+      entries = {k: e for k, e in entries.items() if k in wanted}
     _check_fit(path, entries, wanted)
-    found = _read(path, part, entries)
-    leaves = [
-      _place(found[k], x) if k in found else x for k, x in wanted.items()
-    ]
-    return jax.tree.unflatten(treedef, leaves)
+    found = wanted | _read(path, part, entries, wanted)
+    return jax.tree.unflatten(treedef, found.values())
 
 
 def _entries(
   path: Path, part: str, spec: dict[str, Any]
 ) -> dict[tuple[str, ...], Any]:
-  """Returns the leaves of a part, as the spec describes them."""
+  """Returns the leaves of a part, as the spec describes them, numbered."""
   if part not in spec["leaves"]:
     raise CheckpointError(f"{path} has packed weights only, no {part}.")
-  return {tuple(e["path"]): e for e in spec["leaves"][part]}
+  leaves = spec["leaves"][part]
+  entries = {
+    tuple(e["path"]): e | {"number": _number(i)} for i, e in enumerate(leaves)
+  }
+  above = {keys[:i] for keys in entries for i in range(len(keys))}
+  if len(entries) < len(leaves) or entries.keys() & above:
+    raise CheckpointError(f"{path}: two leaves have one path.")
+  return entries
 
 
 def _check_fit(path: Path, entries: dict, wanted: dict) -> None:
@@ -497,33 +618,41 @@ def _check_fit(path: Path, entries: dict, wanted: dict) -> None:
     raise CheckpointError(f"{path} does not fit the tree: {'; '.join(wrong)}.")
 
 
-def _read(path: Path, part: str, entries: dict) -> dict[Any, Any]:
-  """Returns the verified leaves of a part, on the host."""
+def _read(path: Path, part: str, entries: dict, like: dict) -> dict[Any, Any]:
+  """Returns the verified leaves of a part, on the devices of others."""
   stored = _stored(path, part, entries)
+  # One by one, so that there is never a second copy of them all.
   return {
-    keys: _leaf(path, e, stored.get(_number(i), {}))
-    for i, (keys, e) in enumerate(entries.items())
+    keys: _place(_leaf(path, e, stored), like.get(keys))
+    for keys, e in entries.items()
   }
 
 
 def _stored(path: Path, part: str, entries: dict) -> dict[str, Any]:
-  """Returns the arrays of a part, by the numbers of their leaves."""
-  on_disk = (path / part).exists()
+  """Returns the arrays of leaves, by their numbers."""
   # The index must agree with the spec before any array is allocated.
-  index = ocp.metadata(path, part).metadata if on_disk else {}
-  for i, e in enumerate(entries.values()):
+  index = ocp.metadata(path, part).metadata if (path / part).exists() else {}
+  wanted = {}
+  for e in entries.values():
     described = {k: a for k, a in e["arrays"].items() if math.prod(a["shape"])}
-    if _describe(index.get(_number(i), {})) != described:
+    if _describe(index.get(e["number"], {})) != described:
       raise CheckpointError(
         f"{path}: {_name(e['path'])} is damaged: its arrays are not those of "
         f"the spec, {described}."
       )
-  return ocp.load(path, checkpointable_name=part) if on_disk else {}
+    if described:
+      wanted[e["number"]] = index[e["number"]]
+  if not wanted:
+    return {}
+  context = _context()
+  context.pytree.loading.partial_load = True
+  with context:
+    return ocp.load(path, wanted, checkpointable_name=part)
 
 
-def _leaf(path: Path, entry: dict, data: dict[str, Any]) -> Any:
+def _leaf(path: Path, entry: dict, stored: dict[str, Any]) -> Any:
   """Returns a verified leaf, on the host."""
-  name = _name(entry["path"])
+  name, data = _name(entry["path"]), stored.pop(entry["number"], {})
   arrays = {
     k: data[k] if k in data else np.zeros(a["shape"], a["dtype"])
     for k, a in entry["arrays"].items()
@@ -620,33 +749,111 @@ def _explained(task: str, path: Path) -> Iterator[None]:
     ) from e
 
 
-def _probe(path: Path) -> None:
-  """Raises an OSError if no folder can be made there; makes its parents."""
-  # A save that fails inside orbax leaves threads that wait for five minutes.
+def _lead(task: Callable[[], None]) -> None:
+  """Runs a task on the first of all processes; if it fails, all of them do."""
+  error: Exception | None = None
   if jax.process_index() == 0:
-    probe = path.with_name(f".{path.name}.probe")
-    probe.mkdir(parents=True, exist_ok=True)
-    probe.rmdir()
+    try:
+      task()
+    except Exception as e:
+      error = e
+  failed = multihost_utils.broadcast_one_to_all(np.array(error is not None))
+  if failed:
+    raise error or CheckpointError("the first process says what is wrong.")
+
+
+def _probe(path: Path) -> None:
+  """Raises an OSError if no folder can be made there."""
+  # A save that fails inside orbax leaves threads that wait for five minutes.
+  probe = path.with_name(f".{path.name}.probe")
+  probe.mkdir(exist_ok=True)
+  probe.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, path: Path) -> Iterator[None]:
+  """Makes this the only writer of a path, by a lock on a folder.
+
+  The system releases the lock when the process ends, in whatever way.
+  """
+  busy = CheckpointError(
+    f"{path}: another process is saving there, or a Checkpointer that was not "
+    "closed: save to another directory."
+  )
+  if fcntl is None:
+    yield
+    return
+  try:
+    file = os.open(folder, os.O_RDONLY)
+  except FileNotFoundError:
+    raise busy from None  # removed by the writer that has just finished
+  try:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise busy from None
+    except OSError:
+      pass  # a file system without locks
+    if not os.path.exists(folder) or not os.path.samestat(
+      os.fstat(file), os.stat(folder)
+    ):
+      raise busy
+    yield
+  finally:
+    os.close(file)
+
+
+def _stage(path: Path) -> Path:
+  """Returns the folder of what is saved to a path before it is whole."""
+  return path.with_name(f".{path.name}.new")
+
+
+@contextlib.contextmanager
+def _staged(path: Path, overwrite: bool) -> Iterator[Path]:
+  """Yields where to save a checkpoint, which then appears at its path."""
+  stage = _stage(path)
+  with contextlib.ExitStack() as stack:
+
+    def prepare() -> None:
+      stage.mkdir(parents=True, exist_ok=True)
+      stack.enter_context(_locked(stage, path))
+      stack.callback(_settle, stage, path, done=True)
+      _settle(stage, path)
+      if os.path.lexists(path):
+        if not overwrite:
+          raise CheckpointError(f"{path} already exists: pass overwrite=True.")
+        if not (path / _SPEC).exists():
+          raise CheckpointError(
+            f"{path} exists and is not a checkpoint: choose another path."
+          )
+      _probe(stage / "new")
+
+    def publish() -> None:
+      if overwrite and path.exists():
+        path.rename(stage / "old")
+      # This fails if something else has appeared there.
+      (stage / "new").rename(path)
+      if (stage / "old").exists():
+        (stage / "old").rename(stage / "replaced")
+
+    _lead(prepare)
+    yield stage / "new"
+    _lead(publish)
+
+
+def _settle(stage: Path, path: Path, done: bool = False) -> None:
+  """Undoes the half of a replacement, and deletes what is left over."""
+  if (stage / "old").exists():
+    (stage / "old").rename(path)
+  for leftover in stage.iterdir():
+    shutil.rmtree(leftover, ignore_errors=True)
+  if done:
+    with contextlib.suppress(OSError):
+      stage.rmdir()
 
 
 def _steps(directory: Path) -> list[int]:
   return [int(p.name) for p in directory.glob("*") if p.name.isdecimal()]
-
-
-def _swap(fresh: Path, path: Path) -> None:
-  """Puts a whole checkpoint in the place of another, then deletes the other."""
-  if jax.process_index() == 0:
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-      path.rename(old)
-    try:
-      fresh.rename(path)
-    except OSError:
-      old.rename(path)
-      raise
-    shutil.rmtree(old, ignore_errors=True)
-  multihost_utils.sync_global_devices(f"tern_jax swapped {path}")
 
 
 def _version(package: str) -> str:
@@ -661,7 +868,11 @@ def _text(spec: Any) -> str:
 
 
 def _crc_of(arrays: dict[str, np.ndarray]) -> int:
-  return zlib.crc32(b"".join(arrays[k].tobytes() for k in sorted(arrays)))
+  crc = 0
+  for name in sorted(arrays):
+    flat = np.ascontiguousarray(arrays[name]).reshape(-1)
+    crc = zlib.crc32(flat.view(np.uint8).data, crc)
+  return crc
 
 
 def _name(path: Iterable[str]) -> str:

@@ -803,11 +803,19 @@ def _threads(f: Callable[[int], Any], n: int) -> list[Any]:
   """Returns f(0), ..., f(n - 1), of a few threads."""
   if n < 2:
     return list(map(f, range(n)))
+  return list(_pool().map(f, range(n)))
+
+
+@functools.cache
+def _pool() -> concurrent.futures.Executor:
+  """Returns the threads, always the same: each keeps some memory for itself."""
   # They share what NumPy does. The coder itself, a third to a half of the time,
   # is of one thread at a time: more of them would only take memory.
-  workers = min(4, os.cpu_count() or 1)
-  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    return list(pool.map(f, range(n)))
+  return concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+
+
+if hasattr(os, "register_at_fork"):  # a child has no threads but its own
+  os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 @functools.cache

@@ -1,7 +1,15 @@
+import contextlib
 import itertools
 import json
+import os
+import resource
 import shutil
+import socket
+import subprocess
+import sys
+import threading
 import zlib
+from pathlib import Path
 from typing import NamedTuple
 
 import equinox as eqx
@@ -253,31 +261,81 @@ def test_only_checkpoints_are_overwritten(tmp_path):
   assert (precious / "thesis").read_text() == "x"
 
 
+@contextlib.contextmanager
+def disk_full(most=1 << 16):
+  """No file can be larger."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def noise(n=1 << 16, seed=0):
+  return {"w": np.random.default_rng(seed).normal(size=n).astype(np.float32)}
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_failed_save_leaves_nothing_and_loses_nothing(
-  tmp_path, monkeypatch, overwrite
-):
-  path = tmp_path / "net"
+def test_a_failed_save_leaves_nothing_and_loses_nothing(tmp_path, overwrite):
+  path, old = tmp_path / "net", net((16, 8))
   if overwrite:
-    save_packed(path, net((16, 8)))
-
-  def fail(*args, **kwargs):
-    (tmp_path / "net.orbax-checkpoint-tmp").mkdir()
-    raise OSError("No space left on device")
-
-  if not overwrite:
-    monkeypatch.setattr(checkpoint.ocp, "save_checkpointables", fail)
-  else:
-    monkeypatch.setattr(checkpoint, "_swap", lambda *_: fail())
-  with pytest.raises(CheckpointError, match=r"cannot save .*No space left"):
-    save_packed(path, net((8, 8)), overwrite=overwrite)
+    save_packed(path, old)
+  with disk_full(), pytest.raises(CheckpointError, match=r"cannot save .*net"):
+    save_packed(path, noise(), overwrite=overwrite)
+  assert [p.name for p in tmp_path.iterdir()] == ["net"] * overwrite
   if overwrite:
-    assert_same(load_packed(path), net((16, 8)))
-    monkeypatch.undo()
-    save_packed(path, net((8, 8)), overwrite=True)
-    assert_same(load_packed(path), net((8, 8)))
-  else:
-    assert not list(tmp_path.iterdir())
+    assert_same(load_packed(path), old)
+  save_packed(path, noise(), overwrite=overwrite)
+  assert_same(load_packed(path), jax.tree.map(jnp.asarray, noise()))
+
+
+def test_a_killed_replacement_is_undone(tmp_path):
+  path, old, new = tmp_path / "net", net((16, 8)), net((8, 8))
+  stage = tmp_path / ".net.new"
+  save_packed(stage / "old", old)
+  save_packed(stage / "new", new)
+  (stage / "junk").mkdir()
+  assert_same(load_packed(path), old)
+  with pytest.raises(CheckpointError, match="already exists: pass overwrite"):
+    save_packed(path, new)
+  assert [p.name for p in tmp_path.iterdir()] == ["net"]
+  assert_same(load_packed(path), old)
+
+
+def test_a_link_is_followed(tmp_path):
+  (tmp_path / "disk").mkdir()
+  (tmp_path / "link").symlink_to(tmp_path / "disk" / "net")
+  for tree in (net((16, 8)), net((8, 8))):
+    save_packed(tmp_path / "link", tree, overwrite=True)
+    assert_same(load_packed(tmp_path / "disk" / "net"), tree)
+    assert_same(load_packed(tmp_path / "link"), tree)
+  assert (tmp_path / "link").is_symlink()
+  assert [p.name for p in (tmp_path / "disk").iterdir()] == ["net"]
+
+
+def test_one_writer_at_a_time(tmp_path, monkeypatch):
+  path, saving, go_on = tmp_path / "net", threading.Event(), threading.Event()
+  save = checkpoint.ocp.save_checkpointables
+
+  def slow_save(*args):
+    saving.set()
+    assert go_on.wait(60)
+    save(*args)
+
+  monkeypatch.setattr(checkpoint.ocp, "save_checkpointables", slow_save)
+  first = threading.Thread(target=save_packed, args=(path, net((16, 8))))
+  first.start()
+  assert saving.wait(60)
+  monkeypatch.undo()
+  for overwrite in (False, True):
+    with pytest.raises(CheckpointError, match="another process is saving"):
+      save_packed(path, net((8, 8)), overwrite=overwrite)
+  save_packed(tmp_path / "other", net((8, 8)))
+  go_on.set()
+  first.join()
+  assert_same(load_packed(path), net((16, 8)))
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["net", "other"]
 
 
 def test_paths_that_cannot_be(tmp_path):
@@ -314,7 +372,9 @@ def leaf(spec):
   ("change", "match"),
   [
     (lambda s: s.update(format=2), "has format 2, .* upgrade"),
-    (lambda s: s.update(format="x"), "cannot read the spec"),
+    (lambda s: s.update(format=0), "has format 0, but .* from 1 to 1"),
+    (lambda s: s.update(format="x"), "has format 'x', but .* not written by"),
+    (lambda s: s.update(format=True), "has format True, but .* from 1 to 1"),
     (lambda s: s.update(codec="zip"), "has codec 'zip', .* upgrade"),
     (lambda s: s.pop("leaves"), "KeyError"),
     (
@@ -330,6 +390,14 @@ def leaf(spec):
         {**leaf(s), "path": ["Dense_0", "more"]}
       ),
       "Dense_0/more is damaged",
+    ),
+    (
+      lambda s: s["leaves"]["packed"].append(leaf(s)),
+      "two leaves have one path",
+    ),
+    (
+      lambda s: leaf(s).update(path=["Dense_0", "bias", "0"]),
+      "two leaves have one path",
     ),
   ],
 )
@@ -507,6 +575,192 @@ def test_steps_only_grow(tmp_path):
       run.save(10, state, {}, extra={"position": np.zeros(3)})
     assert run.latest_step() == 7
     np.testing.assert_array_equal(run.restore(state, 5)[0]["w"], np.zeros(3))
+
+
+def test_steps_to_keep(tmp_path):
+  with Checkpointer(tmp_path, keep=2, keep_every=4) as run:
+    for i in range(8):
+      run.save(i, {"i": jnp.array(i)}, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "4", "6", "7"]
+    assert run.restore({"i": jnp.array(0)}, 4)[0]["i"] == 4
+  with pytest.raises(ValueError, match="keep_every must be at least 1, got 0"):
+    Checkpointer(tmp_path, keep_every=0)
+
+
+def test_arrays_may_change_during_a_save(tmp_path):
+  double = jax.jit(lambda x: 2 * x, donate_argnums=0)
+  values = [noise(seed=i)["w"] for i in range(4)]
+  with Checkpointer(tmp_path) as run:
+    for i, value in enumerate(values):
+      state = {"host": value.copy(), "device": jnp.array(value)}
+      packed = {"device": jnp.array(value)}
+      assert run.save(i, state, packed, wait=False)
+      state["host"][:] = 0
+      double(state["device"]).block_until_ready()
+      double(packed["device"]).block_until_ready()
+    run.wait()
+    assert not [t for t in threading.enumerate() if "_run_loop" in t.name]
+  with Checkpointer(tmp_path) as run:
+    for i, value in enumerate(values):
+      state = {"host": value, "device": value}
+      assert_same(run.restore(state, i)[0], jax.tree.map(jnp.asarray, state))
+      loaded = load_packed(tmp_path / str(i))
+      np.testing.assert_array_equal(loaded["device"], value)
+
+
+@pytest.mark.parametrize("call", ["wait", "close", "save", "restore"])
+def test_the_next_call_says_that_a_save_failed(tmp_path, call):
+  run, state = Checkpointer(tmp_path, save_interval=2), {"w": jnp.zeros(3)}
+  run.save(0, state, {}, wait=False)
+  calls = {
+    "save": lambda: run.save(2, state, {}),
+    "restore": lambda: run.restore(state),
+    "wait": run.wait,
+    "close": run.close,
+  }
+  with disk_full():
+    run.save(2, noise(), {}, wait=False)
+    assert not run.save(3, state, {}, wait=False)
+    with pytest.raises(CheckpointError, match=r"cannot save .*/2: .*large"):
+      calls[call]()
+  assert [p.name for p in tmp_path.iterdir()] == ["0"]
+  if call == "close":
+    run = Checkpointer(tmp_path)
+  assert run.save(2, state, {}, wait=False)
+  assert run.restore(state)[2] == 2
+  run.close()
+
+
+def test_a_run_has_one_writer(tmp_path):
+  state = {"w": jnp.zeros(3)}
+  first, second = Checkpointer(tmp_path), Checkpointer(tmp_path)
+  (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
+  first.save(0, state, {})
+  assert [p.name for p in tmp_path.iterdir()] == ["0"]
+  with pytest.raises(CheckpointError, match="a Checkpointer that was not clos"):
+    second.save(1, state, {})
+  assert second.restore(state)[2] == 0
+  first.close()
+  assert second.save(1, state, {})
+  second.close()
+
+
+def read_bytes():
+  lines = Path("/proc/self/io").read_text().splitlines()
+  return int(dict(line.split(": ") for line in lines)["rchar"])
+
+
+def test_a_part_of_a_state(tmp_path):
+  state = Loop(
+    jnp.array(3),
+    TernParams({"w": jnp.arange(3.0)}, {}),
+    (noise(1 << 18), {"count": jnp.array(1)}),
+    jax.random.key(0),
+  )
+  packed = {"k": pack(ternary((64, 8))), "large": noise(1 << 18)}
+  with Checkpointer(tmp_path) as run:
+    run.save(3, state, packed, extra=[1])
+    before = read_bytes() if os.path.exists("/proc/self/io") else None
+    part, extra, step = run.restore({"params": state.params}, partial=True)
+    assert_same(part, {"params": state.params})
+    assert (extra, step) == ([1], 3)
+    part, _, _ = run.restore({"opt": [None, {"count": 0}]}, partial=True)
+    assert part["opt"][1]["count"] == 1
+    loaded = load_packed(tmp_path, {"k": packed["k"]}, partial=True)
+    assert_same(loaded, {"k": packed["k"]})
+    if before is not None:
+      assert read_bytes() - before < 1 << 18
+    assert run.restore({}, partial=True)[0] == {}
+    with pytest.raises(CheckpointError, match="nothing is not stored"):
+      run.restore({"nothing": jnp.zeros(3)}, partial=True)
+    with pytest.raises(CheckpointError, match="key is stored, but not"):
+      run.restore({"params": state.params})
+
+
+PROCESSES = """
+import sys
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tern_jax.base import Ternary
+from tern_jax.checkpoint import *
+from tern_jax.packed import pack
+
+port, i, folder = sys.argv[1:]
+jax.distributed.initialize(f"localhost:{port}", 2, int(i))
+mesh = jax.make_mesh((2,), ("d",), (AxisType.Auto,))
+split = NamedSharding(mesh, PartitionSpec(None, "d"))
+whole = NamedSharding(mesh, PartitionSpec())
+
+
+def put(x, sharding):
+  x = np.asarray(x)
+  return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
+
+
+def same(a, b):
+  for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
+    assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+    for p, q in zip(x.addressable_shards, y.addressable_shards, strict=True):
+      np.testing.assert_array_equal(p.data, q.data)
+
+
+w = np.arange(64 * 8, dtype=np.float32).reshape(64, 8)
+state = {"w": put(w, split), "n": put(3, whole)}
+codes, one = put((w % 3 - 1).astype(np.int8), split), put(np.float32(1), whole)
+packed = jax.jit(pack)({"k": Ternary(codes, one, one)})
+with Checkpointer(folder + "/run", keep=1) as run:
+  for step in range(3):
+    assert run.save(step, state, packed, extra=step, wait=step == 1)
+  run.wait()
+  assert run.latest_step() == 2
+  same(run.restore(state)[0], state)
+  for _ in range(2):
+    save_packed(folder + "/net", packed, overwrite=True)
+    same(load_packed(folder + "/net", packed), packed)
+  try:
+    save_packed(folder + "/net", packed)
+  except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_two_processes_save_one_checkpoint(tmp_path):
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = str(free.getsockname()[1])
+  env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", PROCESSES, port, str(i), str(tmp_path)],
+      env=env,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  try:
+    for process, says in zip(
+      processes, ("already exists", "the first process says"), strict=True
+    ):
+      out, error = process.communicate(timeout=120)
+      assert process.returncode == 0, error
+      assert says in out
+  finally:
+    for process in processes:
+      process.kill()
+  w = np.arange(64.0 * 8, dtype=np.float32).reshape(64, 8)
+  state = {"w": w, "n": np.int32(3)}
+  with Checkpointer(tmp_path / "run") as run:
+    restored, extra, step = run.restore(state)
+  assert_same(restored, jax.tree.map(jnp.asarray, state))
+  assert (extra, step) == (2, 2)
+  for path in (tmp_path / "run", tmp_path / "net"):
+    np.testing.assert_array_equal(
+      load_packed(path)["k"].dequantize(), w % 3 - 1
+    )
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["net", "run"]
+  assert [p.name for p in (tmp_path / "run").iterdir()] == ["2"]
 
 
 def test_a_state_of_another_shape_is_refused(tmp_path):
