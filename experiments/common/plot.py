@@ -251,13 +251,13 @@ def sweep_sparsity(
   values = sorted({row[by] for row in rows})
   for key, color, marker in (
     ("predicted", FLOAT, "x"),
-    ("sparsity", TERNARY, "o"),
+    ("zeros", TERNARY, "o"),
   ):
     means = [
       np.mean([100 * row[key] for row in rows if row[by] == value])
       for value in values
     ]
-    name = "measured" if key == "sparsity" else "predicted at WDR's onset"
+    name = "measured" if key == "zeros" else "predicted at WDR's onset"
     left.plot(values, means, color=color, linewidth=1.5, label=name)
     left.plot(
       [row[by] for row in rows],
@@ -271,7 +271,7 @@ def sweep_sparsity(
   right.plot([0, 100], [0, 100], color=ACCENT, linewidth=1, linestyle=":")
   right.plot(
     [100 * row["predicted"] for row in rows],
-    [100 * row["sparsity"] for row in rows],
+    [100 * row["zeros"] for row in rows],
     "o",
     color=TERNARY,
     markersize=5,
@@ -293,7 +293,7 @@ def sweep_accuracy(rows: Sequence[dict[str, float]], path: Path) -> None:
     path: PNG to write.
   """
   figure, (left, right) = _figure(2, width=4.2, height=3.4)
-  zeros = [100 * row["sparsity"] for row in rows]
+  zeros = [100 * row["zeros"] for row in rows]
   for key, color, marker, name in (
     ("test", FLOAT, "x", "as trained"),
     ("test_rounded", TERNARY, "o", "rounded"),

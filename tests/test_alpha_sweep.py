@@ -1,0 +1,174 @@
+"""The sweep: one program is many runs, and a run is that of the experiments."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import tern_jax
+from experiments import alpha_sweep
+from experiments.common import cli, data, evaluate, run
+from tern_jax import metrics
+
+
+@pytest.fixture(scope="module", autouse=True)
+def standard_promotion():
+  # The schedules of optax divide an int32 count by a float.
+  with jax.numpy_dtype_promotion("standard"):
+    yield
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("sweep")
+  return alpha_sweep.Config(
+    values=(0.05, 0.2, 0.4),
+    seeds=1,
+    hidden=(),
+    epochs=8,
+    devices=1,
+    data_dir=str(directory / "tfds"),
+    workdir=str(directory / "alpha"),
+  )
+
+
+@pytest.fixture(scope="module")
+def dataset(config):
+  return data.load_dataset("digits", config.data_dir)
+
+
+@pytest.fixture(scope="module")
+def rows(config, dataset):
+  return alpha_sweep.sweep(config, dataset)
+
+
+def test_more_alpha_makes_more_zeros_as_predicted(rows):
+  assert [(row["alpha"], row["seed"]) for row in rows] == [
+    (0.05, 0),
+    (0.2, 0),
+    (0.4, 0),
+  ]
+  zeros = [row["zeros"] for row in rows]
+  assert zeros == sorted(zeros)
+  for row in rows:
+    assert row["predicted"] == pytest.approx(row["zeros"], abs=0.12)
+    assert row["bits"] <= np.log2(3) + 1e-6
+    # Shares of 180 and 360 images.
+    for name, images in (("validation", 180), ("test", 360)):
+      for column in (name, f"{name}_rounded"):
+        right = images * row[column]
+        assert right == pytest.approx(round(right), abs=1e-3)
+    assert row["validation"] > 0.6
+
+
+def test_a_run_is_that_of_the_experiments(config, dataset, rows):
+  """Step by step in Python, on the same batches: the same net."""
+  options = config.run(0.2, seed=0)
+  params, model_state = run.initial_variables(options, dataset)
+  epoch_steps = 1257 // config.batch_size
+  steps = config.epochs * epoch_steps
+  phase = run.ternary_phase(options, steps, params, model_state)
+  stage, state = phase.final, phase.state
+  step = run.make_step(options, stage, dataset.num_classes)
+  key = jax.random.fold_in(jax.random.key(0), 1)
+  for epoch in jax.random.split(key, config.epochs):
+    order = np.asarray(jax.random.permutation(epoch, 1257))
+    for n in range(epoch_steps):
+      if int(state.step) == phase.snapshots[1]:
+        theta = np.concatenate(
+          [np.ravel(x) for x in stage.latents(state).values()]
+        )
+      some = order[n * config.batch_size :][: config.batch_size]
+      images = dataset.train["image"][some]
+      images = data.standardize(images, dataset.mean, dataset.std)
+      batch = {"image": images, "label": dataset.train["label"][some]}
+      state, _ = step(state, batch)
+  count = evaluate.make_counter(evaluate.make_model(options, 10), dataset)
+  right = count(stage.variables(state), dataset.validation)
+  row = rows[1]
+  assert row["validation"] == pytest.approx(right / 180, abs=2.5 / 180)
+  sparsity = metrics.sparsity(stage.ternary(state))
+  assert row["zeros"] == pytest.approx(float(sparsity), abs=0.01)
+  barrier = np.arctanh(np.sqrt(0.2 / 2))
+  predicted = np.mean(np.abs(theta) <= barrier)
+  assert row["predicted"] == pytest.approx(predicted, abs=0.01)
+
+
+def test_runs_shared_by_two_devices(config, dataset, rows):
+  """Three runs on two devices: one is repeated, and dropped."""
+  two = dataclasses.replace(config, devices=2)
+  for mine, other in zip(alpha_sweep.sweep(two, dataset), rows, strict=True):
+    assert mine.keys() == other.keys()
+    for name, value in mine.items():
+      assert value == pytest.approx(other[name], abs=0.015), name
+
+
+def test_a_sweep_of_sparsity_is_exact(config, dataset, monkeypatch, capsys):
+  asked = (0.5, 0.9)
+  mine = dataclasses.replace(
+    config,
+    by="sparsity",
+    values=asked,
+    hidden=(8,),
+    workdir=f"{config.directory}-sparsity",
+  )
+  alpha_sweep.main(mine)
+  table = capsys.readouterr().out
+  rows = alpha_sweep.read(mine.directory / "sweep.csv")
+  # 64 x 8 + 8 x 10 weights.
+  for row, share in zip(rows, asked, strict=True):
+    assert row["sparsity"] == pytest.approx(share)
+    assert row["zeros"] == pytest.approx(share, abs=1 / 592)
+    assert row["predicted"] == pytest.approx(share, abs=1 / 80)
+    assert f"{100 * row['zeros']:.2f}" in table
+  # The hard forward is what is rounded; only the statistics are new.
+  assert rows[0]["test"] == pytest.approx(rows[0]["test_rounded"], abs=0.1)
+  assert max(map(len, table.splitlines()[:-1])) <= 80
+  for name in ("sparsity", "accuracy"):
+    assert (mine.directory / f"{name}.png").stat().st_size > 10_000
+  # A finished sweep is not repeated, and another one does not overwrite it.
+  monkeypatch.setattr(alpha_sweep, "sweep", None)
+  alpha_sweep.main(mine)
+  assert capsys.readouterr().out == table
+  with pytest.raises(cli.UsageError, match=r"epochs=8 there, 9 now"):
+    alpha_sweep.main(dataclasses.replace(mine, epochs=9))
+
+
+def test_one_program_is_measured_against_its_runs(config, dataset):
+  tiny = dataclasses.replace(config, epochs=1, values=(0.1,), hidden=())
+  measured = alpha_sweep.compare(tiny, dataset, rounds=1)
+  assert list(measured) == ["one program", "one by one", "ratio"]
+  assert measured["ratio"] == pytest.approx(
+    measured["one program"] / measured["one by one"]
+  )
+
+
+def test_dense_weights():
+  one = np.float32(2)
+  codes = np.array([1, 0, -1], np.int8)
+  leaf = tern_jax.Ternary(*map(jax.numpy.asarray, (codes, one, one)))
+  tree = alpha_sweep.dense({"a": leaf, "b": np.ones(2)})
+  assert tree["a"].tolist() == [2, 0, -2]
+  assert tree["b"].tolist() == [1, 1]
+
+
+def test_rows_are_written_and_read(tmp_path):
+  rows = [{"alpha": 0.1, "seed": 0, "bits": 1 / 3}]
+  alpha_sweep.write(tmp_path / "sweep.csv", rows)
+  assert alpha_sweep.read(tmp_path / "sweep.csv") == rows
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"seeds": 0}, "seeds=0, but it must be at least 1"),
+    ({"devices": 99}, "devices=99, but there are"),
+    ({"values": (2.5,)}, r"alpha must lie in \[0, 2\), got 2.5"),
+    ({"by": "sparsity", "values": (1.0,)}, "sparsity must lie in"),
+    ({"epochs": 0}, "epochs=0, but it must be at least 1"),
+  ],
+)
+def test_options_that_do_not_fit(changes, message):
+  with pytest.raises(cli.UsageError, match=message):
+    alpha_sweep.Config(**{"values": (0.1,), **changes})
