@@ -59,6 +59,8 @@ _UNFINISHED = ".orbax-checkpoint-tmp"
 ocp: Any = v1
 _number = "{:04d}".format
 _TERNARY = ("nonzero", "sign", "w_p", "w_n")
+# A deeper tree could overflow the stack of whoever walks it.
+_DEPTH = 64
 
 
 class CheckpointError(ValueError):
@@ -87,7 +89,7 @@ def save_packed(
     overwrite: replace the checkpoint at `path`, once the new one is written.
 
   Raises:
-    ValueError: unknown codec, or an invalid packed leaf.
+    ValueError: unknown codec, an invalid packed leaf, or a tree deeper than 64.
     TypeError: a leaf is neither packed nor an array.
     ImportError: codec="entropy" without constriction.
     CheckpointError: the path is taken, or another process is saving there, or
@@ -484,6 +486,8 @@ def _flatten(tree: Any) -> tuple[dict[tuple[str, ...], Any], Any]:
     path = tuple(map(key_str, keys))
     if path in leaves:
       raise ValueError(f"two leaves have the path {_name(path)}.")
+    if len(path) > _DEPTH:
+      raise ValueError(f"a path is at most {_DEPTH} keys, got {_name(path)}.")
     # A plain number is the array that JAX takes it for.
     leaves[path] = jnp.asarray(x) if isinstance(x, bool | int | float) else x
   return leaves, treedef
@@ -587,6 +591,10 @@ def _entries(
   if part not in spec["leaves"]:
     raise CheckpointError(f"{path} has packed weights only, no {part}.")
   leaves = spec["leaves"][part]
+  for e in leaves:
+    keys = e["path"]
+    if not isinstance(keys, list) or len(keys) > _DEPTH:
+      raise CheckpointError(f"{path}: a path is a list of up to {_DEPTH} keys.")
   entries = {
     tuple(e["path"]): e | {"number": _number(i)} for i, e in enumerate(leaves)
   }

@@ -230,6 +230,11 @@ def test_bad_arguments(tmp_path):
     save_packed(tmp_path / "net", {"f": lambda x: x})
   with pytest.raises(TypeError, match="s: cannot save an array of dtype <U1"):
     save_packed(tmp_path / "net", {"s": np.array(["x"])})
+  deep = jnp.zeros(3)
+  for _ in range(65):
+    deep = [deep]
+  with pytest.raises(ValueError, match="a path is at most 64 keys, got 0/0/0"):
+    save_packed(tmp_path / "net", deep)
   bad = pack(ternary((8,)))
   object.__setattr__(bad, "sign", jnp.full(1, 255, jnp.uint8))
   with pytest.raises(ValueError, match=r"k: .* sign bits are set"):
@@ -399,6 +404,8 @@ def leaf(spec):
       lambda s: leaf(s).update(path=["Dense_0", "bias", "0"]),
       "two leaves have one path",
     ),
+    (lambda s: leaf(s).update(path="Dense"), "a list of up to 64 keys"),
+    (lambda s: leaf(s).update(path=["x"] * 65), "a list of up to 64 keys"),
   ],
 )
 def test_a_false_spec_is_not_believed(tmp_path, change, match):

@@ -51,7 +51,8 @@ class Options:
 
 def make(weights: int, seed: int) -> dict[str, PackedTernary]:
   """Returns random packed weights, made without dense ones."""
-  rng, one, tree = np.random.default_rng(seed), np.float32(1), {}
+  rng, tree = np.random.default_rng(seed), {}
+  one = np.ones((), np.float32)
   while weights > 0:
     rows, columns = ROWS, min(LEAF, weights) // ROWS
     nonzero, sign = rng.integers(0, 256, (2, rows // 8, columns), np.uint8)
