@@ -19,6 +19,7 @@ import tempfile
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -52,7 +53,7 @@ class Options:
 def make(weights: int, seed: int) -> dict[str, PackedTernary]:
   """Returns random packed weights, made without dense ones."""
   rng, tree = np.random.default_rng(seed), {}
-  one = np.ones((), np.float32)
+  one = jnp.ones(())
   while weights > 0:
     rows, columns = ROWS, min(LEAF, weights) // ROWS
     nonzero, sign = rng.integers(0, 256, (2, rows // 8, columns), np.uint8)
