@@ -18,6 +18,20 @@ take a gigabyte, or ten seconds.
 
 A line says how many cases there were and what came of them; the first case that
 breaks a rule is an AssertionError.
+
+Last output, with seed 0, on a busy machine:
+
+  kills 100: 21 during a deletion, 57 during a replacement, 48 during a step,
+    100 kills, 72 last step, 87 replacements right, 503 steps right
+  flips 1,000: 164 bit harmless, 127 bit noticed, 72 bytes harmless, 71 bytes
+    noticed, 76 cut harmless, 65 cut noticed, 72 gone harmless, 70 gone noticed,
+    574 harmless, 112 longer harmless, 41 longer noticed, 426 noticed, 78 other
+    harmless, 52 other noticed
+  fuzz 10,000: 914 codec loaded, 4,086 codec refused, 2 memory in MB, 153
+    safetensors loaded, 1,847 safetensors refused, 2,025 slowest in ms, 271
+    specs loaded, 2,729 specs refused
+
+Orbax keeps files that no load reads, hence damage that is harmless.
 """
 
 import contextlib
