@@ -231,6 +231,19 @@ def least_scale(dtype: DTypeLike) -> float:
   return max(1e-12, float(jnp.finfo(dtype).tiny))
 
 
+def scale_floor(start: Array) -> Array:
+  """Where a trained magnitude stops shrinking: a tenth of where it starts.
+
+  Behind a normalization layer the loss does not depend on a magnitude, so Adam
+  lets it wander; close to 0 its layer would give nothing and learn nothing.
+
+  >>> float(scale_floor(jnp.array(2.0)))
+  0.20000000298023224
+  """
+  floor = start * jnp.asarray(0.1, start.dtype)
+  return jnp.maximum(floor, jnp.asarray(least_scale(start.dtype), start.dtype))
+
+
 def one_magnitude(ternary: Ternary, method: Ternarizer) -> Array:
   """Returns the magnitude of both signs, for a method that has only one.
 

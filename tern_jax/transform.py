@@ -371,7 +371,7 @@ class ParamTransform:
 
 def _count(state: dict[str, Any]) -> jax.Array:
   """Returns the step at which the targets of a state are."""
-  counts = (jnp.ravel(leaf["count"]) for leaf in state.values() if leaf)
+  counts = (jnp.ravel(x["count"]) for x in state.values() if "count" in x)
   return next(counts, jnp.zeros(1, jnp.int32))[0]
 
 

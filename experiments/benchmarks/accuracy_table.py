@@ -24,8 +24,8 @@ from experiments.common import cli, data, evaluate, methods, run
 #: Rates of Adam that suit all but SCA better than their own on MNIST.
 FAST = {"learning_rate": 3e-3, "scale_learning_rate": 3e-4}
 FAST_EC2T = {"learning_rate": 3e-3, "scale_learning_rate": 1e-4}
-#: Convolutions that continue a float net diverge at SCA's own rate.
-SLOW_SCA = {"learning_rate": 2e-3}
+#: Convolutions that continue a float net want less than SCA's own rates.
+SLOW_SCA = {"learning_rate": 2e-3, "scale_learning_rate": 1e-4}
 #: {row: (method, options that differ from the experiment's)}
 Rows = dict[str, tuple[methods.Method, dict[str, Any]]]
 MNIST: Rows = {

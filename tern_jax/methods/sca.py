@@ -13,9 +13,9 @@ from tern_jax.base import (
   alive,
   check_range,
   concrete,
-  least_scale,
   one_magnitude,
   rms,
+  scale_floor,
   widen,
 )
 from tern_jax.estimators import trained_scale
@@ -65,8 +65,9 @@ class SCA(Ternarizer):
     sigma: root mean square of the latents at the start, whatever the scale of
       the user's initial weights; None keeps them, as `arctanh(w)`.
     every: steps between two looks at the quantile of the sparsity face.
-    scaled: train a scale a > 0, started such that the ternary weights have
-      the root mean square of the user's initial ones; False fixes a = 1.
+    scaled: train a scale a, started such that the ternary weights have the
+      root mean square of the user's initial ones, and never less than a tenth
+      of that; False fixes a = 1.
     channel_axis: None for one scale a tensor; else one for each index of this
       axis, -1 for the output channels of Flax and Haiku, 0 for Equinox's.
 
@@ -85,7 +86,9 @@ class SCA(Ternarizer):
   Source: Deng & Zhang, arXiv 2011.00580. Differs from the paper: latents are
   normalized to `sigma`, so that one alpha means one sparsity in every layer,
   and a scale is trained, so that nets without normalization layers work
-  (`sigma=None, scaled=False` undoes both); unconverged weights are rounded at
+  (`sigma=None, scaled=False` undoes both). It is bounded from below because
+  behind a normalization layer no gradient holds it: it wanders, and at 0 the
+  layer would be dead. Unconverged weights are rounded at
   the barrier instead of 0.5; the sparsity face is this project's own.
   """
 
@@ -140,8 +143,8 @@ class SCA(Ternarizer):
     # A channel without a code has none either, but its array may have.
     axis = 0 if self.channel_axis == 0 else -1
     fan_in = max(w.size // w.shape[axis], 1) if w.size and w.ndim else 1
-    a = ratio(self.channel_axis, ratio(None, fan_in**-0.5))
-    return {"a": a.astype(w.dtype)}, state
+    a = ratio(self.channel_axis, ratio(None, fan_in**-0.5)).astype(w.dtype)
+    return {"a": a}, {**state, "floor": scale_floor(a)}
 
   def __call__(self, w: Array, scales: Arrays, state: Arrays) -> Array:
     """Returns `a tanh(Theta)`, or its ternary codes times a."""
@@ -159,12 +162,12 @@ class SCA(Ternarizer):
   def after_step(
     self, w: Array, scales: Arrays, state: Arrays
   ) -> tuple[Arrays, Arrays]:
-    """Keeps the scale positive, and the threshold at the asked sparsity."""
+    """Keeps the scale at its floor, the threshold at the asked sparsity."""
     if self.scaled:
-      least = jnp.asarray(least_scale(w.dtype), w.dtype)
-      scales = {"a": jnp.maximum(scales["a"], least)}
+      scales = {"a": jnp.maximum(scales["a"], state["floor"])}
     if not self.soft:
-      state = follow_target(state, w, self.sparsity, self.every)
+      target = follow_target(state, w, self.sparsity, self.every)
+      state = {**state, **target}
     return scales, state
 
   def refresh(
@@ -193,16 +196,17 @@ class SCA(Ternarizer):
       )
     codes = ternary.codes.astype(a.dtype)
     scales = {"a": alive(a)} if self.scaled else {}
+    state = {"floor": scale_floor(scales["a"])} if self.scaled else {}
     settled = jnp.arctanh(jnp.asarray(_SETTLED, widen(a).dtype))
     if self.soft:
       barrier = wdr_barrier(jnp.asarray(self.alpha, settled.dtype))
       theta = jnp.maximum(settled, jnp.arctanh((1 + barrier) / 2))
-      return codes * theta.astype(a.dtype), scales, {}
+      return codes * theta.astype(a.dtype), scales, state
     check_zeros(ternary.codes, self.sparsity, count)
     size = rms(codes)
     sigma = jnp.inf if self.sigma is None else self.sigma
     theta = jnp.minimum(sigma / jnp.where(size > 0, size, 1), settled)
-    state = {"count": count, "threshold": theta.astype(jnp.float32) / 2}
+    state |= {"count": count, "threshold": theta.astype(jnp.float32) / 2}
     return codes * theta.astype(a.dtype), scales, state
 
   def _codes(self, w: Array, state: Arrays) -> Array:
