@@ -302,6 +302,22 @@ def test_every_method_has_a_recipe_and_a_picture(name):
   assert recipe.stages[-1].last == 100
 
 
+@pytest.mark.parametrize("name", ["Twn", "Ttq", "Ec2t", "Tga"])
+def test_an_asked_sparsity_is_reached_before_the_best_state_is_sought(name):
+  config = methods.METHODS[name](sparsity=0.9)
+  assert config.asked == 0.9
+  stages = config.recipe(90, largest=512).stages
+  assert [stage.last for stage in stages] == (
+    [30, 60, 90] if name == "Ec2t" else [90]
+  )
+  first = 0
+  for stage in stages:
+    shares = [stage.method.sparsity(n) for n in (first, stage.last)]
+    assert shares[1] == pytest.approx(0.9)
+    assert not stage.keep_best or shares[0] == pytest.approx(0.9)
+    first = stage.last
+
+
 def test_the_paper_face_predicts_by_its_alpha():
   theta = 0.2 * jax.random.normal(jax.random.key(0), (100, 100))
   assert methods.Sca(alpha=0.1).predict(theta) == pytest.approx(0.744, abs=0.02)

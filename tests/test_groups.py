@@ -24,6 +24,8 @@ METHODS = [
   AbsMean(),
   EC2T(gamma=0.3, largest=10_000),
   TGA(delta=0.05, of_max=True, mean=True),
+  TGA(sparsity=0.6, mean=True),
+  EC2T(sparsity=0.6),
 ]
 # Shape, channel axis, group size.
 LAYOUTS = {
@@ -116,7 +118,8 @@ def test_magnitudes_of_ttq_are_the_means_of_each_group_s_clusters(layout):
 @LAYOUT
 def test_a_sparsity_is_that_of_the_whole_leaf(layout):
   w = weights(layout[0]) * jnp.linspace(0.1, 3.0, layout[0][-1])
-  for method in (SCA(sparsity=0.5), TWN(sparsity=0.5)):
+  for method_class in (SCA, TWN, TTQ, TGA):
+    method = method_class(sparsity=0.5)
     codes = discretized(method, layout, w).codes
     expected = reference.codes_at_sparsity(w, 0.5)
     np.testing.assert_array_equal(codes, expected)

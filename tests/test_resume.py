@@ -125,10 +125,13 @@ def test_training_goes_on_where_the_file_ended(method):
     TWN(),
     TWN(sparsity=0.6),
     TTQ(threshold=0.3),
+    TTQ(sparsity=0.6),
     AbsMean(),
     EC2T(gamma=0.3),
+    EC2T(sparsity=0.6),
     TGA(),
     TGA(mean=True),
+    TGA(sparsity=0.6),
   ],
   ids=repr,
 )
@@ -171,10 +174,13 @@ def test_weights_of_any_origin(magnitude, zeros):
     TWN(),
     TWN(sparsity=share),
     TTQ(),
+    TTQ(sparsity=share),
     AbsMean(),
     EC2T(),
+    EC2T(sparsity=share),
     TGA(),
     TGA(mean=True),
+    TGA(sparsity=share),
   ):
     tern = ParamTransform(method)
     params, state = from_packed(packed, tern)
@@ -226,8 +232,14 @@ def test_where_latents_lie():
   w, _, state = latents(TTQ(threshold=0.3))
   np.testing.assert_array_equal(w, 0.5 * codes)
   assert float(state["threshold"]) == pytest.approx(0.15)
+  w, _, state = latents(TTQ(sparsity=0.75))
+  np.testing.assert_array_equal(w, 0.5 * codes)
+  assert float(state["threshold"]) == 0.25
   w, *_ = latents(AbsMean())
   np.testing.assert_array_equal(w, 2.0 * codes)
+  w, _, state = latents(EC2T(sparsity=0.75))
+  np.testing.assert_array_equal(w, 0.5 * codes)
+  assert float(state["t_p"]) == float(state["t_n"]) == 0.25
   w, scales, _ = latents(EC2T(gamma=0.0))
   np.testing.assert_array_equal(w, 0.5 * codes)
   w, scales, _ = latents(TGA())
@@ -378,9 +390,9 @@ def test_the_file_must_be_what_the_method_can_make():
       from_packed(two, method)
   with pytest.raises(ValueError, match=r"magnitude 1, but .* 0.5"):
     from_packed(packed, SCA(alpha=0.1, scaled=False))
-  for method in (SCA(sparsity=0.5), TWN(sparsity=0.5)):
+  for method_class in (SCA, TWN, TTQ, EC2T, TGA):
     with pytest.raises(ValueError, match=r"w: 2 of 8 .* give sparsity=0.25"):
-      from_packed(packed, method)
+      from_packed(packed, method_class(sparsity=0.5))
   ramp = SCA(sparsity=tern_jax.ramp(0.25, 100))
   with pytest.raises(ValueError, match=r"but 0 are asked .* at step 0:"):
     from_packed(packed, ramp)

@@ -142,44 +142,55 @@ class StraightThrough(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class Twn(StraightThrough):
-  """TWN, trained straight through."""
+class Targeted(StraightThrough):
+  """What those methods share that can be asked for a sparsity."""
 
   sparsity: float | None = None
-  """Asked share of zeros; None leaves it to TWN's own threshold."""
+  """Asked share of zeros; None leaves it to the method."""
 
   @property
   def asked(self) -> float | None:
-    """The sparsity asked for; None where TWN chooses."""
+    """The sparsity asked for; None where the method chooses."""
     return self.sparsity
 
-  def method(self, steps: int, largest: int) -> Ternarizer:
-    """Returns TWN, its target on a ramp."""
-    del largest
+  def target(self, steps: int) -> Any:
+    """Returns the ramp of the sparsity over a run of so many steps."""
     if self.sparsity is None:
-      return tern_jax.TWN()
-    return tern_jax.TWN(sparsity=tern_jax.ramp(self.sparsity, steps))
+      return None
+    return tern_jax.ramp(self.sparsity, steps)
 
 
 @dataclasses.dataclass(frozen=True)
-class Ttq(StraightThrough):
+class Twn(Targeted):
+  """TWN, trained straight through."""
+
+  def method(self, steps: int, largest: int) -> Ternarizer:
+    """Returns TWN."""
+    del largest
+    return tern_jax.TWN(sparsity=self.target(steps))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ttq(Targeted):
   """TTQ, with two trained magnitudes a layer."""
 
   threshold: float = 0.05
-  """Largest latent that is zero, in units of the largest of the layer."""
+  """Largest latent that is zero, in units of the largest of the layer; not
+  used where a sparsity is asked for."""
 
   def method(self, steps: int, largest: int) -> Ternarizer:
     """Returns TTQ."""
-    del steps, largest
-    return tern_jax.TTQ(self.threshold)
+    del largest
+    return tern_jax.TTQ(self.threshold, sparsity=self.target(steps))
 
 
 @dataclasses.dataclass(frozen=True)
-class Ec2t(StraightThrough):
+class Ec2t(Targeted):
   """EC2T, with two trained centroids a layer; wants a trained float net."""
 
   gamma: float = 0.2
-  """Knob of the entropy constraint, in [0, 1)."""
+  """Knob of the entropy constraint, in [0, 1); not used where a sparsity is
+  asked for."""
   s: float = 0.3
   """Where the centroids start, in units of the largest latents."""
   frozen: float = 1 / 3
@@ -195,21 +206,28 @@ class Ec2t(StraightThrough):
 
   def method(self, steps: int, largest: int) -> tern_jax.EC2T:
     """Returns EC2T, its codes not frozen."""
-    del steps
-    return tern_jax.EC2T(self.gamma, self.s, largest)
+    target = self.target(steps)
+    return tern_jax.EC2T(self.gamma, self.s, largest, sparsity=target)
 
   def recipe(self, steps: int, largest: int) -> Recipe:
-    """Returns training with codes free, then, from the best state, frozen."""
-    free = self.method(steps, largest)
-    held = dataclasses.replace(free, frozen=True)
+    """Returns training with codes free, then, from the best state, frozen.
+
+    A sparsity rises in the first half of what is free; the best state is one
+    of the second half, where all have it.
+    """
     onset = round((1 - self.frozen) * steps)
-    stages = Stage(free, onset, keep_best=True), Stage(held, steps)
+    free = self.method(onset, largest)
+    best = Stage(free, onset, keep_best=True)
+    held = Stage(dataclasses.replace(free, frozen=True), steps)
+    stages = (best, held)
+    if self.sparsity is not None and onset > 1:
+      stages = (Stage(free, onset // 2), *stages)
     return Recipe(stages, optax.identity(), onset)
 
 
 @dataclasses.dataclass(frozen=True)
-class Tga(StraightThrough):
-  """TGA, with a trained threshold a layer."""
+class Tga(Targeted):
+  """TGA, with a threshold a layer, trained where no sparsity is asked for."""
 
   surrogate: float | None = 0.5
   """Width of the window in which the threshold sees codes change, in sigma;
@@ -224,8 +242,9 @@ class Tga(StraightThrough):
 
   def method(self, steps: int, largest: int) -> Ternarizer:
     """Returns TGA."""
-    del steps, largest
-    return tern_jax.TGA(surrogate=self.surrogate)
+    del largest
+    target = self.target(steps)
+    return tern_jax.TGA(surrogate=self.surrogate, sparsity=target)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,17 @@ from tern_jax.base import (
   widen,
 )
 from tern_jax.estimators import straight_through, trained_scales
+from tern_jax.sparsity import (
+  TOLERANCE,
+  Schedulable,
+  at,
+  check_sparsity,
+  check_zeros,
+  magnitude_threshold,
+)
+
+#: Bits that + and - cost more than 0, at the least, where lambda is solved for.
+_LEAST_RATE = 1e-3
 
 
 def ec2t_lambda_max(
@@ -131,6 +142,86 @@ def ec2t_assign(
   return _codes(w, t_p, t_n).astype(jnp.int8)
 
 
+def ec2t_at_sparsity(
+  w: Array,
+  w_p: Array,
+  w_n: Array,
+  sparsity: Array | float,
+  min_p_0: float = 0.5,
+  guess: Array | None = None,
+  tolerance: float = 0.0,
+) -> tuple[Array, Array, Array]:
+  """The lambda at which the asked share of weights is zero, and its thresholds.
+
+  Zero is the cheapest centroid of w > 0 from `lambda = w_p (2 w - w_p) /
+  (log2 P_0 - log2 P_p)` on, of w < 0 likewise with |w|, w_n and P_n; this is
+  the quantile of those. It is negative where the nearest centroids alone leave
+  more zeros than asked. Thresholds are as in `ec2t_thresholds`, but at least
+  0: no weight changes its sign.
+
+  Args:
+    w: float, any shape, latents.
+    w_p: float, 0-d or of the rank of w with ones beside the channels, > 0.
+    w_n: float, shape of w_p, > 0.
+    sparsity: 0-d, share of zeros of the whole tensor in [0, 1).
+    min_p_0: least P_0, in [0, 1).
+    guess: float32, 0-d, where to look first, such as the last lambda.
+    tolerance: share of the weights by which the target may be missed.
+
+  Returns:
+    (lambda, t_p, t_n): float32 0-d, and each of the shape of w_p, float32 or
+    wider, finite and >= 0.
+
+  >>> w, c = jnp.array([-1., -.1, .1, .2, 2.]), jnp.array(.5)
+  >>> lam, t_p, t_n = ec2t_at_sparsity(w, c, c, 0.8)
+  >>> ((w > t_p) | (w < -t_n)).tolist(), bool(lam > 0)
+  ([False, False, False, False, True], True)
+  >>> lam, t_p, t_n = ec2t_at_sparsity(w, c, c, 0.4)
+  >>> ((w > t_p) | (w < -t_n)).tolist(), bool(lam < 0)
+  ([True, False, False, True, True], True)
+
+  Source: Marban et al., arXiv 2004.01077, section 3, solved for lambda.
+  Differs from the paper: log2 P_0 - log2 P_c counts as .001 at least, so that a
+  cluster as common as zero can be thinned out, too.
+  """
+  rate_p, rate_n = (
+    jnp.maximum(r, _LEAST_RATE) for r in _rates(w, w_p, w_n, min_p_0)
+  )
+  w_p, w_n, wide = widen(w_p), widen(w_n), widen(w)
+  scale = jnp.where(wide < 0, w_n, w_p)
+  turns = scale * (2 * jnp.abs(wide) - scale)
+  turns /= jnp.where(wide < 0, rate_n, rate_p)
+  # A weight of 0 is zero at any lambda.
+  never = jnp.maximum(w_p * w_p / rate_p, w_n * w_n / rate_n)
+  turns = jnp.where(wide == 0, -jnp.max(never), turns)
+
+  share = jnp.round(jnp.asarray(sparsity, jnp.float32) * w.size) / w.size
+  # Magnitudes are what is searched, so one side of lambda = 0 at a time.
+  below = jnp.mean(turns > 0, dtype=jnp.float32) < 1 - share
+  sign = jnp.where(below, -1, 1).astype(turns.dtype)
+  if guess is not None:
+    guess = jnp.maximum(sign.astype(jnp.float32) * guess, 0)
+  found = magnitude_threshold(
+    jnp.maximum(sign * turns, 0),
+    jnp.where(below, 1 - share, share),
+    guess,
+    tolerance,
+  )
+  lam = sign.astype(jnp.float32) * found
+
+  # A weight at lambda is zero, also if its threshold is rounded down: where
+  # many tie, all of them would come back.
+  slack = 4 * float(jnp.finfo(jnp.float32).eps)
+  big = float(jnp.finfo(w_p.dtype).max) / 4
+
+  def threshold(scale: Array, rate: Array) -> Array:
+    half = 0.5 * scale
+    shift = jnp.clip(0.5 * lam.astype(rate.dtype) * rate / scale, -big, big)
+    return jnp.maximum(half + shift + slack * (half + jnp.abs(shift)), 0)
+
+  return lam, threshold(w_p, rate_p), threshold(w_n, rate_n)
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class EC2T(Ternarizer):
   """Trained ternary weights under an entropy constraint.
@@ -138,6 +229,8 @@ class EC2T(Ternarizer):
   The codes are `ec2t_assign` at `lambda = gamma delta ec2t_lambda_max`. The
   centroids learn by `dL/dw_p = sum of g over +1`, `dL/dw_n = -(sum of g over
   -1)`; the latents get g times the magnitude of their cluster, 1 at 0.
+  `EC2T(sparsity=s)` takes the lambda of `ec2t_at_sparsity` instead, so that
+  exactly that share is zero, and the rarer sign still pays more.
 
   Continue a trained float net, at a rate of the centroids far below that of
   the latents (1e-5 beside 1e-4). The last third of a run keeps the codes:
@@ -146,7 +239,8 @@ class EC2T(Ternarizer):
       state = dataclasses.replace(state, opt_state=tx.init(state.params))
 
   Args:
-    gamma: the knob of sparsity in [0, 1), a number or a traced array.
+    gamma: the knob of sparsity in [0, 1), a number or a traced array. Not used
+      where a sparsity is given, nor is largest.
     s: centroids start at `w_p = s max(W)`, `w_n = s |min(W)|`.
     largest: size of the largest ternary layer, `where.largest(params)`;
       smaller ones are spared by `delta = (size / largest + 0.05) / 1.05`. None
@@ -157,11 +251,12 @@ class EC2T(Ternarizer):
     frozen: True or a traced array: thresholds stay, and latents get a gradient
       of 0. Momentum from before and weight decay would still move latents, so
       start the optimizer anew, as above, and mask decay.
+    sparsity: share of zeros in [0, 1), a number, traced array or schedule.
     every: steps between two looks at the latents, in which shares, lambda and
       floor are found anew; 1 as published.
     channel_axis: None for two centroids a tensor; else two for each index of
       this axis, -1 for the output channels of Flax and Haiku, 0 for Equinox's.
-      Shares and lambda are always those of the whole tensor.
+      Shares, lambda and sparsity are always those of the whole tensor.
 
   Raises:
     ValueError: a hyper-parameter is out of range, or a layer is larger than
@@ -182,6 +277,7 @@ class EC2T(Ternarizer):
   reverses; shares, lambda and floor are found anew every 10 steps, not at each
   (`every=1` undoes it); the two floors are that code's; clusters that are empty
   keep lambda finite. Layers that stay float are zeroed by `ec2t_zero` ("ECP").
+  A sparsity is this project's own.
   """
 
   gamma: Any = 0.15
@@ -191,6 +287,7 @@ class EC2T(Ternarizer):
   min_p_0: float = 0.5
   scaled_gradient: bool = True
   frozen: Any = False
+  sparsity: Schedulable | None = None
   every: int = 10
   channel_axis: int | None = None
 
@@ -200,16 +297,17 @@ class EC2T(Ternarizer):
     check_range("largest", self.largest, 1, float("inf"), "count weights")
     check_range("min_scale", self.min_scale, 0, float("inf"), "try 0.675")
     check_range("min_p_0", self.min_p_0, 0, 1, "0 lifts the floor")
+    check_sparsity(self.sparsity)
     check_range("every", self.every, 1, float("inf"), "count training steps")
 
   def init(self, w: Array) -> tuple[Arrays, Arrays]:
-    """Returns the centroids, and as state their floor and the thresholds."""
+    """Returns the centroids; as state their floor, thresholds and lambda."""
     axes = reduced_axes(w, self.channel_axis)
     sides = {"w_n": -widen(w), "w_p": widen(w)}
     tops = {k: _top(side, axes) for k, side in sides.items()}
     started = {k: self.s * top for k, top in tops.items()}
-    seen = self._look(w, started)
     count = jnp.zeros((), jnp.int32)
+    seen = self._look(w, started, count)
     return self._clamp(w, started, seen["floor"]), {"count": count, **seen}
 
   def __call__(self, w: Array, scales: Arrays, state: Arrays) -> Array:
@@ -233,10 +331,10 @@ class EC2T(Ternarizer):
   ) -> tuple[Arrays, Arrays]:
     """Keeps the centroids at their floor, and assigns anew unless frozen."""
     count = state["count"] + 1
-    held = {name: state[name] for name in ("floor", "t_n", "t_p")}
+    held = {name: x for name, x in state.items() if name != "count"}
     seen = jax.lax.cond(
       (count % self.every == 0) & jnp.logical_not(self.frozen),
-      lambda: self._look(w, scales),
+      lambda: self._look(w, scales, count, held, TOLERANCE),
       lambda: held,
     )
     return self._clamp(w, scales, seen["floor"]), {"count": count, **seen}
@@ -245,7 +343,7 @@ class EC2T(Ternarizer):
     self, w: Array, scales: Arrays, state: Arrays
   ) -> tuple[Arrays, Arrays]:
     """Assigns these latents anew, unless frozen."""
-    now = {**state, **self._look(w, scales)}
+    now = {**state, **self._look(w, scales, state["count"], state)}
     kept = {k: jnp.where(self.frozen, state[k], now[k]) for k in state}
     return scales, kept
 
@@ -255,19 +353,26 @@ class EC2T(Ternarizer):
     """Returns the weights themselves, or nearly so, and the centroids.
 
     Latents are farther out where a threshold would be too close, and closer,
-    down to .6 of the centroids, where those would be below their floor.
+    down to .6 of the centroids, where those would be below their floor. At a
+    sparsity, which must be that of these weights, lambda is 0.
     """
     scales = {"w_n": alive(ternary.w_n), "w_p": alive(ternary.w_p)}
     codes, dtype = ternary.codes, ternary.dtype
     wide = {k: widen(v) for k, v in scales.items()}
-    seen = self._look(dense(codes, **scales), scales)
-    w_p = jnp.maximum(wide["w_p"], 1.25 * seen["t_p"])
-    w_n = jnp.maximum(wide["w_n"], 1.25 * seen["t_n"])
+    w_p, w_n = wide["w_p"], wide["w_n"]
+    if self.sparsity is None:
+      seen = self._look(dense(codes, **scales), scales, count)
+      w_p = jnp.maximum(w_p, 1.25 * seen["t_p"])
+      w_n = jnp.maximum(w_n, 1.25 * seen["t_n"])
     w = dense(codes, w_p, w_n)
     least = jnp.minimum(wide["w_n"], wide["w_p"])
-    share = 0.99 * least / self._look(w, scales)["floor"]
+    share = 0.99 * least / self._floor(w)
     w = (w * jnp.clip(share, 0.6, 1)).astype(dtype)
-    seen = self._look(w, scales)
+    seen = self._look(w, scales, count)
+    if self.sparsity is not None:
+      check_zeros(codes, self.sparsity, count)
+      half = {"t_n": wide["w_n"] / 2, "t_p": wide["w_p"] / 2}
+      seen |= {"lam": jnp.zeros_like(seen["lam"]), **half}
     if concrete(least) and jnp.any(least < seen["floor"]):
       raise ValueError(
         f"{self!r} keeps magnitudes at or above min_scale std(W), but those of"
@@ -275,14 +380,38 @@ class EC2T(Ternarizer):
       )
     return w, scales, {"count": count, **seen}
 
-  def _look(self, w: Array, scales: Arrays) -> Arrays:
-    """Returns the least centroids and the thresholds, both widened."""
+  def _look(
+    self,
+    w: Array,
+    scales: Arrays,
+    count: Array,
+    held: Arrays | None = None,
+    tolerance: float = 0.0,
+  ) -> Arrays:
+    """Returns the least centroids and the thresholds, both widened.
+
+    At a sparsity also lambda, where the next look starts.
+    """
+    floor = self._floor(w)
+    clamped = self._clamp(w, scales, floor)
+    if self.sparsity is None:
+      t_p, t_n = self._thresholds(w, **clamped)
+      return {"floor": floor, "t_n": t_n, "t_p": t_p}
+    lam, t_p, t_n = ec2t_at_sparsity(
+      w,
+      **clamped,
+      sparsity=at(self.sparsity, count),
+      min_p_0=self.min_p_0,
+      guess=None if held is None else held["lam"],
+      tolerance=tolerance,
+    )
+    return {"floor": floor, "lam": lam, "t_n": t_n, "t_p": t_p}
+
+  def _floor(self, w: Array) -> Array:
     axes = reduced_axes(w, self.channel_axis)
     std = jnp.std(widen(w), axes, keepdims=axes is not None)
     # The least one keeps centroids positive where all weights are equal.
-    floor = jnp.maximum(self.min_scale * std, least_scale(w.dtype))
-    t_p, t_n = self._thresholds(w, **self._clamp(w, scales, floor))
-    return {"floor": floor, "t_n": t_n, "t_p": t_p}
+    return jnp.maximum(self.min_scale * std, least_scale(w.dtype))
 
   def _clamp(self, w: Array, scales: Arrays, floor: Array) -> Arrays:
     held = {k: jnp.maximum(widen(v), floor) for k, v in scales.items()}

@@ -12,11 +12,20 @@ from tern_jax.base import (
   Ternarizer,
   Ternary,
   check_range,
+  concrete,
   one_magnitude,
   reduced_axes,
   widen,
 )
 from tern_jax.estimators import straight_through, trained_scale
+from tern_jax.sparsity import (
+  TOLERANCE,
+  Schedulable,
+  at,
+  check_sparsity,
+  check_zeros,
+  magnitude_threshold,
+)
 
 
 def inverse_mills(t: Array | float) -> Array:
@@ -85,6 +94,9 @@ class TGA(Ternarizer):
   run with Delta frozen (rate 0) is the control for any claim that the
   threshold learned something.
 
+  `TGA(sparsity=s)` trains no threshold: Delta is the quantile of |w| over the
+  whole tensor, so that exactly that share is zero, and S is as above.
+
   Args:
     delta: where Delta starts, in units of sigma; 0.612 has the least squared
       error on normal weights, with 46 % zeros.
@@ -98,9 +110,14 @@ class TGA(Ternarizer):
     surrogate: width, in units of sigma, of the box around the threshold in
       which Delta also sees codes change: `dL/dDelta -= sum_i dL/dW_i S
       sign(w_i) 1[||w_i| - Delta| < h / 2] / h`; None for none.
+    sparsity: share of zeros in [0, 1), a number, traced array or schedule;
+      delta, of_max, clamp and surrogate are then not used. With `mean` it is
+      the quantile of |w - mu|, and the codes lie around the mu of that look.
+    every: steps between two looks at the quantile of a sparsity.
     channel_axis: None for one Delta and S a tensor; else one for each index
       of this axis, -1 for the output channels of Flax and Haiku, 0 for
-      Equinox's.
+      Equinox's. With a sparsity, which is always that of the whole tensor,
+      all have the same Delta, and each its own S.
 
   Raises:
     ValueError: a hyper-parameter is out of range.
@@ -117,7 +134,8 @@ class TGA(Ternarizer):
   `TGA(delta=0.05, of_max=True, mean=True, detach=False)`: sigma divides by n,
   not n - 1; the gradient of Delta passes the bounds [0, 3 sigma], so that it
   can come back from them. Weights and Delta step together; the paper's two
-  steps a batch are a matter of the training step.
+  steps a batch are a matter of the training step. A sparsity is this project's
+  own; its Delta has no bound, as tails may be heavier than a Gaussian's.
   """
 
   delta: float = 0.6
@@ -126,6 +144,8 @@ class TGA(Ternarizer):
   mean: bool = False
   detach: bool = True
   surrogate: float | None = None
+  sparsity: Schedulable | None = None
+  every: int = 10
   channel_axis: int | None = None
 
   def __post_init__(self):
@@ -134,9 +154,14 @@ class TGA(Ternarizer):
     check_range("delta", self.delta, 0, inf, hint)
     check_range("clamp", self.clamp, 0, inf, "try 1e-3, or None")
     check_range("surrogate", self.surrogate, 1e-6, inf, "try 0.5, or None")
+    check_sparsity(self.sparsity)
+    check_range("every", self.every, 1, inf, "count training steps")
 
   def init(self, w: Array) -> tuple[Arrays, Arrays]:
-    """Returns the threshold, of w's dtype, and no state."""
+    """Returns the threshold, of w's dtype; that of a sparsity as state."""
+    if self.sparsity is not None:
+      count = jnp.zeros((), jnp.int32)
+      return {}, {"count": count, **self._look(w, count)}
     _, _, sigma = self._moments(w)
     unit = sigma
     if self.of_max:
@@ -147,12 +172,9 @@ class TGA(Ternarizer):
 
   def __call__(self, w: Array, scales: Arrays, state: Arrays) -> Array:
     """Returns the ternary weights, with gradients of w and Delta."""
-    del state
-    x, mu, sigma = self._moments(w)
-    delta = self._threshold(scales, sigma)
-    codes, s = self._ternarize(x, mu, sigma, delta)
+    x, sigma, delta, codes, s = self._ternarize(w, scales, state)
     soft = widen(w)
-    if self.surrogate is not None:
+    if self.surrogate is not None and self.sparsity is None:
       h = jnp.asarray(self.surrogate).astype(s.dtype) * sigma
       h = jax.lax.stop_gradient(jnp.where(h > 0, h, 1))
       x, jump = jax.lax.stop_gradient((x, s * jnp.sign(x)))
@@ -163,20 +185,34 @@ class TGA(Ternarizer):
 
   def discretize(self, w: Array, scales: Arrays, state: Arrays) -> Ternary:
     """Returns the codes beyond Delta and their scale S."""
-    del state
-    x, mu, sigma = self._moments(w)
-    delta = self._threshold(scales, sigma)
-    codes, s = self._ternarize(x, mu, sigma, delta)
+    *_, codes, s = self._ternarize(w, scales, state)
     narrow = s.astype(w.dtype)
     return Ternary(codes.astype(jnp.int8), w_p=narrow, w_n=narrow)
 
   def after_step(
     self, w: Array, scales: Arrays, state: Arrays
   ) -> tuple[Arrays, Arrays]:
-    """Keeps the threshold in (0, 3 sigma]."""
+    """Keeps a trained threshold in (0, 3 sigma]; follows a sparsity."""
+    if self.sparsity is not None:
+      count = state["count"] + 1
+      held = {name: state[name] for name in ("mu", "threshold")}
+      seen = jax.lax.cond(
+        count % self.every == 0,
+        lambda: self._look(w, count, held, TOLERANCE),
+        lambda: held,
+      )
+      return {}, {"count": count, **seen}
     _, _, sigma = self._moments(w)
     delta = _bound(widen(scales["delta"]), sigma)
     return {"delta": delta.astype(w.dtype)}, state
+
+  def refresh(
+    self, w: Array, scales: Arrays, state: Arrays
+  ) -> tuple[Arrays, Arrays]:
+    """Puts the threshold where these latents meet the asked sparsity."""
+    if self.sparsity is None:
+      return scales, state
+    return scales, {**state, **self._look(w, state["count"], state)}
 
   def invert(
     self, ternary: Ternary, count: Array
@@ -188,7 +224,8 @@ class TGA(Ternarizer):
     out, so that mu = 0; where there is one sign only, zeros are on the other
     side. A channel of zeros has no S: it comes back as 0.
     """
-    del count
+    if self.sparsity is not None:
+      check_zeros(ternary.codes, self.sparsity, count)
     s = one_magnitude(ternary, self)
     wide = widen(s)
     unit, middle = self._unit(ternary.codes, wide.dtype)
@@ -209,7 +246,22 @@ class TGA(Ternarizer):
     tried = jnp.stack([near, *(jnp.nextafter(near, end) for end in ends)])
     got = truncated_gaussian_scale(widen(tried), sigma, mu).astype(s.dtype)
     best = jnp.argmin(jnp.abs(got - s), 0, keepdims=True)
-    return w, {"delta": jnp.take_along_axis(tried, best, 0)[0]}, {}
+    delta = jnp.take_along_axis(tried, best, 0)[0]
+    if self.sparsity is None:
+      return w, {"delta": delta}, {}
+    self._check_gap(w, mu, ternary.codes)
+    return w, {}, {"count": count, "mu": mu, "threshold": widen(delta)}
+
+  def _check_gap(self, w: Array, mu: Array, codes: Array) -> None:
+    """Raises a ValueError unless one threshold fits all channels."""
+    size, zero = jnp.abs(widen(w) - mu), codes == 0
+    below = jnp.max(jnp.where(zero, size, 0), initial=0)
+    beyond = jnp.min(jnp.where(zero, jnp.inf, size), initial=jnp.inf)
+    if concrete(below) and below >= beyond:
+      raise ValueError(
+        f"{self!r} has one threshold for all channels, but channels with"
+        " nonzeros of one sign would need their own: take mean=False."
+      )
 
   def _unit(self, codes: Array, dtype: DTypeLike) -> tuple[Array, Array]:
     """Returns latents of size 1, and a threshold amid their magnitudes."""
@@ -251,11 +303,45 @@ class TGA(Ternarizer):
     return straight_through(delta, _bound(delta, sigma))
 
   def _ternarize(
-    self, x: Array, mu: Array, sigma: Array, delta: Array
-  ) -> tuple[Array, Array]:
-    """Returns the codes and S, both widened."""
+    self, w: Array, scales: Arrays, state: Arrays
+  ) -> tuple[Array, Array, Array, Array, Array]:
+    """Returns centered weights, sigma, Delta, codes and S, all widened."""
+    x, mu, sigma = self._moments(w)
+    if self.sparsity is None:
+      delta = self._threshold(scales, sigma)
+    else:
+      # The mu of the look, because ties are as exact as mu is.
+      x, delta = widen(w) - state["mu"], state["threshold"]
     codes = jnp.where(jnp.abs(x) > delta, jnp.sign(x), 0)
-    return codes, truncated_gaussian_scale(delta, sigma, mu)
+    s = truncated_gaussian_scale(delta, sigma, mu)
+    return x, sigma, delta, codes, s
+
+  def _look(
+    self,
+    w: Array,
+    count: Array,
+    held: Arrays | None = None,
+    tolerance: float = 0.0,
+  ) -> Arrays:
+    """Returns mu, and Delta at the asked sparsity, of the shape of sigma."""
+    x, mu, sigma = self._moments(w)
+    guess = None if held is None else jnp.min(held["threshold"])
+    asked = at(self.sparsity, count)
+    found = magnitude_threshold(x, asked, guess, tolerance)
+    tiny = jnp.asarray(jnp.finfo(sigma.dtype).tiny, sigma.dtype)
+    delta = jnp.maximum(found.astype(sigma.dtype), tiny)
+    seen = {"mu": mu, "threshold": jnp.broadcast_to(delta, sigma.shape)}
+    if held is None:
+      return seen
+
+    def zeros(look: Arrays) -> Array:
+      under = jnp.abs(widen(w) - look["mu"]) <= look["threshold"]
+      return jnp.sum(under, dtype=jnp.float32)
+
+    # Anywhere in a gap Delta gives these codes, but not this S: the one that
+    # `invert` chose stays.
+    same = zeros(held) == zeros(seen)
+    return {name: jnp.where(same, held[name], seen[name]) for name in seen}
 
 
 def _bound(delta: Array, sigma: Array) -> Array:

@@ -19,6 +19,14 @@ from tern_jax.base import (
   widen,
 )
 from tern_jax.estimators import trained_scales
+from tern_jax.sparsity import (
+  Schedulable,
+  check_sparsity,
+  check_zeros,
+  follow_target,
+  init_target,
+  meet_target,
+)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -28,15 +36,19 @@ class TTQ(Ternarizer):
   The code is `sign(w) 1[|w| > threshold * max|w|]`. The magnitudes learn by
   their true gradients, `dL/dw_p = sum of g over +1`, `dL/dw_n = -(sum of g
   over -1)`; the latents get g times the magnitude of their cluster, 1 at 0.
+  `TTQ(sparsity=s)` puts the threshold at the quantile of |w| instead, so that
+  exactly that share is zero.
 
   Args:
-    threshold: in units of max|w|, in [0, 1).
+    threshold: in units of max|w|, in [0, 1). Not used where a sparsity is
+      given.
     start: where the magnitudes start: the "means" of their clusters, or at
       "one" as published.
-    every: steps between two looks at max|w|; 1 as published.
+    sparsity: share of zeros in [0, 1), a number, traced array or schedule.
+    every: steps between two looks at max|w| or the quantile; 1 as published.
     channel_axis: None for two magnitudes a tensor; else two for each index of
       this axis, -1 for the output channels of Flax and Haiku, 0 for
-      Equinox's. The threshold is always that of the whole tensor.
+      Equinox's. Threshold and sparsity are always those of the whole tensor.
 
   Raises:
     ValueError: a hyper-parameter is out of range.
@@ -52,11 +64,12 @@ class TTQ(Ternarizer):
   Source: Zhu, Han, Mao & Dally, arXiv 1612.01064, equations 6 to 9. Differs
   from the paper: magnitudes start at the cluster means, so that any network
   can be continued (`start="one"` undoes it), and stay positive; max|w| is found
-  anew every 10 steps, not at each.
+  anew every 10 steps, not at each; a sparsity is this project's own.
   """
 
   threshold: float = 0.05
   start: Literal["means", "one"] = "means"
+  sparsity: Schedulable | None = None
   every: int = 10
   channel_axis: int | None = None
 
@@ -67,13 +80,17 @@ class TTQ(Ternarizer):
         f'start must be "means" or "one", got {self.start!r}: "one" is the'
         " published initialization."
       )
+    check_sparsity(self.sparsity)
     check_range("every", self.every, 1, float("inf"), "count training steps")
 
   def init(self, w: Array) -> tuple[Arrays, Arrays]:
     """Returns the two magnitudes, and the threshold as state."""
     axes = reduced_axes(w, self.channel_axis)
     keep = axes is not None
-    state = {"count": jnp.zeros((), jnp.int32), "threshold": self._look(w)}
+    if self.sparsity is None:
+      state = {"count": jnp.zeros((), jnp.int32), "threshold": self._look(w)}
+    else:
+      state = init_target(w, self.sparsity)
     codes = _codes(w, state)
     magnitude = jnp.abs(widen(w))
 
@@ -105,31 +122,43 @@ class TTQ(Ternarizer):
     self, w: Array, scales: Arrays, state: Arrays
   ) -> tuple[Arrays, Arrays]:
     """Keeps the magnitudes positive; looks at the latents every few steps."""
+    least = jnp.asarray(least_scale(w.dtype), w.dtype)
+    scales = {name: jnp.maximum(s, least) for name, s in scales.items()}
+    if self.sparsity is not None:
+      return scales, follow_target(state, w, self.sparsity, self.every)
     count = state["count"] + 1
     threshold = jax.lax.cond(
       count % self.every == 0,
       lambda: self._look(w),
       lambda: state["threshold"],
     )
-    least = jnp.asarray(least_scale(w.dtype), w.dtype)
-    scales = {name: jnp.maximum(s, least) for name, s in scales.items()}
     return scales, {"count": count, "threshold": threshold}
 
   def refresh(
     self, w: Array, scales: Arrays, state: Arrays
   ) -> tuple[Arrays, Arrays]:
     """Puts the threshold where these latents have it."""
+    if self.sparsity is not None:
+      return scales, meet_target(state, w, self.sparsity)
     return scales, {**state, "threshold": self._look(w)}
 
   def invert(
     self, ternary: Ternary, count: Array
   ) -> tuple[Array, Arrays, Arrays]:
-    """Returns latents at 0 and at both signs of the mean magnitude."""
+    """Returns latents at 0 and at both signs of the mean magnitude.
+
+    The threshold of a sparsity, which must be that of these weights, is half
+    that magnitude.
+    """
     size = jnp.sum(jnp.abs(widen(ternary.dequantize())))
     size /= jnp.maximum(jnp.sum(ternary.codes != 0, dtype=size.dtype), 1)
     w = ternary.codes.astype(ternary.dtype) * size.astype(ternary.dtype)
     scales = {"w_n": alive(ternary.w_n), "w_p": alive(ternary.w_p)}
-    return w, scales, {"count": count, "threshold": self._look(w)}
+    if self.sparsity is None:
+      return w, scales, {"count": count, "threshold": self._look(w)}
+    check_zeros(ternary.codes, self.sparsity, count)
+    threshold = size.astype(jnp.float32) / 2
+    return w, scales, {"count": count, "threshold": threshold}
 
   def _look(self, w: Array) -> Array:
     top = jnp.max(jnp.abs(widen(w)))
@@ -137,5 +166,6 @@ class TTQ(Ternarizer):
 
 
 def _codes(w: Array, state: Arrays) -> Array:
-  beyond = jnp.abs(widen(w)) > state["threshold"]
+  wide = widen(w)
+  beyond = jnp.abs(wide) > state["threshold"].astype(wide.dtype)
   return jnp.where(beyond, jnp.sign(w), jnp.zeros((), w.dtype))
