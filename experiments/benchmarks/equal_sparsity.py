@@ -1,0 +1,205 @@
+"""SCA and straight-through training at the same sparsity, with equal care.
+
+  python -m experiments.benchmarks.equal_sparsity
+  python -m experiments.benchmarks.equal_sparsity --data digits --epochs 150
+
+A net without capacity to spare, all kernels ternary, trained from scratch by
+each method, at each of its rates, for the same epochs: all sparsities and seeds
+of one rate are one program. The rate of a method is chosen by validation
+accuracy, at each sparsity by itself; the test split is read once a run, at its
+end. What is done lies under --root: the command can be stopped and given again.
+"""
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+import tyro
+
+import tern_jax
+from experiments import alpha_sweep
+from experiments.common import cli, data, methods
+
+#: Standard deviation of the latents with which SCA starts.
+SIGMA: Any = tern_jax.SCA(sparsity=0.5).sigma
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenTwn(methods.Twn):
+  """TWN whose latents, and so its codes, stay from 70 % of the run on."""
+
+  def recipe(self, steps: int, largest: int) -> methods.Recipe:
+    """Returns the training of TWN without late gradients."""
+    stop = round(0.7 * steps)
+
+    def before(count: Any) -> Any:
+      return jnp.where(count < stop, 1.0, 0.0)
+
+    gate = optax.scale_by_schedule(before)
+    return super().recipe(steps, largest)._replace(regularizer=gate)
+
+
+@dataclasses.dataclass(frozen=True)
+class WithoutWdr(methods.Sca):
+  """SCA's hard forward and barrier alone: what WDR is worth."""
+
+  def recipe(self, steps: int, largest: int) -> methods.Recipe:
+    """Returns the training of SCA without its regularizer."""
+    recipe = super().recipe(steps, largest)
+    return recipe._replace(regularizer=optax.identity())
+
+
+@dataclasses.dataclass(frozen=True)
+class OneShot(methods.Sca):
+  """SCA as published: one alpha, set from the latents of the start."""
+
+  def recipe(self, steps: int, largest: int) -> methods.Recipe:
+    """Returns the training with that alpha."""
+    asked: Any = self.asked
+    alpha: Any = tern_jax.alpha_for_sparsity(SIGMA, asked)
+    published = methods.Sca(alpha=alpha, strength=self.strength)
+    return published.recipe(steps, largest)
+
+
+#: {name: (method, Adam's first rates on latents)}
+RACERS: dict[str, tuple[Any, tuple[float, ...]]] = {
+  "SCA": (methods.Sca, (5e-3, 1e-2)),
+  "TWN": (methods.Twn, (3e-4, 1e-3, 3e-3, 1e-2)),
+  "TWN, frozen": (FrozenTwn, (1e-3, 3e-3)),
+  "SCA without WDR": (WithoutWdr, (5e-3, 1e-2)),
+  "SCA, one-shot": (OneShot, (5e-3, 1e-2)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program(alpha_sweep.Config):
+  """Runs of one method at one rate."""
+
+  method: Any = methods.Sca
+  learning_rate: float = 1e-2
+
+  def run(self, value: Any, seed: Any = 0) -> cli.Config:
+    """Returns the config of one run, whose value and seed may be traced."""
+    return cli.Config(
+      method=self.method(sparsity=value),
+      data=self.data,
+      hidden=self.hidden,
+      epochs=self.epochs,
+      batch_size=self.batch_size,
+      learning_rate=self.learning_rate,
+      seed=seed,
+      parallel="jit",
+      workdir=str(self.directory),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Command line of the benchmark."""
+
+  data: str = "mnist"
+  """Data set of images, by its name."""
+  data_dir: str | None = None
+  """Directory of prepared data sets; None for the usual one."""
+  hidden: tuple[int, ...] = (32, 32)
+  """Widths of the hidden layers."""
+  sparsities: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.98)
+  """Shares of zeros, of each layer."""
+  seeds: int = 5
+  """Runs of each."""
+  epochs: int = 10
+  """Passes over the training data."""
+  batch_size: int = 128
+  """Images a step."""
+  root: Path = Path("runs/equal_sparsity")
+  """Where what is done lies."""
+
+
+def main(options: Options) -> None:
+  """Runs what is not done yet, and prints the table."""
+  dataset = data.load_dataset(options.data, options.data_dir)
+  place = options.root / f"{options.data}-{'-'.join(map(str, options.hidden))}"
+  place.mkdir(parents=True, exist_ok=True)
+  table: dict[str, Any] = {}
+  for name, (method, rates) in RACERS.items():
+    tried = {}
+    for rate in rates:
+      program = Program(
+        by="sparsity",
+        values=options.sparsities,
+        seeds=options.seeds,
+        data=options.data,
+        hidden=options.hidden,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        method=method,
+        learning_rate=rate,
+      )
+      path = place / f"{method.__name__}-{rate:g}.csv"
+      if not path.exists():
+        alpha_sweep.write(path, alpha_sweep.sweep(program, dataset))
+      tried[rate] = alpha_sweep.read(path)
+    table[name] = {str(s): chosen(tried, s) for s in options.sparsities}
+    text = markdown(table, options.sparsities)
+    (place / "table.md").write_text(text + "\n")
+    (place / "table.json").write_text(json.dumps(table, indent=2) + "\n")
+  print(text)
+
+
+def chosen(tried: dict[float, Any], sparsity: float) -> dict[str, Any]:
+  """Returns the runs of a sparsity at the rate of best validation.
+
+  >>> def row(validation, test):
+  ...   return {"sparsity": .9, "validation_rounded": validation,
+  ...           "test_rounded": test, "zeros": .9}
+  >>> rates = {1e-3: [row(.8, .7)], 1e-2: [row(.9, .6)]}
+  >>> best = chosen(rates, .9)
+  >>> best["rate"], best["test"]
+  (0.01, [0.6])
+  """
+  runs = {
+    rate: [row for row in rows if row["sparsity"] == sparsity]
+    for rate, rows in tried.items()
+  }
+
+  def validation(rate: float) -> float:
+    return statistics.fmean(row["validation_rounded"] for row in runs[rate])
+
+  best = max(runs, key=validation)
+  return {
+    "rate": best,
+    "validation": [row["validation_rounded"] for row in runs[best]],
+    "test": [row["test_rounded"] for row in runs[best]],
+    "zeros": [row["zeros"] for row in runs[best]],
+  }
+
+
+def markdown(table: dict[str, Any], sparsities: tuple[float, ...]) -> str:
+  """Prints test accuracy as mean ± standard deviation, and the rate chosen.
+
+  >>> cell = {"rate": .01, "test": [.91, .93], "zeros": [.9, .9]}
+  >>> print(markdown({"SCA": {"0.9": cell}}, (.9,)).splitlines()[-1])
+  | SCA | 92.00 ± 1.41 (0.01) |
+  """
+  titles = ("test %, zeros:", *(f"{s:g}" for s in sparsities))
+  lines = [titles, ("---",) * len(titles)]
+  for name, row in table.items():
+    cells = []
+    for sparsity in sparsities:
+      found = row[str(sparsity)]
+      test = [100 * value for value in found["test"]]
+      spread = f" ± {statistics.stdev(test):.2f}" if len(test) > 1 else ""
+      zeros = statistics.fmean(found["zeros"])
+      missed = "" if abs(zeros - sparsity) < 5e-3 else f", zeros {zeros:.3f}"
+      mean = statistics.fmean(test)
+      cells.append(f"{mean:.2f}{spread} ({found['rate']:g}{missed})")
+    lines.append((name, *cells))
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+  main(tyro.cli(Options, description=__doc__))
