@@ -86,6 +86,7 @@ def make_reach(
       batch_size=options.batch_size,
       seed=seed,
       parallel="jit",
+      workdir="runs",  # nothing is written
     )
     net: Any = evaluate.make_model(config, dataset.num_classes)
     image = jnp.zeros((1, *dataset.image_shape))
