@@ -49,7 +49,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-  """Prints a line for each net and method."""
+  """Prints a table with a line for each net and method."""
   lines: log.Rows = [("net", "method", "mean off", "worst off", "worst layer")]
   for model, method in itertools.product(options.models, METHODS):
     dataset = data.load_dataset(MODELS[model], options.data_dir)
@@ -63,7 +63,8 @@ def main(options: Options) -> None:
     worst = max(total), max(layer)
     cells = (statistics.fmean(total), *worst)
     lines.append((model, method.__name__, *(f"{x:.5f}" for x in cells)))
-    print(log.aligned(lines[:1] + lines[-1:]), flush=True)
+    print(f"{model}, {method.__name__}: done", flush=True)
+  print(log.aligned(lines))
 
 
 def make_reach(
