@@ -222,7 +222,10 @@ def test_the_rarer_sign_pays_more():
 
 @settings(deadline=None, max_examples=40)
 @given(
-  st.lists(st.floats(-4, 4, width=16), min_size=24, max_size=24),
+  # No weight so close to 0 that its lambda rounds to that of 0.
+  st.lists(
+    st.integers(-256, 256).map(lambda i: i / 64), min_size=24, max_size=24
+  ),
   st.sampled_from([0.0, 0.2, 0.5, 0.75, 0.95]),
   st.sampled_from([0.05, 1.0, 3.0]),
   st.sampled_from([0.0, 0.5, 0.9]),

@@ -18,7 +18,8 @@ class _Net(nn.Module):
 
   @nn.compact
   def __call__(self, x, train):
-    x = nn.Dense(16)(x)
+    # Before a norm layer the gradient of a bias is nothing but rounding.
+    x = nn.Dense(16, use_bias=False)(x)
     x = nn.BatchNorm(
       use_running_average=not train, momentum=0.8, axis_name=self.axis_name
     )(x)
@@ -235,8 +236,7 @@ def test_batch_statistics_are_reestimated_for_the_rounded_weights(one_device):
     update, rounded, state.model_state, data
   )
   x = np.concatenate([b["x"] for b in data])
-  dense = rounded["Dense_0"]
-  hidden = x @ np.asarray(dense["kernel"]) + np.asarray(dense["bias"])
+  hidden = x @ np.asarray(rounded["Dense_0"]["kernel"])
   got = new["batch_stats"]["BatchNorm_0"]
   np.testing.assert_allclose(got["mean"], hidden.mean(0), rtol=0.1, atol=0.1)
   old = state.model_state["batch_stats"]["BatchNorm_0"]

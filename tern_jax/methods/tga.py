@@ -334,13 +334,12 @@ class TGA(Ternarizer):
     if held is None:
       return seen
 
-    def zeros(look: Arrays) -> Array:
-      under = jnp.abs(widen(w) - look["mu"]) <= look["threshold"]
-      return jnp.sum(under, dtype=jnp.float32)
+    def zero(look: Arrays) -> Array:
+      return jnp.abs(widen(w) - look["mu"]) <= look["threshold"]
 
     # Anywhere in a gap Delta gives these codes, but not this S: the one that
     # `invert` chose stays.
-    same = zeros(held) == zeros(seen)
+    same = jnp.sum(zero(held) != zero(seen), dtype=jnp.float32) == 0
     return {name: jnp.where(same, held[name], seen[name]) for name in seen}
 
 
