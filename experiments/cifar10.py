@@ -1,6 +1,6 @@
 """Ternary residual networks on CIFAR-10: train, pack, evaluate the packed file.
 
-  python -m experiments.cifar10 method:sca --method.sparsity 0.8
+  python -m experiments.cifar10 method:twn --method.sparsity 0.7
   python -m experiments.cifar10 method:ec2t --method.gamma 0.2
   python -m experiments.cifar10 --model resnet20 --epochs 200 method:twn
 
@@ -11,12 +11,15 @@ All methods continue the same float net, which is trained once and kept in
 `runs/float`; the first convolution and the last layer stay float.
 
 Claim: after a short training, ResNet-8 with ternary convolutions, two fifths to
-two thirds of them zero, is within .3 points of the float net that it continues.
+seven tenths of them zero, is within .3 points of the float net that it
+continues.
 
-Expected for one seed, which is too few to rank methods: test accuracy of the
-float net after its 6 epochs 72.7; after 3 more as a ternary net, from the
+Expected for seed 0, which alone is too few to rank methods: test accuracy of
+the float net after its 6 epochs 72.7; after 3 more as a ternary net, from the
 packed file, TWN 73.0 at 43 % zeros, TGA 73.0 at 44 %, the same with frozen
-thresholds 73.2 at 45 %, EC2T with gamma=0.2 72.6 at 64 %, TTQ 71.5 at 12 %.
+thresholds 73.2 at 45 %, EC2T with gamma=0.2 72.6 at 64 %, TTQ 71.5 at 12 %, and
+with the rates of `benchmarks.accuracy_table` SCA 72.8, 72.4 and 67.9 at 50, 70
+and 90 %.
 
 Time: 9 minutes for the float net and 6 for each method, on one CPU core.
 """

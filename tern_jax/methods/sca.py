@@ -56,7 +56,8 @@ class SCA(Ternarizer):
             tern_jax.relative(tern_jax.late_kappa(steps)), mask=where)
 
   Adam needs to move Theta by many times its spread: rates near 1e-2 on the
-  latents, decayed to 5 %, and no weight decay there.
+  latents, decayed to 5 %, and no weight decay there. Convolutions that continue
+  a float net want less: 2e-3, and 1e-4 on the scale.
 
   Args:
     alpha: controller of WDR in [0, 2), a number or a traced array.
