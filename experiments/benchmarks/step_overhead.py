@@ -21,6 +21,18 @@ largest. `--model resnet20 --batch-size 32 --rounds 7 --steps 5`:
   TGA()          1.052  (0.972 to 1.082)
   AbsMean()      1.028  (0.929 to 1.091)
 
+`--model resnet20 --batch-size 128 --rounds 5 --steps 1`:
+
+  float          1.005  (0.965 to 1.764)
+  SCA(sparsity)  0.992  (0.810 to 1.601)
+  SCA(alpha)     0.970  (0.758 to 1.006)
+  TWN()          0.989  (0.979 to 1.035)
+  TWN(sparsity)  1.005  (0.877 to 1.053)
+  TTQ()          0.974  (0.824 to 1.331)
+  EC2T()         1.001  (0.901 to 1.096)
+  TGA()          0.985  (0.769 to 0.999)
+  AbsMean()      1.019  (0.795 to 1.036)
+
 `--model mlp --rounds 9 --steps 10`, some with `--only`:
 
   SCA(sparsity)  1.322  (1.291 to 1.353)
