@@ -84,16 +84,10 @@ class Program(alpha_sweep.Config):
 
   def run(self, value: Any, seed: Any = 0) -> cli.Config:
     """Returns the config of one run, whose value and seed may be traced."""
-    return cli.Config(
+    return dataclasses.replace(
+      super().run(value, seed),
       method=self.method(sparsity=value),
-      data=self.data,
-      hidden=self.hidden,
-      epochs=self.epochs,
-      batch_size=self.batch_size,
       learning_rate=self.learning_rate,
-      seed=seed,
-      parallel="jit",
-      workdir=str(self.directory),
     )
 
 
