@@ -129,6 +129,37 @@ def bits_per_weight(tree: Any) -> float:
   return 8 * sum(leaf.nbytes for leaf in leaves) / max(weights, 1)
 
 
+def entropy_bytes(tree: Any) -> float:
+  """Size of a whole packed model whose codes are stored at their entropy.
+
+  `sum_l n_l H_l / 8`, and the scales and all other leaves as they are: what
+  `fit_budget` keeps under its bytes, and `save_packed(codec="entropy")` comes
+  to but for its container.
+
+  Args:
+    tree: what `tern_jax.pack` returned.
+
+  Returns:
+    Bytes.
+
+  Raises:
+    ValueError: the tree holds no ternary leaf.
+
+  >>> from tern_jax.packed import pack
+  >>> codes, one = jnp.array([0, 1, 0, -1] * 20, jnp.int8), jnp.ones(())
+  >>> entropy_bytes({"w": pack(Ternary(codes, one, one)), "bias": one})
+  27.0
+  """
+  weights = sum(leaf.codes.size for leaf in ternary_leaves(tree).values())
+  planes = sum(
+    leaf.nonzero.nbytes + leaf.sign.nbytes
+    for leaf in jax.tree.leaves(tree, is_leaf=_is_ternary)
+    if isinstance(leaf, PackedTernary)
+  )
+  whole = sum(x.nbytes for x in jax.tree.leaves(tree))
+  return whole - planes + float(entropy(tree)) * weights / 8
+
+
 def storage_score(tree: Any, channel_axis: int = -1) -> int:
   """EC2T's storage score: parameters in 32-bit equivalents, nothing coded.
 

@@ -278,6 +278,39 @@ def test_the_command_line(arguments, method, directory, monkeypatch):
   assert config.directory.name == directory
 
 
+def test_an_asked_size_is_met(config, result, tmp_path):
+  asked = dataclasses.replace(
+    config,
+    epochs=2,
+    method=methods.Sca(bytes=480),
+    workdir=str(tmp_path / "budget"),
+  )
+  sized = run.run(asked)
+  assert 0.98 * 480 < sized["entropy_bytes"] <= 480
+  assert sized["asked_sparsity"] is None
+  layers = sized["layers"].values()
+  assert len({layer["asked"] for layer in layers}) == 2
+  for layer in layers:
+    assert layer["reached"] == pytest.approx(layer["asked"], abs=0.005)
+  assert "bytes480" in dataclasses.replace(asked, workdir=None).directory.name
+
+
+@pytest.mark.parametrize(
+  ("method", "message"),
+  [
+    (methods.Twn(bytes=300), "300 bytes are too few"),
+    (methods.Sca(bytes=480, sparsity=0.7), "give one of them"),
+  ],
+)
+def test_a_size_that_does_not_fit(config, result, tmp_path, method, message):
+  asked = dataclasses.replace(
+    config, method=method, workdir=str(tmp_path / "budget")
+  )
+  with pytest.raises(cli.UsageError, match=message):
+    run.run(asked)
+  assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_method_has_a_recipe_and_a_picture(name):
   config = methods.METHODS[name]()
@@ -320,7 +353,9 @@ def test_an_asked_sparsity_is_reached_before_the_best_state_is_sought(name):
 
 def test_the_paper_face_predicts_by_its_alpha():
   theta = 0.2 * jax.random.normal(jax.random.key(0), (100, 100))
-  assert methods.Sca(alpha=0.1).predict(theta) == pytest.approx(0.744, abs=0.02)
-  assert methods.Sca(sparsity=0.9).predict(theta) == pytest.approx(
+  assert methods.Sca(alpha=0.1).predict("w", theta) == pytest.approx(
+    0.744, abs=0.02
+  )
+  assert methods.Sca(sparsity=0.9).predict("w", theta) == pytest.approx(
     0.9, abs=1e-3
   )

@@ -129,7 +129,7 @@ def test_the_options_give_the_published_supernet():
   )
   sizes = [leaf.size for leaf in jax.tree.leaves(shapes["params"])]
   assert sum(sizes) == 8_044_234
-  steps = cli.count_steps(cifar10_micronet.DEFAULT, shapes["params"], 45_000)
+  steps = cli.count_steps(cifar10_micronet.DEFAULT, 45_000)
   assert steps == (200 * 351, 35 * 351)
   recipe = cifar10_micronet.DEFAULT.method.recipe(steps[1], 9 * 120 * 120)
   assert [stage.last for stage in recipe.stages] == [20 * 351, 35 * 351]

@@ -112,7 +112,7 @@ class Config:
     if self.method.asked is not None:
       fields = {"sparsity": self.method.asked}
     given = [
-      name if value is True else f"{name}{value:.4g}"
+      name if value is True else f"{name}{round(value, 4):.10g}"
       for name, value in fields.items()
       if value
     ]
@@ -187,19 +187,18 @@ def device_count(config: Config) -> int:
   return devices
 
 
-def count_steps(config: Config, params: Any, images: int) -> tuple[int, int]:
-  """Returns the steps of both trainings, once the options are known to fit.
+def count_steps(config: Config, images: int) -> tuple[int, int]:
+  """Returns the steps of both trainings.
 
   Args:
     config: the options.
-    params: of the net.
     images: to train on.
 
   Returns:
     (steps of the float net, steps of the ternary net)
 
   Raises:
-    UsageError: they do not fit the method, the model or the data.
+    UsageError: the images are less than a batch.
   """
   epoch = images // config.batch_size
   if not epoch:
@@ -207,13 +206,28 @@ def count_steps(config: Config, params: Any, images: int) -> tuple[int, int]:
       f"batch_size={config.batch_size} exceeds the {images} training images:"
       " give a smaller one."
     )
-  steps = config.epochs * epoch
+  return (config.float_epochs or config.epochs) * epoch, config.epochs * epoch
+
+
+def fit(config: Config, params: Any, model_state: dict[str, Any]) -> Config:
+  """Returns the config with sparsities in the place of asked bytes.
+
+  Args:
+    config: the options.
+    params: at which the training of the ternary net starts.
+    model_state: its other variables.
+
+  Raises:
+    UsageError: the options do not fit the method or the net.
+  """
+  where = tern_jax.kernels(exclude=config.exclude)
   try:
-    where = tern_jax.kernels(exclude=config.exclude)
-    config.method.recipe(steps, where.largest(params, config.stacked))
+    method = config.method.fitted(params, model_state, where)
+    method.recipe(config.epochs, where.largest(params, config.stacked))
   except ValueError as error:
     raise UsageError(str(error)) from error
-  return (config.float_epochs or config.epochs) * epoch, steps
+  workdir = str(config.directory)
+  return dataclasses.replace(config, method=method, workdir=workdir)
 
 
 def parse(default: Config, description: str) -> Config:

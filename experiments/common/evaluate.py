@@ -26,6 +26,7 @@ from experiments.common import augment, cli, data, log, models, supernet
 from tern_jax import metrics, training
 from tern_jax.checkpoint import CheckpointError, load_packed, save_packed
 from tern_jax.packed import pack, unpack
+from tern_jax.sparsity import PerLayer, target_of
 
 #: Batches after which batch-norm statistics have forgotten the old weights.
 REESTIMATION_BATCHES = 50
@@ -165,14 +166,15 @@ def judge(
       f" process, the net that was saved {correct['rounded']}."
     )
   total, asked = len(dataset.test["label"]), config.method.asked
+  codes = metrics.ternary_leaves(packed["params"])
   layers = {
     path: {
-      "asked": asked,
-      "predicted": config.method.predict(jnp.asarray(latents[path])),
+      "asked": target_of(asked, path),
+      "predicted": config.method.predict(path, jnp.asarray(latents[path])),
       "reached": float(metrics.sparsity(leaf)),
       "weights": leaf.codes.size,
     }
-    for path, leaf in metrics.ternary_leaves(packed["params"]).items()
+    for path, leaf in codes.items()
   }
   shares = [x["predicted"] for x in layers.values()]
   weights = [x["weights"] for x in layers.values()]
@@ -192,7 +194,7 @@ def judge(
     "validation_accuracy": {
       k: n / len(dataset.validation["label"]) for k, n in seen.items()
     },
-    "asked_sparsity": asked,
+    "asked_sparsity": None if isinstance(asked, PerLayer) else asked,
     "predicted_sparsity": predicted,
     "sparsity": float(metrics.sparsity(packed)),
     "layers": layers,
@@ -200,6 +202,7 @@ def judge(
     "entropy_bits_per_weight": float(metrics.entropy(packed)),
     # Both are whole models: planes and scales, biases, norms, statistics.
     "packed_bytes": sum(x.nbytes for x in jax.tree.leaves(packed)),
+    "entropy_bytes": metrics.entropy_bytes(packed),
     "disk_bytes": sum(f.stat().st_size for f in files),
     "float_bytes": sum(4 * x.size for x in jax.tree.leaves(floats)),
   }

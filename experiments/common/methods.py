@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import optax
 
 import tern_jax
 from tern_jax.base import Ternarizer
+from tern_jax.sparsity import target_of
 
 
 class Stage(NamedTuple):
@@ -41,23 +42,62 @@ class Rates(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sca:
+class Targeted:
+  """What those methods share that can be asked for a sparsity or a size."""
+
+  sparsity: float | None = None
+  """Asked share of zeros; None leaves it to the method."""
+  bytes: int | None = None
+  """Asked size of the whole model at the entropy of its weights, instead of a
+  sparsity: `tern_jax.fit_budget` shares it over the layers."""
+
+  @property
+  def asked(self) -> Any:
+    """The sparsity asked for; None where the method chooses."""
+    return self.sparsity
+
+  def fitted(
+    self, params: Any, model_state: Any, where: tern_jax.select.Kernels
+  ) -> Self:
+    """Returns the method with the sparsity of each layer that fits the bytes.
+
+    Args:
+      params: at which the training starts.
+      model_state: the other variables, which take their bytes as they are.
+      where: which leaves are ternary.
+
+    Raises:
+      ValueError: the bytes are too few, or a sparsity is given as well.
+    """
+    if self.bytes is None:
+      return self
+    if self.sparsity is not None:
+      raise ValueError(
+        f"sparsity={self.sparsity} and bytes={self.bytes} are both given: give"
+        " one of them."
+      )
+    # Side by side, such that paths are those of the parameters.
+    whole = {**params, **model_state}
+    shares: Any = tern_jax.fit_budget(whole, bytes=self.bytes, where=where)
+    return dataclasses.replace(self, sparsity=shares, bytes=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sca(Targeted):
   """SCA at an asked sparsity, or with the paper's alpha."""
 
   start: ClassVar[str] = "scratch"
   rates: ClassVar[Rates] = Rates(latent=1e-2, scale=1e-3)
 
-  sparsity: float | None = None
-  """Asked share of zeros; 0.7 where no alpha is given."""
   alpha: float | None = None
   """The paper's controller of sparsity, instead of an asked one."""
   strength: float = 0.05
   """With alpha: the final strength of WDR, after a quadratic ramp."""
 
   @property
-  def asked(self) -> float | None:
-    """The sparsity asked for; None where alpha was given."""
-    if self.sparsity is None and self.alpha is None:
+  def asked(self) -> Any:
+    """The sparsity asked for, 0.7 where nothing is; None for alpha or bytes."""
+    if self.sparsity is self.alpha is self.bytes is None:
       return 0.7
     return self.sparsity
 
@@ -85,11 +125,12 @@ class Sca:
       round(0.3 * steps),
     )
 
-  def predict(self, theta: jax.Array) -> float:
+  def predict(self, path: str, theta: jax.Array) -> float:
     """Returns the sparsity that WDR will make of the latents at its onset."""
     alpha: Any = self.alpha
     if self.asked is not None:
-      alpha = tern_jax.alpha_for_sparsity(theta, self.asked)
+      asked = target_of(self.asked, path)
+      alpha = tern_jax.alpha_for_sparsity(theta, asked)
     return float(tern_jax.predicted_sparsity(theta, alpha))
 
   axis_label: ClassVar[str] = "tanh of the latents"
@@ -112,9 +153,16 @@ class StraightThrough(abc.ABC):
     return Rates(latent=1e-3, scale=1e-4)
 
   @property
-  def asked(self) -> float | None:
+  def asked(self) -> Any:
     """The sparsity asked for; None where the method chooses."""
     return None
+
+  def fitted(
+    self, params: Any, model_state: Any, where: tern_jax.select.Kernels
+  ) -> Self:
+    """Returns the method itself: it asks for no bytes."""
+    del params, model_state, where
+    return self
 
   @abc.abstractmethod
   def method(self, steps: int, largest: int) -> Ternarizer:
@@ -130,9 +178,9 @@ class StraightThrough(abc.ABC):
     stage = Stage(self.method(steps, largest), steps)
     return Recipe((stage,), optax.identity(), steps // 2)
 
-  def predict(self, theta: jax.Array) -> None:
+  def predict(self, path: str, theta: jax.Array) -> None:
     """Returns None: there is no prediction."""
-    del theta
+    del path, theta
 
   def shown(self, theta: jax.Array) -> jax.Array:
     """Returns the latents in units of the scale that they start with."""
@@ -142,16 +190,8 @@ class StraightThrough(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class Targeted(StraightThrough):
-  """What those methods share that can be asked for a sparsity."""
-
-  sparsity: float | None = None
-  """Asked share of zeros; None leaves it to the method."""
-
-  @property
-  def asked(self) -> float | None:
-    """The sparsity asked for; None where the method chooses."""
-    return self.sparsity
+class TargetedStraightThrough(Targeted, StraightThrough):
+  """What those of them share that can be asked for a sparsity or a size."""
 
   def target(self, steps: int) -> Any:
     """Returns the ramp of the sparsity over a run of so many steps."""
@@ -161,7 +201,7 @@ class Targeted(StraightThrough):
 
 
 @dataclasses.dataclass(frozen=True)
-class Twn(Targeted):
+class Twn(TargetedStraightThrough):
   """TWN, trained straight through."""
 
   def method(self, steps: int, largest: int) -> Ternarizer:
@@ -171,7 +211,7 @@ class Twn(Targeted):
 
 
 @dataclasses.dataclass(frozen=True)
-class Ttq(Targeted):
+class Ttq(TargetedStraightThrough):
   """TTQ, with two trained magnitudes a layer."""
 
   threshold: float = 0.05
@@ -185,7 +225,7 @@ class Ttq(Targeted):
 
 
 @dataclasses.dataclass(frozen=True)
-class Ec2t(Targeted):
+class Ec2t(TargetedStraightThrough):
   """EC2T, with two trained centroids a layer; wants a trained float net."""
 
   gamma: float = 0.2
@@ -226,7 +266,7 @@ class Ec2t(Targeted):
 
 
 @dataclasses.dataclass(frozen=True)
-class Tga(Targeted):
+class Tga(TargetedStraightThrough):
   """TGA, with a threshold a layer, trained where no sparsity is asked for."""
 
   surrogate: float | None = 0.5

@@ -122,7 +122,8 @@ def run(config: cli.Config) -> dict[str, Any]:
   devices = cli.device_count(config)
   params, model_state = initial_variables(config, dataset)
   images = len(dataset.train["label"])
-  _, steps = cli.count_steps(config, params, images)
+  _, steps = cli.count_steps(config, images)
+  cli.fit(config, params, model_state)
   # Nothing is written before all options are known to fit.
   workdir = config.directory
   log.claim(workdir, config.to_json())
@@ -133,6 +134,7 @@ def run(config: cli.Config) -> dict[str, Any]:
   if (config.init or config.method.start) == "float":
     params, model_state = floats["params"], dict(floats)
     del model_state["params"]
+  config = cli.fit(config, params, model_state)
   phase = ternary_phase(config, steps, params, model_state)
   state = train(config, dataset, phase)
 
@@ -175,7 +177,7 @@ def train_float(config: cli.Config, dataset: data.Dataset) -> Any:
   """Returns the variables of the float net, trained once for all runs."""
   params, model_state = initial_variables(config, dataset)
   images = len(dataset.train["label"])
-  steps, _ = cli.count_steps(config, params, images)
+  steps, _ = cli.count_steps(config, images)
   tx = float_optimizer(config, steps)
   state = training.init_state(params, tx, None, model_state, config.seed)
   directory = config.float_directory
