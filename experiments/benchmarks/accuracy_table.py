@@ -146,19 +146,23 @@ def ternary_record(result: dict[str, Any]) -> Record:
   }
 
 
-def markdown(table: dict[str, list[Record]]) -> str:
+def markdown(table: dict[str, list[Record]], columns: Any = COLUMNS) -> str:
   """Prints {row: records of its seeds} as mean ± standard deviation.
+
+  Args:
+    table: what to print.
+    columns: title, key of a record, factor and format of each.
 
   >>> rows = {"float": [{"validation": .9, "test": .89, "sparsity": None,
   ...                    "entropy": None}]}
   >>> print(markdown(rows).splitlines()[-1])
   | float | 1 | 90.00 | 89.00 | - | - |
   """
-  titles = ("", "seeds", *(title for title, *_ in COLUMNS))
+  titles = ("", "seeds", *(title for title, *_ in columns))
   lines = [titles, ("---",) * len(titles)]
   for label, records in table.items():
     cells = []
-    for _, key, factor, form in COLUMNS:
+    for _, key, factor, form in columns:
       values = [r[key] for r in records]
       known = [factor * v for v in values if v is not None]
       cell = f"{statistics.mean(known):{form}}" if known else "-"

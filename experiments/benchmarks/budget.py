@@ -1,0 +1,76 @@
+"""A size shared over the layers against one sparsity for all of them.
+
+  python -m experiments.benchmarks.budget
+  python -m experiments.benchmarks.budget --sparsities 0.9 --seeds 0 1 2
+
+Trains a net with the same sparsity in every layer, then one of the same method,
+start and epochs that is asked for the bytes which that came to: `fit_budget`
+shares them. Sizes are those of whole models at the entropy of their codes. The
+test split is read once a run, at its end. Runs lie in their own directories
+under --root: the command can be stopped and given again.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from experiments.benchmarks import accuracy_table
+from experiments.common import methods, run
+
+#: Columns of the table, as those of `accuracy_table`.
+COLUMNS = (
+  ("bytes", "bytes", 1, ",.0f"),
+  ("zeros %", "sparsity", 100, ".1f"),
+  ("validation %", "validation", 100, ".2f"),
+  ("test %", "test", 100, ".2f"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Command line of the benchmark."""
+
+  sparsities: tuple[float, ...] = (0.8, 0.9, 0.95)
+  """Shares of zeros that all layers have in the one net."""
+  seeds: tuple[int, ...] = (0,)
+  """Seeds, one after the other."""
+  data_dir: str | None = None
+  """Directory of prepared data sets; None for the usual one."""
+  root: Path = Path("runs/budget")
+  """Where the runs lie."""
+
+
+def main(options: Options) -> None:
+  """Trains what is not trained yet, and prints the table."""
+  _, config = accuracy_table.EXPERIMENTS["cifar10"]
+  config = dataclasses.replace(
+    config, data_dir=options.data_dir, **accuracy_table.SLOW_SCA
+  )
+  place = options.root / f"{config.data}-{config.model}"
+  table: dict[str, list[Any]] = {}
+
+  def train(label: str, seed: int, method: methods.Method) -> dict[str, Any]:
+    own = dataclasses.replace(config, seed=seed, method=method)
+    workdir = str(place / own.directory.name)
+    result = run.run(dataclasses.replace(own, workdir=workdir))
+    record = accuracy_table.ternary_record(result)
+    record["bytes"] = result["entropy_bytes"]
+    table.setdefault(label, []).append(record)
+    text = accuracy_table.markdown(table, COLUMNS)
+    (place / "table.md").write_text(text + "\n")
+    (place / "table.json").write_text(json.dumps(table, indent=2) + "\n")
+    return result
+
+  for seed in options.seeds:
+    for sparsity in options.sparsities:
+      alike = methods.Sca(sparsity=sparsity)
+      size = int(train(f"{sparsity:g} in all", seed, alike)["entropy_bytes"])
+      train(f"{sparsity:g}, shared", seed, methods.Sca(bytes=size))
+  print(accuracy_table.markdown(table, COLUMNS))
+
+
+if __name__ == "__main__":
+  main(tyro.cli(Options, description=__doc__))
