@@ -218,7 +218,7 @@ def magnitude_threshold(
   """Finds a threshold that the asked share of magnitudes lies under.
 
   With k = round(sparsity * n), it is a value v such that k magnitudes satisfy
-  |x| <= v (more only if ties forbid k). Found by interpolated bisection over
+  |x| <= v (more only if ties forbid k). Found by secants and bisection over
   the bit patterns of non-negative floats, whose order is the floats' own: a
   few counting passes, no sorting, hence cheap, and exact on sharded arrays.
 
@@ -258,38 +258,41 @@ def magnitude_threshold(
     rows = [jnp.sum(u, -1).astype(jnp.int32) for u in under]
     return sum((jnp.sum(r, dtype=jnp.int32) for r in rows), jnp.int32(0))
 
+  def score(count: Array) -> Array:
+    # Under which multiple of sigma * sqrt(2) normal weights are so many.
+    share = jnp.clip(count.astype(jnp.float32), 0.5, n - 0.5) / n
+    return jax.scipy.special.erfinv(share)
+
   def proceed(carry: tuple[Array, ...]) -> Array:
     _, _, low, high, _, _, missed = carry
     return (high - low > 1) & (missed > slack)
 
   def narrow(carry: tuple[Array, ...]) -> tuple[Array, ...]:
-    step, at, low, high, count_low, count_high, _ = carry
+    step, at, low, high, last_value, last_score, _ = carry
     count = count_under(value(at))
     enough = count >= k
     low = jnp.where(enough, low, at)
     high = jnp.where(enough, at, high)
-    count_low = jnp.where(enough, count_low, count)
-    count_high = jnp.where(enough, count, count_high)
     missed = jnp.abs(count - k)
-    # Interpolation lands on k at once where the density is smooth; halving
-    # values or bit patterns bounds the passes where it is not. Beyond the
-    # largest magnitude seen there is nothing to interpolate to, so double.
-    share = (k - count_low).astype(jnp.float32) / (
-      count_high - count_low
-    ).astype(jnp.float32)
-    width = value(high) - value(low)
-    bounded = jnp.isfinite(width)
-    doubled = bits(2 * value(low))
+    # A secant through the last two looks, against the scores of a normal
+    # distribution, for which it is exact; the first passes through the origin.
+    # Halving values or bit patterns bounds the passes where it does not help.
+    rise = score(count) - last_score
+    slope = (value(at) - last_value) / jnp.where(rise == 0, jnp.inf, rise)
+    secant = value(at) + slope * (score(k) - score(count))
+    halved = 0.5 * (value(low) + value(high))
     following = jnp.stack(
       [
-        jnp.where(bounded, bits(value(low) + share * width), doubled),
-        jnp.where(bounded, bits(value(low) + 0.5 * width), doubled),
+        bits(jnp.clip(secant, 0.25 * value(at), 4 * value(at))),
+        # Beyond the largest magnitude seen there is nothing to halve.
+        bits(jnp.where(jnp.isfinite(halved), halved, 2 * value(low))),
         low + (high - low) // 2,
       ]
-    )[jnp.array([0, 0, 1, 0, 2])[step % 5]]
+    )[jnp.array([0, 0, 0, 1, 0, 2])[step % 6]]
     following = jnp.clip(following, low + 1, high - 1)
+    looked = value(at), score(count)
     at = jnp.where(missed > slack, following, at)
-    return step + 1, at, low, high, count_low, count_high, missed
+    return step + 1, at, low, high, *looked, missed
 
   # The largest magnitude would be the natural bound, but finding a maximum is
   # several times as slow as counting.
@@ -299,10 +302,10 @@ def magnitude_threshold(
     guess = jnp.zeros((), jnp.float32)
   # Without a guess, start where normal weights have their quantile.
   sigma = jnp.sqrt(sum(jnp.sum(jnp.square(m)) for m in magnitudes) / n)
-  quantile = jax.scipy.special.erfinv(jnp.asarray(sparsity, jnp.float32))
-  first = bits(jnp.where(guess > 0, guess, 2**0.5 * sigma * quantile))
+  first = bits(jnp.where(guess > 0, guess, 2**0.5 * sigma * score(k)))
   first = jnp.clip(first, 1, infinity - 1)
-  start = (zero, first, zero, infinity, zeros, zero + n, zero + n)
+  origin = jnp.zeros(()), jnp.zeros(())
+  start = (zero, first, zero, infinity, *origin, zero + n)
   _, at, _, high, _, _, missed = jax.lax.while_loop(proceed, narrow, start)
   least = jnp.where(zeros >= k, 0.0, value(high))
   return jnp.where(missed <= slack, value(at), least)
