@@ -298,11 +298,15 @@ def magnitude_threshold(
   # several times as slow as counting.
   zero, infinity = jnp.zeros((), jnp.int32), bits(jnp.array(jnp.inf))
   zeros = count_under(jnp.zeros((), jnp.float32))
+
+  def normal_guess() -> Array:
+    squares = sum(jnp.sum(jnp.square(m)) for m in magnitudes)
+    return 2**0.5 * jnp.sqrt(squares / n) * score(k)
+
   if guess is None:
-    guess = jnp.zeros((), jnp.float32)
-  # Without a guess, start where normal weights have their quantile.
-  sigma = jnp.sqrt(sum(jnp.sum(jnp.square(m)) for m in magnitudes) / n)
-  first = bits(jnp.where(guess > 0, guess, 2**0.5 * sigma * score(k)))
+    first = bits(normal_guess())
+  else:
+    first = bits(jax.lax.cond(guess > 0, lambda: guess, normal_guess))
   first = jnp.clip(first, 1, infinity - 1)
   origin = jnp.zeros(()), jnp.zeros(())
   start = (zero, first, zero, infinity, *origin, zero + n)
