@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import re
 import shutil
+import signal
 
 import jax
 import numpy as np
 import pytest
 
-from experiments.common import cli, evaluate, log, methods, run
+from experiments.common import cli, evaluate, guard, log, methods, run
 from tern_jax import metrics
 
 # What may differ between two runs of the same config; orbax writes down times.
@@ -117,31 +119,95 @@ def test_a_finished_run_is_not_repeated(config, result, monkeypatch):
   assert run.run(config) == result
 
 
-def test_a_run_that_was_killed_resumes_bit_for_bit(
+def test_a_run_that_was_stopped_resumes_bit_for_bit(
   config, result, tmp_path, monkeypatch
 ):
-  again = dataclasses.replace(config, workdir=str(tmp_path / "killed"))
-  write, deaths = log.Log.write, ["ternary", "float"]
+  again = dataclasses.replace(config, workdir=str(tmp_path / "stopped"))
+  write, make_step = log.Log.write, run.make_step
+  # One line later than a checkpoint, so that steps are to be repeated; and
+  # between two lines, when the machine is taken away.
+  kills = {("float", 57), ("ternary", 57)}
+  signals = {("float", 70), ("ternary", 45), ("ternary", 100)}
 
   def killed(self, step, metrics):
     write(self, step, metrics)
-    # One line later than a checkpoint, so that steps are to be repeated.
-    if deaths and self.phase == deaths[-1] and step == 3 * 19:
-      deaths.pop()
+    if (self.phase, step) in kills:
+      kills.remove((self.phase, step))
       raise KeyboardInterrupt
 
+  def preempted(config, stage, classes):
+    step = make_step(config, stage, classes)
+
+    def wrapped(state, batch):
+      now = ("ternary" if stage.tern else "float"), int(state.step) + 1
+      if now in signals:
+        signals.remove(now)
+        signal.raise_signal(signal.SIGTERM)
+      return step(state, batch)
+
+    return wrapped
+
   monkeypatch.setattr(log.Log, "write", killed)
-  for phase in ("float", "ternary"):
-    with pytest.raises(KeyboardInterrupt):
+  monkeypatch.setattr(run, "make_step", preempted)
+  for phase, step in (
+    ("float", 57),
+    ("float", 70),
+    ("ternary", 45),
+    ("ternary", 57),
+    ("ternary", 100),
+  ):
+    directory = again.float_directory if phase == "float" else again.directory
+    if step == 57:
+      with pytest.raises(KeyboardInterrupt):
+        run.run(again)
+      continue
+    with pytest.raises(
+      guard.InterruptedRunError, match=f"after step {step} of"
+    ):
       run.run(again)
-    place = again.float_directory if phase == "float" else again.directory
-    last = log.read_metrics(place)[-1]
-    assert (last["phase"], last["step"]) == (phase, 3 * 19)
+    kept = directory / "checkpoints" / phase
+    assert step in [int(x.name) for x in kept.iterdir() if x.name.isdigit()]
+  assert not kills | signals
   assert essential(run.run(again)) == essential(result)
   for place in ("directory", "float_directory"):
     assert log.read_metrics(getattr(again, place)) == log.read_metrics(
       getattr(config, place)
     )
+
+
+def test_a_preempted_process_ends_cleanly(config, monkeypatch, capsys):
+  def preempted(_):
+    raise guard.InterruptedRunError("SIGTERM: stopped after step 3 of 9")
+
+  before = signal.getsignal(signal.SIGTERM)
+  monkeypatch.setattr("sys.argv", ["digits"])
+  monkeypatch.setattr(run, "run", preempted)
+  with pytest.raises(SystemExit) as stopped:
+    run.main(config, "Digits")
+  assert stopped.value.code == 143
+  assert capsys.readouterr().err.startswith("SIGTERM: stopped after step 3")
+  assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_numbers_that_are_not_finite_stop_a_run(config, result, tmp_path):
+  wild = dataclasses.replace(
+    config,
+    epochs=2,
+    float_epochs=10,
+    scale_learning_rate=3e38,
+    workdir=str(config.directory.parent / "wild"),
+  )
+  for _ in range(2):
+    with pytest.raises(guard.DivergedError) as stopped:
+      run.run(wild)
+    told = str(stopped.value)
+    assert re.match(r"Step \d+ is the first that is not finite: its loss", told)
+    assert "params/scales/Dense_0/kernel/a" in told
+    # Nothing after the start was fit to be kept.
+    kept = wild.directory / "checkpoints" / "ternary"
+    assert f"The last good checkpoint is {kept / '0'}." in told
+    assert [x.name for x in kept.iterdir() if x.name.isdigit()] == ["0"]
+  assert not (wild.directory / "result.json").exists()
 
 
 def test_runs_share_a_float_net(config, result):
@@ -228,7 +294,7 @@ def test_a_packed_file_that_answers_otherwise_is_an_error(
   ("changes", "message"),
   [
     ({"epochs": 0}, "epochs=0, but it must be at least 1"),
-    ({"log_every": 30, "checkpoint_every": 50}, "no multiple of log_every=30"),
+    ({"checkpoint_every": 0}, "checkpoint_every=0, but it must be at least"),
     ({"parallel": "pmap", "devices": 99}, "can use 1 to"),
     ({"parallel": "pmap", "devices": 3}, "cannot be shared by 3 devices"),
   ],
@@ -317,7 +383,7 @@ def test_every_method_has_a_recipe_and_a_picture(name):
   recipe = config.recipe(100, largest=512)
   w = jax.random.normal(jax.random.key(0), (32, 16))
   theta = recipe.stages[0].method.latent(w)
-  shown = config.shown(theta)
+  shown = config.shown("w", theta)
   assert shown.shape == theta.shape
   # Latents and the codes that they are drawn against have one unit.
   assert 0.1 < float(abs(shown).mean()) < 2
@@ -326,7 +392,7 @@ def test_every_method_has_a_recipe_and_a_picture(name):
   def diagnose(theta):
     method = recipe.stages[0].method
     codes = method.discretize(theta, *method.init(theta))
-    return metrics.diagnose({"w": config.shown(theta)}, {"w": codes})["w"]
+    return metrics.diagnose({"w": config.shown("w", theta)}, {"w": codes})["w"]
 
   measured = diagnose(theta)
   assert 0 <= measured["zeros_rms"] <= measured["barrier"] < 2

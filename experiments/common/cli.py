@@ -82,22 +82,22 @@ class Config:
   log_every: int = 100
   """Steps between two lines of metrics."""
   checkpoint_every: int = 1000
-  """Steps between two checkpoints; a multiple of log_every."""
+  """Steps between two checkpoints."""
   workdir: str | None = None
   """Directory of the run; None for one under runs/ named by the method. The
   float net is kept in float/ beside it, for all runs that start from it."""
 
   def __post_init__(self):
-    least_1 = ("epochs", "float_epochs", "batch_size", "log_every")
-    for name in least_1:
+    for name in (
+      "epochs",
+      "float_epochs",
+      "batch_size",
+      "log_every",
+      "checkpoint_every",
+    ):
       value = getattr(self, name)
       if value is not None and value < 1:
         raise UsageError(f"{name}={value}, but it must be at least 1.")
-    if self.checkpoint_every < 1 or self.checkpoint_every % self.log_every:
-      raise UsageError(
-        f"checkpoint_every={self.checkpoint_every} is no multiple of"
-        f" log_every={self.log_every}: a run resumes where its log has a line."
-      )
     try:
       supernet.scale(*self.scaling)
     except ValueError as error:

@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +23,15 @@ import numpy as np
 import tyro
 from flax import linen as nn
 
-from experiments.common import augment, cli, data, log, models, supernet
+from experiments.common import (
+  augment,
+  cli,
+  data,
+  guard,
+  log,
+  models,
+  supernet,
+)
 from tern_jax import metrics, training
 from tern_jax.checkpoint import CheckpointError, load_packed, save_packed
 from tern_jax.packed import pack, unpack
@@ -37,9 +46,17 @@ def explained_errors() -> Iterator[None]:
   """Ends the process with a message, not a traceback, where a user can help."""
   try:
     yield
-  except (cli.UsageError, data.DataNotPreparedError, CheckpointError) as error:
+  except (
+    cli.UsageError,
+    data.DataNotPreparedError,
+    CheckpointError,
+    guard.DivergedError,
+  ) as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+  except guard.InterruptedRunError as interruption:
+    print(interruption, file=sys.stderr)
+    sys.exit(128 + signal.SIGTERM)
 
 
 def make_model(

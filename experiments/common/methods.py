@@ -135,8 +135,9 @@ class Sca(Targeted):
 
   axis_label: ClassVar[str] = "tanh of the latents"
 
-  def shown(self, theta: jax.Array) -> jax.Array:
+  def shown(self, path: str, theta: jax.Array) -> jax.Array:
     """Returns what a histogram of latents shows, on the way to -1, 0, 1."""
+    del path
     return jnp.tanh(theta)
 
 
@@ -182,9 +183,14 @@ class StraightThrough(abc.ABC):
     """Returns None: there is no prediction."""
     del path, theta
 
-  def shown(self, theta: jax.Array) -> jax.Array:
+  def alone(self, path: str) -> Self:
+    """Returns the method for one layer: of a target for each, its own."""
+    del path
+    return self
+
+  def shown(self, path: str, theta: jax.Array) -> jax.Array:
     """Returns the latents in units of the scale that they start with."""
-    method = self.method(1, theta.size)
+    method = self.alone(path).method(1, theta.size)
     ternary = method.discretize(theta, *method.init(theta))
     return 2 * theta / (ternary.w_p + ternary.w_n)
 
@@ -192,6 +198,11 @@ class StraightThrough(abc.ABC):
 @dataclasses.dataclass(frozen=True)
 class TargetedStraightThrough(Targeted, StraightThrough):
   """What those of them share that can be asked for a sparsity or a size."""
+
+  def alone(self, path: str) -> Self:
+    """Returns the method for one layer: of a target for each, its own."""
+    target: Any = target_of(self.sparsity, path)
+    return dataclasses.replace(self, sparsity=target)
 
   def target(self, steps: int) -> Any:
     """Returns the ramp of the sparsity over a run of so many steps."""

@@ -3,6 +3,7 @@
 And those that set runs side by side: of sweeps, and of whole benchmarks.
 """
 
+import functools
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -86,7 +87,7 @@ def shown(config: cli.Config, path: str, latent: jax.Array) -> jax.Array:
   """
   # Each layer of a stack has scales of its own.
   stacked = matches_any(config.stacked, path)
-  unit = config.method.shown
+  unit = functools.partial(config.method.shown, path)
   return (jax.vmap(unit) if stacked else unit)(latent)
 
 

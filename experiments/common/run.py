@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import tern_jax
-from experiments.common import cli, data, evaluate, log, plot
+from experiments.common import cli, data, evaluate, guard, log, plot
 from tern_jax import metrics, training
 from tern_jax.base import Array, path_str
 from tern_jax.checkpoint import Checkpointer
@@ -58,6 +58,12 @@ class Stage:
     state = self.refreshed(state)
     codes = self.tern.discretize(state.params, state.tern_state)
     return {"params": codes, **state.model_state}
+
+  def packed(self, state: training.TrainState) -> dict[str, Any]:
+    """Returns {path: packed weights}; {} for the float net."""
+    if self.tern is None:
+      return {}
+    return pack(metrics.ternary_leaves(self.ternary(state)["params"]))
 
   def latents(self, state: training.TrainState) -> dict[str, Any]:
     """Returns {path: latents} of what is made ternary."""
@@ -298,11 +304,30 @@ def make_step(
   return lambda s, batch: mapped(s, whole(spread, batch))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Progress:
+  """What a checkpoint of a phase holds.
+
+  Args:
+    state: of the training.
+    seen: packed weights at the last line of metrics, {} for the float net.
+  """
+
+  state: training.TrainState
+  seen: Any
+
+
 def train(
   config: cli.Config, dataset: data.Dataset, phase: Phase
 ) -> training.TrainState:
-  """Runs a phase from its latest checkpoint to its last step."""
-  state, start, losses = phase.state, 0, []
+  """Runs a phase from its latest checkpoint to its last step.
+
+  Raises:
+    InterruptedRunError: SIGTERM came; where the run was is kept.
+    DivergedError: the loss is not finite; the checkpoints before it are kept.
+  """
+  state, steps = phase.state, phase.final.last
   model = evaluate.make_model(config, dataset.num_classes)
   count = evaluate.make_counter(model, dataset)
   batches = data.batches(
@@ -318,10 +343,22 @@ def train(
   folder = phase.directory / "checkpoints"
   with contextlib.ExitStack() as stack:
     saved = stack.enter_context(Checkpointer(folder / phase.name, keep=2))
-    if saved.latest_step() is not None:
-      state, position, start = saved.restore(like=state)
-      batches.set_state(position)
-    steps = phase.final.last
+
+    def keep(n: int, stage: Stage) -> None:
+      # All that is between two lines is kept too: a run may stop anywhere.
+      extra = {"data": batches.get_state(), "losses": [*map(float, losses)]}
+      packed = pack(stage.ternary(state))
+      progress = Progress(state, seen)
+      saved.save(n, progress, packed, extra=extra, method=stage.tern)
+
+    losses, seen = [], jax.device_get(phase.stages[0].packed(state))
+    if saved.latest_step() is None:
+      keep(0, phase.stages[0])
+    progress, extra, start = saved.restore(like=Progress(state, seen))
+    state, seen = progress.state, progress.seen
+    losses = [*map(np.float32, extra["losses"])]
+    batches.set_state(extra["data"])
+    asked = stack.enter_context(guard.termination())
     out = stack.enter_context(
       log.Log(phase.directory, phase.name, start, steps)
     )
@@ -329,7 +366,7 @@ def train(
       if start >= stage.last:
         continue
       step = make_step(config, stage, dataset.num_classes)
-      watch = None if stage.tern is None else Watch(config, stage, state)
+      watch = Watch(config, stage)
       best = None
       if stage.keep_best:
         best = stack.enter_context(Best(folder / f"{phase.name}-best", state))
@@ -338,28 +375,45 @@ def train(
           phase.keep_latents(state)
         state, measured = step(state, next(batches))
         losses.append(measured["loss"])
-        if n % config.log_every == 0 or n == stage.last:
+        ends, stops = n == stage.last, n < steps and asked(n)
+        is_line = n % config.log_every == 0 or ends
+        is_kept = n % config.checkpoint_every == 0 or ends or stops
+        if is_line or is_kept:
           # The only place that waits for the devices.
+          losses = jax.device_get(losses)
+          if not np.isfinite(losses).all():
+            like = Progress(state, seen)
+            good, extra, last = saved.restore(like=like)
+            batches.set_state(extra["data"])
+            path, repeated = saved.directory / str(last), range(last + 1, n + 1)
+            raise guard.DivergedError(
+              guard.where_it_arose(step, good.state, batches, repeated, path)
+            )
+        if is_line:
           right = count(stage.variables(state), dataset.validation)
           line = {
-            "loss": float(np.mean(jax.device_get(losses))),
+            "loss": float(np.mean(losses)),
             "validation_accuracy": right / len(dataset.validation["label"]),
           }
-          if watch is not None:
-            line |= watch(state)
-          out.write(n, line)
-          losses.clear()
+          more, seen = watch(state, seen)
+          out.write(n, line | more)
+          losses = []
           if best is not None:
             best.offer(n, state, line["validation_accuracy"])
-        if n == stage.last and best is not None:
+        if ends and best is not None:
           state = dataclasses.replace(best.state, step=state.step)
-        if n == stage.last < steps:
+        if ends and n < steps:
           state = stage.refreshed(state)
           opt_state = phase.stages[i + 1].tx.init(state.params)
           state = dataclasses.replace(state, opt_state=opt_state)
-        if n % config.checkpoint_every == 0 or n == stage.last:
-          packed, position = pack(stage.ternary(state)), batches.get_state()
-          saved.save(n, state, packed, extra=position, method=stage.tern)
+          seen = watch.look(state)
+        if is_kept:
+          keep(n, stage)
+        if stops:
+          raise guard.InterruptedRunError(
+            f"SIGTERM: stopped after step {n} of {steps} ({phase.name}); the"
+            " same command goes on there."
+          )
       start = stage.last
   if steps in phase.snapshots:
     phase.keep_latents(state)
@@ -371,40 +425,45 @@ class Watch:
 
   Args:
     config: of the run.
-    stage: with a method.
-    state: at which the stage starts or goes on; flips are counted from there.
+    stage: what is watched; there is nothing to see in a float net.
   """
 
-  def __init__(
-    self, config: cli.Config, stage: Stage, state: training.TrainState
-  ):
-    def codes(state: training.TrainState) -> Any:
-      return metrics.ternary_leaves(stage.ternary(state)["params"])
-
+  def __init__(self, config: cli.Config, stage: Stage):
     def judge(state: training.TrainState, before: Any, now: Any) -> Any:
       latents = stage.latents(state).items()
       weights = {path: plot.shown(config, path, w) for path, w in latents}
       return metrics.sparsity(now), metrics.diagnose(weights, now, before)
 
     # Apart, so that codes of one state are the same wherever a run resumes.
-    self._codes, self._judge = jax.jit(codes), jax.jit(judge)
-    self._before = self._look(state)
+    self._packed, self._judge = jax.jit(stage.packed), jax.jit(judge)
 
-  def __call__(self, state: training.TrainState) -> dict[str, float]:
-    """Returns the sparsity, and by layer the diagnostics as name/path."""
-    now = self._look(state)
-    total, layers = jax.device_get(self._judge(state, self._before, now))
-    self._before = now
+  def look(self, state: training.TrainState) -> Any:
+    """Returns the packed weights, {} for a float net."""
+    # On the host, because the next step may take over the arrays.
+    return jax.device_get(self._packed(state))
+
+  def __call__(
+    self, state: training.TrainState, before: Any
+  ) -> tuple[dict[str, float], Any]:
+    """Returns the sparsity, and by layer the diagnostics as name/path.
+
+    Args:
+      state: of the training.
+      before: what the last look returned; flips are counted from there.
+
+    Returns:
+      (metrics, the look that they are of)
+    """
+    now = self.look(state)
+    if not now:
+      return {}, now
+    total, layers = jax.device_get(self._judge(state, before, now))
     values = {
       f"{name}/{path}": float(value)
       for path, layer in layers.items()
       for name, value in layer.items()
     }
-    return {"sparsity": float(total), **values}
-
-  def _look(self, state: training.TrainState) -> Any:
-    # On the host, because the next step may take over the arrays.
-    return jax.device_get(self._codes(state))
+    return {"sparsity": float(total), **values}, now
 
 
 class Best:

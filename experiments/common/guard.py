@@ -1,0 +1,99 @@
+"""Long runs that end before their end: by a signal, or by a NaN."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+
+from tern_jax.base import path_str
+
+
+class InterruptedRunError(RuntimeError):
+  """A run was asked to end, and can be resumed where it stopped."""
+
+
+class DivergedError(RuntimeError):
+  """A run came to numbers that are not finite."""
+
+
+@contextlib.contextmanager
+def termination() -> Iterator[Callable[[int], bool]]:
+  """Turns SIGTERM, as a preempted machine sends it, into a question.
+
+  Yields:
+    `asked(step)`: whether the run shall end after this step. All processes get
+    the same answer at the same step.
+  """
+  if jax.process_count() > 1:
+    # The coordination service of jax takes the signal, on whichever process.
+    yield multihost_utils.reached_preemption_sync_point
+    return
+  came = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    # Only a main thread may handle signals.
+    yield lambda _: False
+    return
+  before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+  try:
+    yield lambda _: came.is_set()
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def not_finite(tree: Any) -> list[str]:
+  """Returns the paths of the leaves that have a NaN or an infinity.
+
+  >>> not_finite({"a": jnp.ones(2), "b": jnp.array([0.0, jnp.nan])})
+  ['b']
+  """
+  floats = {
+    path_str(path): jnp.isfinite(leaf).all()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    if jnp.issubdtype(leaf.dtype, jnp.inexact)
+  }
+  bad = [path for path, fine in jax.device_get(floats).items() if not fine]
+  # What is trained before what follows from it.
+  return sorted(bad, key=lambda path: not path.startswith("params/"))
+
+
+def where_it_arose(
+  step: Callable[[Any, Any], Any],
+  state: Any,
+  batches: Iterable[Any],
+  steps: Iterable[int],
+  saved: Path,
+) -> str:
+  """Repeats steps from the last good state, and tells what went wrong first.
+
+  Args:
+    step: the training step.
+    state: of the last checkpoint.
+    batches: those that followed it.
+    steps: their numbers.
+    saved: directory of the checkpoint.
+
+  Returns:
+    A message for people.
+  """
+  kept = f" The last good checkpoint is {saved}."
+  # The batches go on for ever.
+  for n, batch in zip(steps, batches, strict=False):
+    after, measured = step(state, batch)
+    bad = not_finite(after)
+    if bad:
+      more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+      return (
+        f"Step {n} is the first that is not finite: its loss is"
+        f" {float(measured['loss']):.6g}, and after it there are NaNs or"
+        f" infinities in {', '.join(bad[:5])}{more}; before it there are none."
+        f"{kept} Take a smaller --learning-rate or --scale-learning-rate, in"
+        " another --workdir."
+      )
+    state = after
+  return f"A repetition of the steps was finite throughout.{kept}"
