@@ -24,7 +24,7 @@ and 90 %.
 Time: 9 minutes for the float net and 6 for each method, on one CPU core.
 """
 
-from experiments.common import cli, run
+from experiments.common import cli, command
 
 DEFAULT = cli.Config(
   data="cifar10",
@@ -43,7 +43,7 @@ DEFAULT = cli.Config(
 
 def main() -> None:
   """Runs the experiment."""
-  run.main(DEFAULT, __doc__)
+  command.main(DEFAULT, __doc__)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ in 13 ms meanwhile. On 2 CPU cores a step takes 20 seconds, or 2 unscaled, with
 --scaling 1 1 0.
 """
 
-from experiments.common import cli, methods, run
+from experiments.common import cli, command, methods
 
 DEFAULT = cli.Config(
   method=methods.Ec2t(gamma=0.15, s=0.45, frozen=15 / 35),
@@ -59,7 +59,7 @@ DEFAULT = cli.Config(
 
 def main() -> None:
   """Runs the experiment."""
-  run.main(DEFAULT, __doc__)
+  command.main(DEFAULT, __doc__)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,14 @@ Expected: test accuracy, mean and standard deviation of seeds 0 to 4: float
 Time: 35 s on 2 CPU cores.
 """
 
-from experiments.common import cli, run
+from experiments.common import cli, command
 
 DEFAULT = cli.Config(epochs=150, batch_size=64)
 
 
 def main() -> None:
   """Runs the experiment."""
-  run.main(DEFAULT, __doc__)
+  command.main(DEFAULT, __doc__)
 
 
 if __name__ == "__main__":

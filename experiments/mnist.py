@@ -16,14 +16,14 @@ Expected: test accuracy, mean and standard deviation of seeds 0 to 2: float
 Time: 6 minutes on 2 CPU cores.
 """
 
-from experiments.common import cli, run
+from experiments.common import cli, command
 
 DEFAULT = cli.Config(data="mnist", model="lenet5", epochs=10, batch_size=128)
 
 
 def main() -> None:
   """Runs the experiment."""
-  run.main(DEFAULT, __doc__)
+  command.main(DEFAULT, __doc__)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,15 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.common import cli, evaluate, guard, log, methods, run
+from experiments.common import (
+  cli,
+  command,
+  evaluate,
+  guard,
+  log,
+  methods,
+  run,
+)
 from tern_jax import metrics
 
 # What may differ between two runs of the same config; orbax writes down times.
@@ -183,7 +191,7 @@ def test_a_preempted_process_ends_cleanly(config, monkeypatch, capsys):
   monkeypatch.setattr("sys.argv", ["digits"])
   monkeypatch.setattr(run, "run", preempted)
   with pytest.raises(SystemExit) as stopped:
-    run.main(config, "Digits")
+    command.main(config, "Digits")
   assert stopped.value.code == 143
   assert capsys.readouterr().err.startswith("SIGTERM: stopped after step 3")
   assert signal.getsignal(signal.SIGTERM) == before
@@ -252,6 +260,21 @@ def test_two_devices_share_a_batch(config, tmp_path, parallel):
   assert "-" in log.table(measured)
 
 
+def test_a_dry_run_tells_what_a_run_would_be(tmp_path, monkeypatch, capsys):
+  place = tmp_path / "run"
+  monkeypatch.chdir(tmp_path)
+  arguments = ["--dry-run", "--parallel", "jit", "--workdir", str(place)]
+  monkeypatch.setattr("sys.argv", ["digits", *arguments])
+  command.main(cli.Config(hidden=(16,), batch_size=64, epochs=2), "Digits")
+  told = [line.split() for line in capsys.readouterr().out.splitlines()]
+  assert ["Dense_0/kernel", "64x16", "1,024", "ternary"] in told
+  assert ["BatchNorm_0/scale", "16", "16", "float"] in told
+  assert ["ternary", "in", "all", "1,184", "ternary"] in told
+  assert ["steps,", "float", "and", "ternary", "38", "+", "38"] in told
+  assert any(line[:3] == ["steps", "a", "second"] for line in told)
+  assert not place.exists()
+
+
 def test_other_options_do_not_overwrite_a_run(config, result):
   other = dataclasses.replace(config, seed=1)
   with pytest.raises(cli.UsageError, match="seed=0 there, 1 now"):
@@ -271,7 +294,7 @@ def test_a_data_set_that_is_not_prepared(tmp_path, monkeypatch, capsys):
   arguments = ["--data-dir", str(tmp_path), "--workdir", str(tmp_path / "run")]
   monkeypatch.setattr("sys.argv", ["mnist", *arguments])
   with pytest.raises(SystemExit) as stopped:
-    run.main(cli.Config(data="mnist", model="lenet5"), "MNIST")
+    command.main(cli.Config(data="mnist", model="lenet5"), "MNIST")
   assert stopped.value.code == 2
   told = capsys.readouterr().err
   assert told.startswith("error: Data set 'mnist' is not prepared")

@@ -83,6 +83,8 @@ class Config:
   """Steps between two lines of metrics."""
   checkpoint_every: int = 1000
   """Steps between two checkpoints."""
+  dry_run: bool = False
+  """Only tell shapes, sizes, memory and steps a second; nothing is written."""
   workdir: str | None = None
   """Directory of the run; None for one under runs/ named by the method. The
   float net is kept in float/ beside it, for all runs that start from it."""
@@ -134,9 +136,10 @@ class Config:
     return self.directory.parent / "float" / name
 
   def to_json(self) -> dict[str, Any]:
-    """Returns the config as JSON holds it, without where the run lies."""
+    """Returns the config as JSON holds it: all that a run depends on."""
     record = dataclasses.asdict(self)
-    del record["workdir"]
+    # Neither changes what a run comes to.
+    del record["workdir"], record["dry_run"]
     record["method"]["name"] = type(self.method).__name__
     return json.loads(json.dumps(record))
 

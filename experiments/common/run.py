@@ -495,12 +495,3 @@ class Best:
       # On the host, because the next step may take over the arrays.
       self.state, self._accuracy = jax.device_get(state), accuracy
       self._saved.save(step, self.state, {}, extra=accuracy)
-
-
-def main(default: cli.Config, description: str) -> None:
-  """Runs what the command line asks for, and prints the table."""
-  with evaluate.explained_errors():
-    config = cli.parse(default, description)
-    result = run(config)
-  if jax.process_index() == 0:
-    print(f"\n{log.table(result)}\n\n{result['method']}\n{config.directory}")
