@@ -67,6 +67,9 @@ _GRIDS = (3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 _FEWEST = 16
 # Longest axis of neighbors: each of its indices is a step of its own.
 _SHORT = 16
+# Weights, or symbols, that are looked at in one go: indices take 8 bytes each,
+# which of a whole chunk are more than all the rest of it.
+_BLOCK = 1 << 16
 # What the first byte of a model adds to an axis of levels.
 _LEVELS = 128
 
@@ -113,7 +116,11 @@ def encode(packed: PackedTernary) -> bytes:
   validate(packed)
   stream, layout = _stream(), _Layout.of(packed.shape)
   planes = [layout.spread(x) for x in (packed.nonzero, packed.sign)]
-  models = _fit(layout, planes[0], None), _fit(layout, planes[1], planes[0])
+  tallies = [layout.tallies(x) for x in planes]
+  models = (
+    _fit(layout, planes[0], None, tallies[0], None),
+    _fit(layout, planes[1], planes[0], *tallies[::-1]),
+  )
   parts = [bytes([VERSION]), *(m.header() for m in models)]
   if leveled := [m for m in models if isinstance(m, _Levels)]:
     coder = stream.queue.RangeEncoder()
@@ -313,18 +320,22 @@ class _Layout:
     shifted = bits.view(np.uint8).reshape(shape) << self._shifts()
     return np.bitwise_or.reduce(shifted, axis=self.axis + 1)
 
-  def tally(self, x: np.ndarray, axis: int) -> np.ndarray:
-    """Counts the bits set at each index of an axis of the weights."""
+  def tallies(self, x: np.ndarray) -> dict[int, np.ndarray]:
+    """Counts the bits set at each index of the axes that may have levels."""
+    axes = filter(self.may_level, range(len(self.shape)))
+    return {axis: self._tally(x, axis) for axis in axes}
+
+  def _tally(self, x: np.ndarray, axis: int) -> np.ndarray:
     rows = np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
-    n, size = rows.shape
-    padded = np.zeros((n, size + -size % 8), np.uint8)
-    padded[:, :size] = rows
-    words = padded.view(np.uint64)
-    # Bits of an axis that is packed are counted in all bytes of a word at once.
+    if beyond := -rows.shape[1] % 8:
+      rows = np.pad(rows, ((0, 0), (0, beyond)))
+    words = np.ascontiguousarray(rows).view(np.uint64)
+    if axis != self.axis:
+      return np.bitwise_count(words).sum(1, dtype=np.int64)
+    # Bits of one place are counted in all bytes of a word at once.
     ones = np.uint64(0x0101010101010101)
-    masks = [ones << j for j in range(8)] if axis == self.axis else [255 * ones]
-    counts = [np.bitwise_count(words & m).sum(1, dtype=np.int64) for m in masks]
-    return np.stack(counts, -1).reshape(-1)
+    places = [np.bitwise_count(words & ones << j) for j in range(8)]
+    return np.stack([x.sum(1, np.int64) for x in places], -1).reshape(-1)
 
   def _shifts(self) -> np.ndarray:
     behind = self.shape[(self.axis or 0) + 1 :]
@@ -368,11 +379,21 @@ class _Neighbors:
     """
     del where
     bits, among = self._to_front(bits), self._to_front(among)
-    values = _values(bits, among)
+    values = _values(bits, among) if self.m else bits
     for step in np.ndindex(bits.shape[: self.m]):
-      flat = bits[*step, ...].reshape(-1)
-      for at, p in self._groups(step, values, among):
-        yield flat[at], p
+      # Bits, and the sum beside each of them in the bits above.
+      flat = bits[*step, ...].reshape(-1).view(np.int8)
+      sums = self._sums(step, values)
+      if sums is not None:
+        flat = flat + 2 * sums
+      if among is not None:
+        flat = _take(flat, among[*step, ...].reshape(-1))
+      if sums is None:
+        yield flat.view(bool), self._alone()
+        continue
+      sums = flat >> 1
+      for total, p in self._totals():
+        yield (_take(flat, sums == total) & 1).view(bool), p
 
   def join(
     self,
@@ -386,9 +407,23 @@ class _Neighbors:
     values = np.zeros(bits.shape, np.int8)
     for step in np.ndindex(bits.shape[: self.m]):
       here = (*step, ...)
-      flat = bits[here].reshape(-1)
-      for at, p in self._groups(step, values, among):
-        flat[at] = get(flat[at].size, p)
+      flat, sums, coins = bits[here].reshape(-1), self._sums(step, values), None
+      n = flat.size
+      if among is not None:
+        coins = among[here].reshape(-1)
+        n = int(np.count_nonzero(coins))
+        sums = sums if sums is None else _take(sums, coins)
+      if sums is None:
+        found = get(n, self._alone())
+      else:
+        found = np.empty(n, bool)
+        for total, p in self._totals():
+          at = sums == total
+          _give(found, at, get(int(np.count_nonzero(at)), p))
+      if coins is None:
+        flat[:] = found
+      else:
+        _give(flat, coins, found)
       values[here] = _values(bits[here], None if among is None else among[here])
     return np.moveaxis(bits, range(self.m), self._axes())
 
@@ -398,27 +433,24 @@ class _Neighbors:
   def _to_front(self, x: Any) -> Any:
     return None if x is None else _to_front(x, self._axes())
 
-  def _groups(
-    self, step: tuple[int, ...], values: np.ndarray, among: np.ndarray | None
-  ) -> Iterator[tuple[Any, int]]:
-    """Yields which coins of a step are of each probability, and that."""
-    coins, low = None, 0
-    if among is not None:
-      coins, low = np.flatnonzero(among[*step, ...]), -self.m
+  def _sums(
+    self, step: tuple[int, ...], values: np.ndarray
+  ) -> np.ndarray | None:
+    """Returns the flat sums of the neighbors of a step, None if it has none."""
     near = [
       values[*step[:i], k - 1, *step[i + 1 :], ...]
       for i, k in enumerate(step)
       if k
     ]
-    if not near:
-      yield slice(None) if coins is None else coins, self.chances[-low]
-      return
-    sums = functools.reduce(np.add, near).reshape(-1)
-    if coins is not None:
-      sums = sums[coins]
-    for total, p in enumerate(self.chances, low):
-      at = np.flatnonzero(sums == total)
-      yield at if coins is None else coins[at], p
+    return functools.reduce(np.add, near).reshape(-1) if near else None
+
+  def _totals(self) -> Iterator[tuple[int, int]]:
+    """Yields each sum of neighbors and its probability."""
+    return enumerate(self.chances, self.m + 1 - len(self.chances))
+
+  def _alone(self) -> int:
+    """Returns the probability without neighbors, that of a sum of 0."""
+    return self.chances[-1 - self.m]
 
 
 @dataclasses.dataclass
@@ -467,7 +499,7 @@ class _Levels:
     for at, p in groups:
       flat = bits[at].reshape(-1)
       if among is not None:
-        flat = flat[np.flatnonzero(among[at])]
+        flat = _take(flat, among[at].reshape(-1))
       yield flat, p
 
   def join(
@@ -486,8 +518,8 @@ class _Levels:
       if among is None:
         part[...] = get(part.size, p).reshape(part.shape)
         continue
-      flat, coins = np.zeros(part.size, bool), np.flatnonzero(among[at])
-      flat[coins] = get(coins.size, p)
+      flat, coins = np.zeros(part.size, bool), among[at].reshape(-1)
+      _give(flat, coins, get(int(np.count_nonzero(coins)), p))
       part[...] = flat.reshape(part.shape)
     return bits.take(np.argsort(order), self.axis)
 
@@ -536,7 +568,11 @@ def _read(
 
 
 def _fit(
-  layout: _Layout, plane: np.ndarray, among: np.ndarray | None
+  layout: _Layout,
+  plane: np.ndarray,
+  among: np.ndarray | None,
+  ks: dict[int, np.ndarray],
+  ns: dict[int, np.ndarray] | None,
 ) -> _Neighbors | _Levels:
   """Returns the model of least cost.
 
@@ -544,11 +580,16 @@ def _fit(
     layout: of the plane.
     plane: array of the grid.
     among: where there are coins, None for everywhere.
+    ks: tallies of the plane.
+    ns: tallies of the coins, None for everywhere.
   """
-  models = itertools.chain(
-    _fit_neighbors(layout, plane, among), _fit_levels(layout, plane, among)
-  )
-  return min(models, key=lambda costed: costed[0])[1]
+
+  def cost(costed: tuple[int, Any]) -> int:
+    return costed[0]
+
+  best = min(_fit_neighbors(layout, plane, among), key=cost)
+  levels = _fit_levels(layout, ks, ns, best[0])
+  return min(itertools.chain([best], levels), key=cost)[1]
 
 
 def _fit_neighbors(
@@ -558,56 +599,79 @@ def _fit_neighbors(
   bits = _costs()
   starts = range(len(layout.shape))
   runs = [range(i, j) for i in starts for j in range(i + 1, len(starts) + 1)]
-  for axes in (range(0), *filter(layout.may_neighbor, runs)):
-    ks, ns = _count_sums(layout, plane, among, axes)
+  runs = [range(0), *filter(layout.may_neighbor, runs)]
+  counted: dict[range, np.ndarray] = {}
+  for axes in runs:
+    # What is counted for most axes has the counts for fewer of them.
+    wide = max((r for r in runs if {*axes} <= {*r}), key=len)
+    if wide not in counted:
+      counted[wide] = _count_neighbors(layout, plane, among, wide)
+    others = tuple(1 + i for i, axis in enumerate(wide) if axis not in axes)
+    ks, ns = _by_sum(counted[wide].sum(others))
     chances = _ratios(ks, ns, _ONE // 2)
     cost = ks @ bits[chances] + (ns - ks) @ bits[_ONE - chances]
     model = _Neighbors(axes.start, len(axes), tuple(chances.tolist()))
     yield int(cost) + 8 * len(model.header()) * _BIT, model
 
 
-def _count_sums(
+def _by_sum(counts: np.ndarray) -> np.ndarray:
+  """Adds up what has one sum of neighbors."""
+  _, *states = counts.shape
+  added = np.zeros((2, sum(states) - len(states) + 1), np.int64)
+  for at in np.ndindex(*states):
+    added[:, sum(at)] += counts[:, *at]
+  return added
+
+
+def _count_neighbors(
   layout: _Layout, plane: np.ndarray, among: np.ndarray | None, axes: range
 ) -> np.ndarray:
-  """Counts the bits that are set, and all coins, by the sum of neighbors."""
+  """Counts the bits that are set, and all coins, by the codes of neighbors.
+
+  Returns:
+    int64 [2, codes of the neighbor along each axis, from the lowest].
+  """
   # Planes are as good as bits, but along the axis that is packed.
   full = np.uint8(1 if layout.axis is None else 255)
   plane = _to_front(plane, axes)
   if among is None:
-    states, coins = {0: full & ~plane, 1: plane}, np.full_like(plane, full)
+    states, coins = [full & ~plane, plane], np.full_like(plane, full)
   else:
     coins = _to_front(among, axes)
-    states = {-1: plane, 0: full & ~coins, 1: coins & ~plane}
+    states = [plane, full & ~coins, coins & ~plane]
+  zero = len(states) - 2
   shifted = [
-    {code: _shift(x, axis, 0 if code else full) for code, x in states.items()}
+    [_shift(x, axis, full if i == zero else 0) for i, x in enumerate(states)]
     for axis in range(len(axes))
   ]
-  low, high = min(states) * len(axes), len(axes)
-  counts = np.zeros((2, high - low + 1), np.int64)
-  for codes in itertools.product(states, repeat=len(axes)):
+  counts = np.zeros((2, *[len(states)] * len(axes)), np.int64)
+  for at in np.ndindex(counts.shape[1:]):
     mask = coins
-    for code, x in zip(codes, shifted, strict=True):
-      mask = mask & x[code]
-    counts[:, sum(codes) - low] += _ones(mask & plane), _ones(mask)
+    for i, x in zip(at, shifted, strict=True):
+      mask = mask & x[i]
+    counts[:, *at] = _ones(mask & plane), _ones(mask)
   return counts
 
 
 def _fit_levels(
-  layout: _Layout, plane: np.ndarray, among: np.ndarray | None
+  layout: _Layout,
+  tallies: dict[int, np.ndarray],
+  among: dict[int, np.ndarray] | None,
+  limit: int,
 ) -> Iterator[tuple[int, _Levels]]:
-  """Yields models by levels and their costs."""
+  """Yields models by levels, and their costs, that may be below a limit."""
   bits = _costs()
-  for axis, length in enumerate(layout.shape):
-    if not layout.may_level(axis):
-      continue
-    ks = layout.tally(plane, axis)
+  for axis, ks in tallies.items():
+    length = len(ks)
     if among is None:
       ns = np.full(length, layout.size // length)
     else:
-      ns = layout.tally(among, axis)
+      ns = among[axis]
     n = int(ns.sum())
     mean = int(_ratios(ks.sum(), n, _ONE // 2))
     ratios = _ratios(ks, ns, mean)
+    if ks @ bits[ratios] + (ns - ks) @ bits[_ONE - ratios] >= limit:
+      continue  # No level codes an index at less than its own share.
     for grid in _GRIDS:
       if grid * grid * length > 4 * n:
         break  # Finer than what the counts are good for.
@@ -635,7 +699,8 @@ def _fit_levels(
 def _ratios(ks: Any, ns: Any, otherwise: int) -> np.ndarray:
   """Returns k / n in 1 / _ONE, more than 0 and less than 1."""
   ratios = (ks * _ONE + ns // 2) // np.maximum(ns, 1)
-  return np.clip(np.where(ns, ratios, otherwise), 1, _ONE - 1)
+  # np.clip looks up the limits of the dtype, which takes longer than this.
+  return np.minimum(np.maximum(np.where(ns, ratios, otherwise), 1), _ONE - 1)
 
 
 def _to_front(x: np.ndarray, axes: range) -> np.ndarray:
@@ -653,7 +718,30 @@ def _shift(x: np.ndarray, axis: int, edge: Any) -> np.ndarray:
 def _values(bits: np.ndarray, among: np.ndarray | None) -> np.ndarray:
   """Returns bits as int8; as -1 if they are among others and set, else 1."""
   values = bits.view(np.int8)
-  return values if among is None else among.view(np.int8) - 2 * values
+  if among is None:
+    return values
+  twice = values + values
+  return np.subtract(among.view(np.int8), twice, out=twice)
+
+
+def _take(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
+  """Returns x[mask] of flat arrays, in less time and memory."""
+  found, n = np.empty_like(x), 0
+  for i in range(0, x.size, _BLOCK):
+    (at,) = mask[i : i + _BLOCK].nonzero()
+    # Nothing is out of bounds; to be sure, NumPy would make a copy otherwise.
+    x[i : i + _BLOCK].take(at, out=found[n : n + at.size], mode="clip")
+    n += at.size
+  return found[:n]
+
+
+def _give(x: np.ndarray, mask: np.ndarray, found: np.ndarray) -> None:
+  """Sets x[mask] of flat arrays to what was found, as `_take` takes it."""
+  n = 0
+  for i in range(0, x.size, _BLOCK):
+    (at,) = mask[i : i + _BLOCK].nonzero()
+    x[i : i + _BLOCK][at] = found[n : n + at.size]
+    n += at.size
 
 
 def _ones(x: np.ndarray) -> int:
@@ -719,10 +807,11 @@ def _categorical(weights: tuple[int, ...]) -> Any:
 
 def _put(coder: Any, bits: np.ndarray, p: int) -> None:
   """Codes bits of one probability."""
-  data, (n, rest) = _pack(bits).astype(np.int32), divmod(bits.size, 8)
-  coder.encode(data[:n], _coins(p, 8))
+  data, (n, rest) = _pack(bits), divmod(bits.size, 8)
+  for i in range(0, n, _BLOCK):
+    coder.encode(data[i : min(i + _BLOCK, n)].astype(np.int32), _coins(p, 8))
   if rest:
-    coder.encode(data[n:], _coins(p, rest))
+    coder.encode(data[n:].astype(np.int32), _coins(p, rest))
 
 
 def _get(coder: Any, size: int, p: int) -> np.ndarray:
@@ -809,9 +898,10 @@ def _threads(f: Callable[[int], Any], n: int) -> list[Any]:
 @functools.cache
 def _pool() -> concurrent.futures.Executor:
   """Returns the threads, always the same: each keeps some memory for itself."""
-  # They share what NumPy does. The coder itself, a third to a half of the time,
-  # is of one thread at a time: more of them would only take memory.
-  return concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+  # They share what NumPy does; the coder itself is of one thread at a time. A
+  # thread keeps some 4 MB, four times its chunk: a save must not take more of
+  # them where there are more cores.
+  return concurrent.futures.ThreadPoolExecutor(min(2, os.cpu_count() or 1))
 
 
 if hasattr(os, "register_at_fork"):  # a child has no threads but its own
