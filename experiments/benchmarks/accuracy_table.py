@@ -33,7 +33,7 @@ MNIST: Rows = {
   "TTQ": (methods.Ttq(), FAST),
   "AbsMean": (methods.Absmean(), FAST),
   "TGA": (methods.Tga(), FAST),
-  "EC2T, γ = .38": (methods.Ec2t(gamma=0.38, s=0.7), FAST_EC2T),
+  "EC2T, γ = .5": (methods.Ec2t(gamma=0.5, s=0.7), FAST_EC2T),
   "SCA, .8": (methods.Sca(sparsity=0.8), {}),
 }
 CIFAR10: Rows = {

@@ -240,8 +240,8 @@ class Ec2t(TargetedStraightThrough):
   """EC2T, with two trained centroids a layer; wants a trained float net."""
 
   gamma: float = 0.2
-  """Knob of the entropy constraint, in [0, 1); not used where a sparsity is
-  asked for."""
+  """Knob of the entropy constraint at its full strength, in [0, 1); not used
+  where a sparsity is asked for."""
   s: float = 0.3
   """Where the centroids start, in units of the largest latents."""
   frozen: float = 1 / 3
@@ -257,21 +257,21 @@ class Ec2t(TargetedStraightThrough):
 
   def method(self, steps: int, largest: int) -> tern_jax.EC2T:
     """Returns EC2T, its codes not frozen."""
-    target = self.target(steps)
-    return tern_jax.EC2T(self.gamma, self.s, largest, sparsity=target)
+    gamma, target = tern_jax.ramp(self.gamma, steps), self.target(steps)
+    return tern_jax.EC2T(gamma, self.s, largest, sparsity=target)
 
   def recipe(self, steps: int, largest: int) -> Recipe:
     """Returns training with codes free, then, from the best state, frozen.
 
-    A sparsity rises in the first half of what is free; the best state is one
-    of the second half, where all have it.
+    The constraint, or a sparsity, rises in the first half of what is free; the
+    best state is one of the second half, where it is in full force.
     """
     onset = round((1 - self.frozen) * steps)
     free = self.method(onset, largest)
     best = Stage(free, onset, keep_best=True)
     held = Stage(dataclasses.replace(free, frozen=True), steps)
     stages = (best, held)
-    if self.sparsity is not None and onset > 1:
+    if onset > 1:
       stages = (Stage(free, onset // 2), *stages)
     return Recipe(stages, optax.identity(), onset)
 

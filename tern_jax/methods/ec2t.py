@@ -239,8 +239,8 @@ class EC2T(Ternarizer):
       state = dataclasses.replace(state, opt_state=tx.init(state.params))
 
   Args:
-    gamma: the knob of sparsity in [0, 1), a number or a traced array. Not used
-      where a sparsity is given, nor is largest.
+    gamma: the knob of sparsity in [0, 1), a number, a traced array or a
+      schedule. Not used where a sparsity is given, nor is largest.
     s: centroids start at `w_p = s max(W)`, `w_n = s |min(W)|`.
     largest: size of the largest ternary layer, `where.largest(params)`;
       smaller ones are spared by `delta = (size / largest + 0.05) / 1.05`. None
@@ -280,7 +280,7 @@ class EC2T(Ternarizer):
   A sparsity is this project's own.
   """
 
-  gamma: Any = 0.15
+  gamma: Schedulable = 0.15
   s: float = 0.3
   largest: int | None = None
   min_scale: float = 0.675
@@ -395,7 +395,7 @@ class EC2T(Ternarizer):
     floor = self._floor(w)
     clamped = self._clamp(w, scales, floor)
     if self.sparsity is None:
-      t_p, t_n = self._thresholds(w, **clamped)
+      t_p, t_n = self._thresholds(w, count, **clamped)
       return {"floor": floor, "t_n": t_n, "t_p": t_p}
     lam, t_p, t_n = ec2t_at_sparsity(
       w,
@@ -418,7 +418,7 @@ class EC2T(Ternarizer):
     return {k: v.astype(w.dtype) for k, v in held.items()}
 
   def _thresholds(
-    self, w: Array, w_p: Array, w_n: Array
+    self, w: Array, count: Array, w_p: Array, w_n: Array
   ) -> tuple[Array, Array]:
     largest = w.size if self.largest is None else self.largest
     if w.size > largest:
@@ -428,7 +428,7 @@ class EC2T(Ternarizer):
       )
     delta = (w.size / largest + 0.05) / 1.05
     most = ec2t_lambda_max(w, w_p, w_n, self.min_p_0)
-    lam = jnp.asarray(self.gamma, most.dtype) * delta * most
+    lam = at(self.gamma, count, most.dtype) * delta * most
     return ec2t_thresholds(w, w_p, w_n, lam, self.min_p_0)
 
 
