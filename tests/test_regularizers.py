@@ -89,11 +89,9 @@ def test_predicted_sparsity_and_its_inverse(sigma, alpha):
     assert float(empirical) == pytest.approx(alpha, rel=0.01)
 
 
-@pytest.mark.parametrize("alpha", [0.05, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize("sigma", [0.3, 0.6])
-def test_wdr_flow_ends_at_the_predicted_sparsity(sigma, alpha):
-  sample = np.random.default_rng(2).normal(0, sigma, (100, 100))
-  theta = jnp.asarray(sample, jnp.float32)
+@jax.jit
+def flow(theta, alpha):
+  """Codes at the end of the flow of WDR alone."""
   # Total strength 200: far beyond the 50 that the slowest alpha needs.
   tx = optax.chain(tern_jax.wdr_transform(alpha, 1.0), optax.sgd(0.2))
 
@@ -103,7 +101,15 @@ def test_wdr_flow_ends_at_the_predicted_sparsity(sigma, alpha):
     return (optax.apply_updates(theta, updates), state), None
 
   (end, _), _ = jax.lax.scan(step, (theta, tx.init(theta)), length=1000)
-  codes = jnp.round(jnp.tanh(end))
+  return jnp.round(jnp.tanh(end))
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("sigma", [0.3, 0.6])
+def test_wdr_flow_ends_at_the_predicted_sparsity(sigma, alpha):
+  sample = np.random.default_rng(2).normal(0, sigma, (100, 100))
+  theta = jnp.asarray(sample, jnp.float32)
+  codes = flow(theta, alpha)
   predicted = reference.predicted_sparsity(sigma, alpha)
   measured = float(jnp.mean(codes == 0))
   assert abs(measured - predicted) <= 0.02
