@@ -361,6 +361,19 @@ def test_sparsity_grows_with_gamma_in_one_compiled_program():
   assert float(got[4]) == pytest.approx(float(jnp.mean(codes == 0)), abs=1e-3)
 
 
+def test_the_knob_may_follow_a_schedule():
+  w = weights()
+  risen = EC2T(gamma=tern_jax.ramp(0.4, steps=40), every=10)
+  params = risen.init(w)
+  for steps in range(21):
+    if steps in (0, 10, 20):
+      at_once = EC2T(gamma=float(risen.gamma(steps))).init(w)[1]
+      for name in ("t_n", "t_p"):
+        assert params[1][name] == pytest.approx(at_once[name], rel=1e-6)
+    params = risen.after_step(w, *params)
+  assert risen.gamma(20) == pytest.approx(0.4)
+
+
 def test_larger_layers_become_sparser():
   small, large = weights((16, 16)), weights((128, 128), seed=1)
   method = EC2T(gamma=0.5, largest=large.size)
