@@ -87,7 +87,20 @@ def check_kept(tern, packed, params, state, dtype=jnp.float32):
     np.testing.assert_allclose(kept, dense, rtol=rounding(dtype), atol=0)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=repr)
+#: Those that another one is but for a number or a gradient.
+TWINS = (
+  SCA(sparsity=0.7),
+  TWN(),
+  TTQ(),
+  EC2T(),
+  TGA(),
+  TGA(surrogate=0.5),
+)
+
+
+@pytest.mark.parametrize(
+  "method", [m for m in METHODS if m not in TWINS], ids=repr
+)
 def test_training_goes_on_where_the_file_ended(method):
   tern = ParamTransform(method)
   trained_state, step, batch = trained(tern, bias=0.5)
@@ -116,29 +129,35 @@ def test_training_goes_on_where_the_file_ended(method):
   assert jnp.any(after.params.latent["w"] != params.latent["w"])
 
 
-@pytest.mark.parametrize("layout", GRANULARITIES.values(), ids=GRANULARITIES)
+METHODS_OF_FILES = [
+  SCA(alpha=1.5),
+  SCA(sparsity=0.4),
+  TWN(sparsity=0.6),
+  TWN(),
+  TTQ(threshold=0.3),
+  TTQ(sparsity=0.6),
+  EC2T(sparsity=0.6),
+  EC2T(gamma=0.3),
+  TGA(),
+  TGA(sparsity=0.6),
+  TGA(mean=True),
+  AbsMean(),
+]
+
+
 @pytest.mark.parametrize(
-  "method",
+  ("method", "layout"),
   [
-    SCA(alpha=1.5),
-    SCA(sparsity=0.4),
-    TWN(),
-    TWN(sparsity=0.6),
-    TTQ(threshold=0.3),
-    TTQ(sparsity=0.6),
-    AbsMean(),
-    EC2T(gamma=0.3),
-    EC2T(sparsity=0.6),
-    TGA(),
-    TGA(mean=True),
-    TGA(sparsity=0.6),
+    *((method, "channel") for method in METHODS_OF_FILES[::2]),
+    *((method, "stacked") for method in METHODS_OF_FILES[1::4]),
+    *((method, "stacked groups") for method in METHODS_OF_FILES),
   ],
-  ids=repr,
 )
 def test_every_granularity(method, layout):
+  layout = GRANULARITIES[layout]
   # Halves of the cases, so that each method meets both dtypes.
   dtype = jnp.bfloat16 if layout.get("group_size") else jnp.float32
-  shape = (3, 16, 24) if "stacked" in layout else (16, 24)
+  shape = (2, 16, 24) if "stacked" in layout else (16, 24)
   if "group_size" in layout or "stacked" not in layout:
     method = dataclasses.replace(method, channel_axis=-1)
   tern = ParamTransform(method, **layout)
@@ -158,9 +177,7 @@ def pack_codes(codes, w_p, w_n=None):
   return tern_jax.pack({"w": Ternary(jnp.asarray(codes, jnp.int8), w_p, w_n)})
 
 
-@pytest.mark.parametrize(
-  ("magnitude", "zeros"), [(0.1, 0.02), (3e-3, 0.6), (700.0, 0.9), (1.3, 0.99)]
-)
+@pytest.mark.parametrize(("magnitude", "zeros"), [(3e-3, 0.02), (700.0, 0.99)])
 def test_weights_of_any_origin(magnitude, zeros):
   rng = np.random.default_rng(0)
   codes = rng.choice([0, 1, -1], (32, 16), p=[zeros, 1 - zeros, 0])
