@@ -109,7 +109,7 @@ def test_across_layers_has_one_threshold():
   assert got["a"] > 0.9 > got["c"]
 
 
-@pytest.mark.parametrize("where", ["jit", "vmap", "sharded"])
+@pytest.mark.parametrize("where", ["vmap", "sharded"])
 def test_across_layers_everywhere(where):
   tree = net()
   tern = ParamTransform(SCA(sparsity=across_layers(0.7)))
@@ -119,11 +119,9 @@ def test_across_layers_everywhere(where):
     made = tern.discretize(*tern.refresh(*tern.init(tree)))
     return {k: v["kernel"].codes for k, v in made.items()}
 
-  if where == "jit":
-    got = jax.jit(codes)(tree)
-  elif where == "vmap":
+  if where == "vmap":
     two = jax.tree.map(lambda *x: jnp.stack(x), tree, net(1))
-    got = jax.tree.map(lambda x: x[0], jax.vmap(codes)(two))
+    got = jax.tree.map(lambda x: x[0], jax.jit(jax.vmap(codes))(two))
   else:
     sharding = NamedSharding(data_mesh(), P("data"))
     spread = jax.tree.map(
@@ -224,8 +222,7 @@ def test_a_file_goes_on_with_a_target_across_layers():
 # Budgets.
 
 
-@pytest.mark.parametrize("asked", [700, 1300, 1900])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("asked", "seed"), [(700, 0), (1300, 1), (1900, 0)])
 def test_a_budget_is_met_from_below(asked, seed):
   tree = net(seed)
   targets = fit_budget(tree, bytes=asked + 700)
