@@ -26,6 +26,11 @@ from tern_jax.packed import PackedTernary, to_ternary
 
 Leaves = dict[tuple[str, ...], Any]
 PATH = "a checkpoint, a step of a training run, or a run: its latest step"
+VERIFY = (
+  "Checks every array of a checkpoint. Damage to the arrays of a leaf is said"
+  " of this leaf; damage to the index that all leaves of a part share, of each"
+  " of them, since any may be damaged."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     return command
 
   add("inspect", _inspect, "Shows what a checkpoint holds, by layer.", "path")
-  add("verify", _verify, "Checks every array of a checkpoint.", "path")
+  add("verify", _verify, VERIFY, "path")
   add("diff", _diff, "Counts the codes that flipped, by layer.", "a", "b")
   command = add("export", _export, "Writes a file for other runtimes.", "path")
   command.add_argument("out", help="file to write")

@@ -143,6 +143,11 @@ def examine(
 ) -> dict[tuple[str, ...], Any]:
   """Loads and verifies each leaf alone, whatever is wrong with the others.
 
+  Damage to the arrays of a leaf is that of this leaf. All leaves of a part have
+  one index, which says where their arrays are: orbax's `_METADATA`, OCDBT's
+  manifests and the nodes of its tree. If it cannot be read, no leaf can be; any
+  of them may be damaged, or none, and this is what is said of each.
+
   Args:
     path: a checkpoint, a step of a training run, or a run: its latest step.
     part: "packed" or, of a training run, "state".
@@ -162,13 +167,21 @@ def examine(
   found: dict[tuple[str, ...], Any] = {}
   try:
     with _explained("read", path):
-      stored = _stored(path, part, entries)
+      index = _index(path, part)
   except CheckpointError as e:
     return dict.fromkeys(entries, e)
+  try:
+    with _explained("read", path):
+      stored = _stored(path, part, entries, index)
+  except CheckpointError:
+    stored = None  # One damaged chunk fails the read of them all.
   for keys, entry in entries.items():
     try:
       with _explained("read", path):
-        found[keys] = _leaf(path, entry, stored)
+        alone = stored
+        if alone is None:
+          alone = _stored(path, part, {keys: entry}, index)
+        found[keys] = _leaf(path, entry, alone)
     except CheckpointError as e:
       found[keys] = e
   return found
@@ -628,7 +641,7 @@ def _check_fit(path: Path, entries: dict, wanted: dict) -> None:
 
 def _read(path: Path, part: str, entries: dict, like: dict) -> dict[Any, Any]:
   """Returns the verified leaves of a part, on the devices of others."""
-  stored = _stored(path, part, entries)
+  stored = _stored(path, part, entries, _index(path, part))
   # One by one, so that there is never a second copy of them all.
   return {
     keys: _place(_leaf(path, e, stored), like.get(keys))
@@ -636,10 +649,23 @@ def _read(path: Path, part: str, entries: dict, like: dict) -> dict[Any, Any]:
   }
 
 
-def _stored(path: Path, part: str, entries: dict) -> dict[str, Any]:
+def _index(path: Path, part: str) -> Any:
+  """Returns what orbax knows of the arrays of a part, by their numbers."""
+  if not (path / part).exists():
+    return {}
+  # Of what it cannot read, orbax warns, and returns None.
+  index = ocp.metadata(path, part).metadata
+  if index is None:
+    raise CheckpointError(
+      f"{path}: the index of {part} cannot be read: any of its leaves may be "
+      "damaged."
+    )
+  return index
+
+
+def _stored(path: Path, part: str, entries: dict, index: Any) -> dict[str, Any]:
   """Returns the arrays of leaves, by their numbers."""
   # The index must agree with the spec before any array is allocated.
-  index = ocp.metadata(path, part).metadata if (path / part).exists() else {}
   wanted = {}
   for e in entries.values():
     described = {k: a for k, a in e["arrays"].items() if math.prod(a["shape"])}

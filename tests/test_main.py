@@ -1,6 +1,7 @@
 """The command `python -m tern_jax`."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -158,6 +159,50 @@ def test_verify_looks_at_every_part(call, saved, tmp_path):
   status, out, _ = call("verify", tmp_path / "run")
   assert status == 1
   assert out.startswith("spec: ")
+
+
+# Orbax abandons coroutines where it finds damage.
+abandons = pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnraisableExceptionWarning",
+  "ignore:coroutine .* was never awaited:RuntimeWarning",
+)
+
+
+@abandons
+def test_a_chunk_that_cannot_be_read_is_that_of_one_leaf(call, tmp_path):
+  codes = np.random.default_rng(0).integers(-1, 2, (2, 128, 128))
+  tree = {"a": layer(codes[0], 1, 1), "b": layer(codes[1], 1, 1)}
+  path, magic = tmp_path / "net", b"\x28\xb5\x2f\xfd"  # of a Zstandard frame
+  save_packed(path, tree | {"bias": jnp.arange(5000.0)})
+  blamed = []
+  for file in (path / "packed" / "ocdbt.process_0" / "d").iterdir():
+    data = file.read_bytes()
+    for frame in re.finditer(re.escape(magic), data):
+      at = frame.start()
+      file.write_bytes(data[:at] + b"\0" + data[at + 1 :])
+      status, out, _ = call("inspect", path, "--json")
+      report = json.loads(out)
+      rows = report["layers"] + report["others"]
+      damaged = [row["path"] for row in rows if row["crc32"] != "ok"]
+      # Some of what orbax writes is never read.
+      assert (status, len(damaged)) in ((0, 0), (1, 1))
+      blamed += damaged
+    file.write_bytes(data)
+  assert {*blamed} == {"a", "b", "bias"}
+
+
+@abandons
+def test_an_index_that_cannot_be_read_is_that_of_all_leaves(call, tmp_path):
+  path = tmp_path / "net"
+  save_packed(path, net())
+  (path / "packed" / "manifest.ocdbt").write_bytes(b"")
+  status, out, _ = call("verify", path)
+  assert status == 1
+  assert out.splitlines() == [
+    f"packed/{name}: {path}: the index of packed cannot be read: any of its"
+    " leaves may be damaged."
+    for name in ("a/bias", "a/kernel", "b/kernel")
+  ]
 
 
 def test_all_leaves_are_lost_with_their_file(call, saved, tmp_path):
