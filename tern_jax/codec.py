@@ -8,6 +8,20 @@ one for each sum of the neighbors that are known already along short axes, such
 as those of a convolution: whatever takes fewest bits, its own included. Eight
 coins of one probability are one symbol of a range coder.
 
+How few bytes: let H be the entropy, in bits, by the shares of -1, 0 and +1 in
+the tensor; or by the share of non-zeros in each row (column, channel) of n
+weights and the share of signs in the tensor, and
+
+  log2 C(n),  C(n) = Σ_k binom(n, k) (k/n)^k (1 - k/n)^(n-k) ≈ √(½πn)
+
+more for each row. Of rows of 100 weights and more, a leaf takes at most 1.005
+times the lesser of both, and 64 bytes. Of rows of 20 weights that are far from
+alike it has been .8 % instead of .5 %. The entropy by rows alone cannot be met:
+whatever the code, some weights of a row take at least log2 C(n) bits more
+(Shtarkov 1987), since a reader does not know their share. This is more than
+.5 % of the entropy itself in rows of less than 2,000 weights if 90 % are zeros,
+of less than 16,000 if 99 % are.
+
 Weights are cut into chunks of about a million that are coded on their own: a
 leaf is shared by threads, and a shard is decoded without the others. Bytes are
 
@@ -111,7 +125,8 @@ def encode(packed: PackedTernary) -> bytes:
   True
 
   Source: the range coder and its models are those of Bamler, arXiv 2201.01741;
-  ½ log2 n bits for a parameter, Rissanen, doi 10.1109/TIT.1984.1056936.
+  ½ log2 n bits for a parameter, Rissanen, doi 10.1109/TIT.1984.1056936; C(n),
+  Shtarkov, "Universal sequential coding of single messages", 1987.
   """
   validate(packed)
   stream, layout = _stream(), _Layout.of(packed.shape)

@@ -224,12 +224,30 @@ def test_a_shard_of_each_device(monkeypatch):
 # How many bytes.
 
 
-@pytest.mark.parametrize("zeros", [0.3, 0.5, 0.7, 0.9, 0.95, 0.99])
-@pytest.mark.parametrize("shape", [(100, 100), (250, 400), (250, 4000)])
-def test_equal_rows_take_their_entropy(shape, zeros):
-  codes = draw(shape, 1 - zeros)
-  bound = min(entropy(codes), entropy(codes, 0) + parameters(shape, 0))
-  assert len(assert_comes_back(codes)) <= 1.005 * bound / 8 + 64
+def price(n):
+  """log2 Σ binom(n, k) (k/n)^k (1 - k/n)^(n - k), by Ramanujan's Q(n) + 1."""
+  return math.log2(1 + np.cumprod(1 - np.arange(n) / n).sum())
+
+
+def test_the_price_of_a_share():
+  assert price(1) == 1  # of one weight: to say which it is
+  assert price(2) == math.log2(1 + 1 / 2 + 1)
+  assert price(1000) == pytest.approx(math.log2(500 * math.pi) / 2, abs=0.03)
+
+
+@pytest.mark.parametrize("spread", [0, 2])
+@pytest.mark.parametrize(
+  "shape", [(100, 100), (1000, 100), (250, 4000), (1000, 1000)], ids=str
+)
+def test_rows_take_the_best_entropy_and_the_price_of_shares(shape, spread):
+  spreads = np.exp(spread * np.random.default_rng(1).normal(size=(shape[0], 1)))
+  for zeros in (0.3, 0.7, 0.9, 0.99):
+    odds = (1 - zeros) / zeros * spreads
+    codes = draw(shape, odds / (1 + odds))
+    nonzero = (codes != 0).astype(np.int8)
+    by_row = entropy(nonzero, 0) + shape[0] * price(shape[1])
+    bound = min(entropy(codes), by_row + entropy(codes[codes != 0]))
+    assert 8 * len(assert_comes_back(codes)) <= 1.005 * bound + 8 * 64
 
 
 @pytest.mark.parametrize("axis", [0, 1])
