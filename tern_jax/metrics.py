@@ -147,7 +147,7 @@ def entropy_bytes(tree: Any) -> float:
 
   >>> from tern_jax.packed import pack
   >>> codes, one = jnp.array([0, 1, 0, -1] * 20, jnp.int8), jnp.ones(())
-  >>> entropy_bytes({"w": pack(Ternary(codes, one, one)), "bias": one})
+  >>> round(entropy_bytes({"w": pack(Ternary(codes, one, one)), "b": one}), 3)
   27.0
   """
   weights = sum(leaf.codes.size for leaf in ternary_leaves(tree).values())
