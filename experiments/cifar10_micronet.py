@@ -25,8 +25,8 @@ Recipe: 200 epochs of SGD with Nesterov's momentum .9, rate .1 decayed to 0 by a
 cosine, weight decay 5e-4, batches of 128; mirror images, shifts by up to 4
 pixels, color jitter, Cutout 16. Then, alike, 20 epochs of EC2T and 15 with the
 codes of the best of them, by Adam at 1e-4, at 1e-5 for the centroids. Differs
-from the paper: in EC2T the constraint rises over 10 epochs, of which none is the
-best, the rates decay to 5 % by a cosine, and what stays float has no weight
+from the paper: in EC2T the constraint rises over 10 epochs, none of which is
+the best, the rates decay to 5 % by a cosine, and what stays float has no weight
 decay, 5e-6 in theirs.
 
 Time: not measured; for one accelerator with 16 GB, of which activations take 6.

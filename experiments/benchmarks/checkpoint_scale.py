@@ -35,8 +35,8 @@ Last output, on 2 busy CPU cores of a shared machine, jax 0.10.2:
 
 The memory that the allocator keeps for itself differs between runs: the largest
 save at the entropy took 1.34 to 1.41 of the bound in ten of them, with jax
-0.10.2 and 0.12. The packed tree and its bytes are 1.06 of that; the rest is what
-two threads keep that code a million weights at a time.
+0.10.2 and 0.12. The packed tree and its bytes are 1.06 of that; the rest is
+what two threads keep that code a million weights at a time.
 """
 
 import dataclasses
