@@ -34,9 +34,9 @@ Last output, on 2 busy CPU cores of a shared machine, jax 0.10.2:
   entropy   load        100    4.638       0.0464     45.0     1.10
 
 The memory that the allocator keeps for itself differs between runs: the largest
-save at the entropy took 1.34 to 1.41 of the bound in ten of them, with jax
-0.10.2 and 0.12. The packed tree and its bytes are 1.06 of that; the rest is
-what two threads keep that code a million weights at a time.
+save at the entropy took 1.34 to 1.41 of the bound in eleven of them, one with
+jax 0.10.2 and ten with 0.12. The packed tree and its coded bytes are 1.07 of
+that; the rest is what two threads keep that code a million weights at a time.
 """
 
 import dataclasses
