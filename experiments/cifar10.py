@@ -17,7 +17,7 @@ continues.
 Expected for seed 0, which alone is too few to rank methods: test accuracy of
 the float net after its 6 epochs 72.7; after 3 more as a ternary net, from the
 packed file, TWN 73.0 at 43 % zeros, TGA 73.0 at 44 %, the same with frozen
-thresholds 73.2 at 45 %, EC2T with gamma=0.2 72.6 at 64 %, TTQ 71.5 at 12 %, and
+thresholds 73.2 at 45 %, EC2T with gamma=0.2 72.7 at 62 %, TTQ 71.5 at 12 %, and
 with the rates of `benchmarks.accuracy_table` SCA 72.8, 72.4 and 67.9 at 50, 70
 and 90 %.
 
