@@ -33,6 +33,7 @@ from tern_jax.packed import PackedTernary as PackedTernary
 from tern_jax.packed import pack as pack
 from tern_jax.packed import unpack as unpack
 from tern_jax.packed import validate as validate
+from tern_jax.recipes import recipe as recipe
 from tern_jax.regularizers import alpha_for_sparsity as alpha_for_sparsity
 from tern_jax.regularizers import at_sparsity as at_sparsity
 from tern_jax.regularizers import late_kappa as late_kappa

@@ -680,6 +680,10 @@ def _stored(path: Path, part: str, entries: dict, index: Any) -> dict[str, Any]:
     return {}
   context = _context()
   context.pytree.loading.partial_load = True
+  # All arrays are read to the host, which no other process has to wait for.
+  here = jax.process_index()
+  context.multiprocessing.active_processes = {here}
+  context.multiprocessing.primary_host = here
   with context:
     return ocp.load(path, wanted, checkpointable_name=part)
 

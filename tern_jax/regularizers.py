@@ -26,6 +26,10 @@ from tern_jax.sparsity import (
   target_of,
 )
 
+#: Theta over the latents where the barrier is at a quantile: Adam moves latents
+#: by its rate whatever they are, and with this gain its usual 1e-3 is right.
+GAIN = 10.0
+
 
 def wdr(theta: Array, alpha: Array | float) -> Array:
   """Weight discretization regularizer of one array.
@@ -158,38 +162,44 @@ class AtSparsity:
 
   sparsity: Schedulable
   every: int = 10
+  gain: float = GAIN
 
   def __post_init__(self):
     check_sparsity(self.sparsity)
     check_range("every", self.every, 1, float("inf"), "count training steps")
+    check_gain(self.gain)
 
   def __repr__(self) -> str:
     """Prints the call that made it."""
     return call_repr(self, "at_sparsity")
 
 
-def at_sparsity(sparsity: Schedulable, every: int = 10) -> AtSparsity:
+def at_sparsity(
+  sparsity: Schedulable, every: int = 10, gain: float = GAIN
+) -> AtSparsity:
   """Makes an alpha that keeps the barrier at a quantile of each leaf.
 
   `alpha = 2 q^2`, q the quantile of the leaf's |tanh(Theta)| at the asked
   sparsity, found anew every few updates: the same barrier as
-  `SCA(sparsity=..., every=...)` keeps for the same arguments.
+  `SCA(sparsity=..., every=..., gain=...)` keeps for the same arguments.
 
   Args:
     sparsity: share of zeros in [0, 1), or a schedule of it; also `per_layer`
       or `across_layers`.
     every: updates between two looks at the quantile.
+    gain: Theta over the parameters; 1 where they are Theta itself.
 
   Returns:
     An `alpha` for `wdr_transform`, printable as this call.
 
   Raises:
-    ValueError: a concrete sparsity outside [0, 1), or `every` below 1.
+    ValueError: a concrete sparsity outside [0, 1), `every` below 1, or a gain
+      that is not positive.
 
   >>> at_sparsity(0.9)
   at_sparsity(sparsity=0.9)
   """
-  return AtSparsity(sparsity, every)
+  return AtSparsity(sparsity, every, gain)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -265,6 +275,14 @@ def late_kappa(
 
   0 before `onset`, then exponential from `first` to `last` at `full`, then
   constant: the loss has chosen the codes by then, WDR makes them stay.
+
+  MNIST, 784-32-32-10, validation accuracy in %, means of 5 seeds, by `last`:
+
+    zeros   no WDR       1       3      10      30
+     0.5     95.82   95.96   96.19   96.33   96.24
+     0.8     94.69   94.78   94.88   95.46   95.54
+     0.9     92.71   92.75   93.35   92.91   93.12
+     0.95    90.66   90.30   90.91   91.59   92.02
 
   Args:
     steps: training steps of the whole run.
@@ -397,8 +415,12 @@ def wdr_transform(
         lambda old: old,
         threshold,
       )
-      alphas = jax.tree.map(lambda t: 2 * jnp.square(jnp.tanh(t)), threshold)
+      gain = alpha.gain
+      alphas = jax.tree.map(
+        lambda t: 2 * jnp.square(jnp.tanh(gain * t)), threshold
+      )
     else:
+      gain = 1.0
       alphas = jax.tree.broadcast(alpha, params)
 
     def add(path: Any, u: Array | None, theta: Array, a: Any) -> Array | None:
@@ -408,7 +430,7 @@ def wdr_transform(
       a = at(a, count, widen(theta).dtype)
 
       def add_one(u: Array, theta: Array, a: Array) -> Array:
-        return _add(u, theta, a, strength, count)
+        return _add(u, theta, a, gain, strength, count)
 
       in_axes = (0, 0, 0 if a.ndim else None)
       return lift(path, add_one, in_axes)(u, theta, a)
@@ -424,12 +446,17 @@ def wdr_transform(
 
 
 def _add(
-  u: Array, theta: Array, a: Array, strength: Any, count: Array
+  u: Array,
+  latent: Array,
+  a: Array,
+  gain: float,
+  strength: Any,
+  count: Array,
 ) -> Array:
-  """Returns u + strength * dR/dTheta in the dtype of u."""
+  """Returns u + strength * dR/dlatent in the dtype of u."""
 
   def add(factor: Any) -> Array:
-    r = wdr_grad(theta, a)
+    r = gain * wdr_grad(gain * widen(latent), a)
     return (u.astype(r.dtype) + factor(r) * r).astype(u.dtype)
 
   if not isinstance(strength, Relative):
@@ -479,6 +506,11 @@ def check_alpha(alpha: Any) -> None:
     2,
     "0 gives binary weights, from 2 on every weight goes to 0; try 0.1",
   )
+
+
+def check_gain(gain: Any) -> None:
+  """Raises a ValueError unless a gain is positive."""
+  check_range("gain", gain, 1e-6, 1e6, "1 keeps Theta itself as parameters")
 
 
 def _check_strength(name: str, strength: Any) -> None:

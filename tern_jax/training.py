@@ -7,6 +7,7 @@ saved, restored and looked at as on one device.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -92,6 +93,7 @@ def make_step(
   tern: ParamTransform | None = None,
   axis_name: str | None = None,
   scales_first: bool = False,
+  micro_batches: int = 1,
 ) -> Step:
   """Makes the pure training step, to be wrapped by jit, pmap or shard_map.
 
@@ -107,12 +109,17 @@ def make_step(
       latents at the new scales on the same batch, as TGA's authors do (arXiv
       1810.01018): two forwards and backwards a step. The transform must treat
       latents and scales apart, as `optax.partition` by `LABELS` does.
+    micro_batches: parts of a batch that are taken one after the other, for a
+      batch that does not fit into memory; gradients, loss and metrics are the
+      means over them, the model state goes from one to the next. Unlike in
+      `optax.MultiSteps`, schedules and targets count whole batches.
 
   Returns:
     `step(state, batch) -> (state, metrics)`, metrics with "loss" among them.
 
   Raises:
-    ValueError: scales_first without tern: there are no scales.
+    ValueError: scales_first without tern: there are no scales; or, by the step,
+      a batch that cannot be divided into micro_batches.
   """
   if scales_first and tern is None:
     raise ValueError(
@@ -125,11 +132,21 @@ def make_step(
   def step(state: TrainState, batch: Any) -> tuple[TrainState, dict]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
-    def loss(params: Any) -> Any:
+    def loss(params: Any, model_state: Any, batch: Any, key: Array) -> Any:
       weights = params if tern is None else tern(params, state.tern_state)
-      return loss_fn(weights, state.model_state, batch, key)
+      return loss_fn(weights, model_state, batch, key)
 
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    def value_and_grad(params: Any) -> Any:
+      fn = jax.value_and_grad(loss, has_aux=True)
+      if micro_batches == 1:
+        return fn(params, state.model_state, batch, key)
+      return _mean_over_parts(
+        functools.partial(fn, params),
+        state.model_state,
+        split_batch(batch, micro_batches, "micro-batches"),
+        jax.random.split(key, micro_batches),
+      )
+
     (value, (model_state, metrics)), grads = value_and_grad(state.params)
     # Differentiate first, average then: averaging inside the loss would sum
     # gradients under shard_map, silently, by the number of devices.
@@ -219,12 +236,13 @@ def data_mesh(
   )
 
 
-def split_batch(batch: Any, devices: int) -> Any:
+def split_batch(batch: Any, devices: int, parts: str = "devices") -> Any:
   """Adds the leading axis of devices that `pmap_step` maps over.
 
   Args:
     batch: tree of arrays, the first axis divisible by devices.
     devices: number of devices.
+    parts: what they are, for the message of the error.
 
   Returns:
     Tree of arrays [devices, batch / devices, ...].
@@ -241,7 +259,7 @@ def split_batch(batch: Any, devices: int) -> Any:
     if x.shape[0] % devices:
       raise ValueError(
         f"A batch of {x.shape[0]} cannot be shared evenly by {devices}"
-        " devices: make the batch size a multiple of their number."
+        f" {parts}: make the batch size a multiple of their number."
       )
     return x.reshape((devices, x.shape[0] // devices, *x.shape[1:]))
 
@@ -276,6 +294,30 @@ def reestimate_model_state(
   for batch in batches:
     model_state = fn(weights, model_state, batch)
   return model_state
+
+
+def _mean_over_parts(
+  value_and_grad: Callable[[Any, Any, Array], Any],
+  model_state: Any,
+  parts: Any,
+  keys: Array,
+) -> Any:
+  """Calls a function of parts of a batch, and returns what it would of all."""
+
+  def add(carry: Any, part: Any) -> Any:
+    model_state, total = carry
+    (value, (model_state, metrics)), grads = value_and_grad(model_state, *part)
+    total = jax.tree.map(jnp.add, total, (value, metrics, grads))
+    return (model_state, total), None
+
+  first = jax.tree.map(lambda x: x[0], (parts, keys))
+  shapes = jax.eval_shape(value_and_grad, model_state, *first)
+  (value, (_, metrics)), grads = jax.tree.map(jnp.zeros_like, shapes)
+  carry = model_state, (value, metrics, grads)
+  (model_state, total), _ = jax.lax.scan(add, carry, (parts, keys))
+  count = keys.shape[0]
+  value, metrics, grads = jax.tree.map(lambda x: x / count, total)
+  return (value, (model_state, metrics)), grads
 
 
 def _pmean(tree: Any, axis_name: str) -> Any:

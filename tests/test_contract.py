@@ -320,9 +320,8 @@ class TestSca:
       return jnp.sum(method(theta, scales, state) * g)
 
     d_theta, d_scales = jax.grad(loss, (0, 1))(theta, scales)
-    np.testing.assert_allclose(
-      d_theta, scales["a"] * g * (1 - jnp.tanh(theta) ** 2), rtol=1e-5
-    )
+    slope = 10 * (1 - jnp.tanh(10 * theta) ** 2)
+    np.testing.assert_allclose(d_theta, scales["a"] * g * slope, rtol=1e-5)
     axes = {None: None, -1: 0, 0: 1}[channel_axis]
     expected = jnp.sum(g * codes, axes, keepdims=axes is not None)
     np.testing.assert_allclose(d_scales["a"], expected, rtol=1e-4, atol=1e-6)
@@ -349,6 +348,10 @@ class TestSca:
       SCA(alpha=2)
     with pytest.raises(ValueError, match="sparsity must lie in"):
       SCA(sparsity=-0.1)
+    with pytest.raises(ValueError, match="give no gain"):
+      SCA(alpha=0.1, gain=10.0)
+    with pytest.raises(ValueError, match="gain must lie in"):
+      SCA(sparsity=0.5, gain=0.0)
     with pytest.raises(ValueError, match="sigma must lie in"):
       SCA(alpha=0.1, sigma=0.0)
     with pytest.raises(ValueError, match="channel_axis=2 is no axis"):

@@ -235,6 +235,19 @@ def test_relative_strength_is_finite_at_zero_gradients_and_stationary_points():
   assert added(tx, ones, zeros).tolist() == zeros.tolist()
 
 
+@pytest.mark.parametrize("gain", [1.0, 10.0])
+def test_a_gain_between_parameters_and_latents(gain):
+  w = np.random.default_rng(3).normal(0, 0.02, (40, 25)).astype(np.float32)
+  tx = tern_jax.wdr_transform(tern_jax.at_sparsity(0.6, gain=gain), 0.5)
+  got = added(tx, jnp.zeros((40, 25)), jnp.asarray(w))
+  low, high = np.sort(np.abs(w).ravel())[[599, 600]]
+  for edge in (low, high):
+    # The barrier may be anywhere between two magnitudes.
+    alpha = 2 * np.tanh(gain * float(edge)) ** 2
+    expected = 0.5 * gain * reference.wdr_grad(gain * w.astype(float), alpha)
+    np.testing.assert_allclose(got, expected, rtol=0.02, atol=1e-4)
+
+
 @pytest.mark.parametrize("every", [1, 10])
 def test_at_sparsity_keeps_the_barrier_of_sca(standard_promotion, every):
   target = tern_jax.ramp(0.8, steps=60)

@@ -235,11 +235,11 @@ def test_where_latents_lie():
   # The barrier is at .99975.
   np.testing.assert_allclose(np.tanh(w), 0.999875 * codes, rtol=1e-6)
   w, _, state = latents(SCA(sparsity=0.75, sigma=0.1))
-  # A quarter of the latents has their root mean square.
-  np.testing.assert_allclose(w, 0.2 * codes, rtol=1e-6)
-  assert float(state["threshold"]) == pytest.approx(0.1)
-  w, _, state = latents(SCA(sparsity=0.75, sigma=None))
-  np.testing.assert_allclose(np.tanh(w), 0.99 * codes, rtol=1e-6)
+  # A quarter of Theta has its root mean square.
+  np.testing.assert_allclose(10 * w, 0.2 * codes, rtol=1e-6)
+  assert float(state["threshold"]) == pytest.approx(0.01)
+  w, _, state = latents(SCA(sparsity=0.75, sigma=None, gain=3.0))
+  np.testing.assert_allclose(np.tanh(3 * w), 0.99 * codes, rtol=1e-6)
   w, _, state = latents(TWN(threshold=0.8))
   np.testing.assert_array_equal(w, 0.5 * codes)
   assert float(state["threshold"]) == pytest.approx(0.8 * 0.25 * 0.5)

@@ -52,10 +52,11 @@ def batches(steps, size=32):
 
 STEPS = 30
 TARGET = tern_jax.ramp(0.5, STEPS)
-TERN = tern_jax.ParamTransform(tern_jax.SCA(sparsity=TARGET, every=4))
+# SGD, to compare states to rounding, is not for the gain that suits Adam.
+TERN = tern_jax.ParamTransform(tern_jax.SCA(sparsity=TARGET, every=4, gain=1.0))
 TX = optax.chain(
   tern_jax.wdr_transform(
-    tern_jax.at_sparsity(TARGET, every=4),
+    tern_jax.at_sparsity(TARGET, every=4, gain=1.0),
     tern_jax.relative(tern_jax.late_kappa(STEPS)),
     mask=tern_jax.kernels(),
   ),
@@ -210,6 +211,31 @@ def test_each_step_has_its_own_key():
   key = jax.random.key(1)
   expected = [jax.random.normal(jax.random.fold_in(key, i)) for i in range(2)]
   np.testing.assert_allclose(seen, expected, rtol=1e-6)
+
+
+def test_micro_batches_are_one_batch_in_parts():
+  def loss(weights, model_state, batch, key):
+    seen = {"count": model_state["count"] + 1, "last": batch[-1, 0]}
+    noise = jax.random.uniform(key)
+    return jnp.mean((batch @ weights["w"] - 1) ** 2), (seen, {"noise": noise})
+
+  tx = optax.sgd(0.1)
+  model_state = {"count": jnp.zeros((), jnp.int32), "last": jnp.zeros(())}
+  state = training.init_state({"w": jnp.ones(3)}, tx, model_state=model_state)
+  batch = jax.random.normal(jax.random.key(0), (12, 3))
+  whole, expected = training.make_step(loss, tx)(state, batch)
+  step = jax.jit(training.make_step(loss, tx, micro_batches=4))
+  parts, metrics = step(state, batch)
+  close(parts.params, whole.params)
+  assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]))
+  # The mean of four draws, each with a key of its own.
+  key = jax.random.fold_in(jax.random.wrap_key_data(state.key), 0)
+  draws = [jax.random.uniform(k) for k in jax.random.split(key, 4)]
+  assert float(metrics["noise"]) == pytest.approx(np.mean(draws), rel=1e-6)
+  assert int(parts.model_state["count"]) == 4
+  assert float(parts.model_state["last"]) == float(batch[-1, 0])
+  with pytest.raises(ValueError, match="shared evenly by 4 micro-batches"):
+    step(state, batch[:10])
 
 
 def test_batch_statistics_are_reestimated_for_the_rounded_weights(one_device):

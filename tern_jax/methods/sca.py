@@ -19,7 +19,7 @@ from tern_jax.base import (
   widen,
 )
 from tern_jax.estimators import trained_scale
-from tern_jax.regularizers import check_alpha, wdr_barrier
+from tern_jax.regularizers import GAIN, check_alpha, check_gain, wdr_barrier
 from tern_jax.sparsity import (
   Schedulable,
   check_sparsity,
@@ -47,24 +47,24 @@ class SCA(Ternarizer):
     training, to the weight after `ParamTransform.refresh`. The barrier sits
     at that quantile of |W|, so `alpha = 2 quantile^2`; the forward is hard,
     `a sign(Theta) 1[|W| > barrier]`, with the gradient of tanh(Theta). The
-    loss chooses the codes; a late WDR makes them settle. The recipe:
+    loss chooses the codes; a late WDR makes them settle. `recipe(0.9, steps)`
+    makes both, with their schedules.
 
-        target = tern_jax.ramp(0.9, steps)
-        method = tern_jax.SCA(sparsity=target)
-        wdr = tern_jax.wdr_transform(
-            tern_jax.at_sparsity(target),
-            tern_jax.relative(tern_jax.late_kappa(steps)), mask=where)
-
-  Adam needs to move Theta by many times its spread: rates near 1e-2 on the
-  latents, decayed to 5 %, and no weight decay there. Convolutions that continue
-  a float net want less: 2e-3, and 1e-4 on the scale.
+  Train that by Adam at its usual rate of 1e-3, decayed to 5 % by a cosine: at a
+  rate that stays high, codes still change while WDR makes them settle. No
+  weight decay on the latents. Where 99 % of a small layer would be zero,
+  `across_layers(s)` leaves it more.
 
   Args:
     alpha: controller of WDR in [0, 2), a number or a traced array.
     sparsity: share of zeros in [0, 1), a number, traced array or schedule of
       the step. Exactly one of alpha and sparsity is given.
-    sigma: root mean square of the latents at the start, whatever the scale of
-      the user's initial weights; None keeps them, as `arctanh(w)`.
+    sigma: root mean square of Theta at the start, whatever the scale of the
+      user's initial weights; None keeps them, as `arctanh(w)`.
+    gain: Theta over the latents, which are what is trained. None is 10 with a
+      sparsity, as in `at_sparsity`: Theta must move by many times its spread,
+      and Adam moves latents by its rate whatever they are. A gain g makes the
+      rate of SGD g^2 times as effective. With alpha it is 1.
     every: steps between two looks at the quantile of the sparsity face.
     scaled: train a scale a, started such that the ternary weights have the
       root mean square of the user's initial ones, and never less than a tenth
@@ -73,8 +73,8 @@ class SCA(Ternarizer):
       axis, -1 for the output channels of Flax and Haiku, 0 for Equinox's.
 
   Raises:
-    ValueError: a hyper-parameter is out of range, or not exactly one of alpha
-      and sparsity is given.
+    ValueError: a hyper-parameter is out of range, not exactly one of alpha and
+      sparsity is given, or a gain with alpha.
 
   >>> w = jnp.array([[0.1, -0.2], [0.3, -0.4]])
   >>> method = SCA(sparsity=0.5)
@@ -96,6 +96,7 @@ class SCA(Ternarizer):
   alpha: Any = None
   sparsity: Schedulable = None
   sigma: float | None = 0.2
+  gain: float | None = None
   every: int = 10
   scaled: bool = True
   channel_axis: int | None = None
@@ -109,6 +110,13 @@ class SCA(Ternarizer):
     check_alpha(self.alpha)
     check_sparsity(self.sparsity)
     check_range("sigma", self.sigma, 1e-6, 10, "0.2 works throughout")
+    check_gain(self.gain)
+    if self.soft and self.gain is not None:
+      raise ValueError(
+        f"SCA got alpha={self.alpha} and gain={self.gain}, but with alpha the"
+        " latents are Theta itself, as wdr_transform(alpha) takes them: give no"
+        " gain."
+      )
     check_range("every", self.every, 1, float("inf"), "count training steps")
 
   @property
@@ -116,8 +124,18 @@ class SCA(Ternarizer):
     """Whether the training forward is not yet ternary."""
     return self.sparsity is None
 
+  def weights(self, w: Array) -> Array:
+    """Returns W = tanh(Theta) of latents."""
+    return jnp.tanh(self._gain * w)
+
+  @property
+  def _gain(self) -> float:
+    if self.gain is None:
+      return 1.0 if self.soft else GAIN
+    return self.gain
+
   def latent(self, w: Array) -> Array:
-    """Returns Theta for the user's initial weights."""
+    """Returns Theta / gain for the user's initial weights."""
     wide = widen(w)
     if self.sigma is None:
       edge = 1 - float(jnp.finfo(w.dtype).eps)
@@ -125,15 +143,16 @@ class SCA(Ternarizer):
     else:
       size = rms(wide)
       theta = wide * jnp.where(size > 0, self.sigma / size, 1)
-    return theta.astype(w.dtype)
+    return (theta / self._gain).astype(w.dtype)
 
   def init(self, w: Array) -> tuple[Arrays, Arrays]:
     """Returns the scale, and the threshold of the sparsity face."""
-    theta = self.latent(w)
-    state = {} if self.soft else init_target(theta, self.sparsity)
+    latent = self.latent(w)
+    state = {} if self.soft else init_target(latent, self.sparsity)
     if not self.scaled:
       return {}, state
-    unscaled = jnp.tanh(theta) if self.soft else self._codes(theta, state)
+    make = self.weights if self.soft else lambda w: self._codes(w, state)
+    unscaled = make(latent)
 
     def ratio(axis: Any, otherwise: Any) -> Array:
       want, have = rms(w, axis), rms(unscaled, axis)
@@ -151,8 +170,8 @@ class SCA(Ternarizer):
     """Returns `a tanh(Theta)`, or its ternary codes times a."""
     a = scales["a"] if self.scaled else jnp.ones((), w.dtype)
     if self.soft:
-      return a * jnp.tanh(w)
-    return trained_scale(jnp.tanh(w), self._codes(w, state), a, factor=a)
+      return a * self.weights(w)
+    return trained_scale(self.weights(w), self._codes(w, state), a, factor=a)
 
   def discretize(self, w: Array, scales: Arrays, state: Arrays) -> Ternary:
     """Returns the codes on the latents' side of the barrier."""
@@ -186,8 +205,8 @@ class SCA(Ternarizer):
 
     With alpha, nonzeros are at |W| = .99 (or half-way from the barrier to 1),
     so that the soft forward is .99 of the ternary weights. With a sparsity,
-    which must be that of these weights, latents have the root mean square
-    sigma, as at the start, unless |W| would be beyond .99.
+    which must be that of these weights, Theta has the root mean square sigma,
+    as at the start, unless |W| would be beyond .99.
     """
     a = one_magnitude(ternary, self)
     if not self.scaled and concrete(a) and jnp.any(a != 1):
@@ -201,12 +220,13 @@ class SCA(Ternarizer):
     settled = jnp.arctanh(jnp.asarray(_SETTLED, widen(a).dtype))
     if self.soft:
       barrier = wdr_barrier(jnp.asarray(self.alpha, settled.dtype))
-      theta = jnp.maximum(settled, jnp.arctanh((1 + barrier) / 2))
+      theta = jnp.maximum(settled, jnp.arctanh((1 + barrier) / 2)) / self._gain
       return codes * theta.astype(a.dtype), scales, state
     check_zeros(ternary.codes, self.sparsity, count)
     size = rms(codes)
     sigma = jnp.inf if self.sigma is None else self.sigma
     theta = jnp.minimum(sigma / jnp.where(size > 0, size, 1), settled)
+    theta /= self._gain
     state |= {"count": count, "threshold": theta.astype(jnp.float32) / 2}
     return codes * theta.astype(a.dtype), scales, state
 
@@ -214,7 +234,8 @@ class SCA(Ternarizer):
     # Compared on the latents, not on W = tanh(Theta): tanh saturates, and
     # ties there would break the exact count.
     if self.soft:
-      threshold = jnp.arctanh(wdr_barrier(jnp.asarray(self.alpha, jnp.float32)))
+      barrier = wdr_barrier(jnp.asarray(self.alpha, jnp.float32))
+      threshold = jnp.arctanh(barrier) / self._gain
     else:
       threshold = state["threshold"]
     beyond = jnp.abs(w).astype(jnp.float32) > threshold

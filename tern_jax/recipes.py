@@ -1,0 +1,72 @@
+"""How to train at an asked sparsity, as one call."""
+
+from typing import NamedTuple
+
+import optax
+
+from tern_jax.methods import SCA
+from tern_jax.regularizers import (
+  at_sparsity,
+  late_kappa,
+  relative,
+  wdr_transform,
+)
+from tern_jax.select import Kernels
+from tern_jax.sparsity import Schedulable, ramp
+from tern_jax.transform import ParamTransform
+
+
+class Recipe(NamedTuple):
+  """What `recipe` makes: a lifted method, and its regularizer."""
+
+  tern: ParamTransform
+  wdr: optax.GradientTransformation
+
+
+def recipe(
+  sparsity: Schedulable,
+  steps: int,
+  where: Kernels | None = None,
+  *,
+  stacked: tuple[str, ...] = (),
+  channel_axis: int | None = None,
+) -> Recipe:
+  """Makes SCA's training at an asked sparsity: all its schedules, agreed.
+
+  `SCA(sparsity=target)` with `target = ramp(sparsity, steps)`, and
+  `wdr_transform(at_sparsity(target), relative(late_kappa(steps)))`: the barrier
+  rises to the target in the first half of the run, the loss chooses the codes
+  there, and over the last 30 % WDR makes them settle.
+
+  It takes Adam at its usual rate of 1e-3, decayed to 5 % by a cosine, and no
+  weight decay on the latents.
+
+  Args:
+    sparsity: share of zeros in [0, 1): of each layer as a number, or shares
+      `per_layer`, or `across_layers`, which is the better choice from some 97 %
+      on, where the smallest layers would be left with too few weights.
+    steps: training steps of the whole run.
+    where: which leaves are ternary, `kernels()` by default.
+    stacked: patterns of leaves whose first axis enumerates layers.
+    channel_axis: None for one scale a tensor; -1 (Flax, Haiku) or 0 (Equinox)
+      for one an output channel.
+
+  Returns:
+    (tern, wdr): to be taken apart. `wdr` is the first of the optax chain.
+
+  Raises:
+    ValueError: a share outside [0, 1), or `steps` below 1.
+
+  >>> tern, wdr = recipe(0.9, steps=1000)
+  >>> tern.method
+  SCA(sparsity=ramp(sparsity=0.9, steps=1000))
+  >>> tx = optax.chain(
+  ...     wdr, optax.adam(optax.cosine_decay_schedule(1e-3, 1000, 0.05)))
+  """
+  where = Kernels() if where is None else where
+  target = ramp(sparsity, steps)
+  method = SCA(sparsity=target, channel_axis=channel_axis)
+  wdr = wdr_transform(
+    at_sparsity(target), relative(late_kappa(steps)), where, stacked
+  )
+  return Recipe(ParamTransform(method, where, stacked), wdr)

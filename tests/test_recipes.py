@@ -1,0 +1,87 @@
+"""The recipe: the parts that it is made of, and what it makes of a net."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import tern_jax
+
+PARAMS = {
+  "body": {"kernel": jax.random.normal(jax.random.key(0), (30, 20))},
+  "head": {"kernel": jax.random.normal(jax.random.key(1), (20, 4)) / 9},
+}
+
+
+@pytest.mark.parametrize(
+  "sparsity",
+  [0.8, tern_jax.across_layers(0.8), tern_jax.per_layer({"*": 0.8})],
+)
+def test_it_is_the_parts_it_names(sparsity):
+  where, target = tern_jax.kernels(), tern_jax.ramp(sparsity, 20)
+  tern, wdr = tern_jax.recipe(sparsity, 20)
+  method = tern_jax.SCA(sparsity=target)
+  assert tern == tern_jax.ParamTransform(method, where)
+  alpha, kappa = tern_jax.at_sparsity(target), tern_jax.late_kappa(20)
+  parts = tern_jax.wdr_transform(alpha, tern_jax.relative(kappa), where)
+  params, _ = tern.init(PARAMS)
+  updates = jax.tree.map(jnp.ones_like, params)
+  mine, theirs = wdr.init(params), parts.init(params)
+  for step in range(20):
+    found, mine = jax.jit(wdr.update)(updates, mine, params)
+    expected, theirs = jax.jit(parts.update)(updates, theirs, params)
+    chex.assert_trees_all_equal(found, expected)
+    changed = bool(jnp.any(found.latent["body"]["kernel"] != 1))
+    assert changed == (step >= 14)
+
+
+def test_options_reach_both_parts():
+  stack = {"body": {"kernel": jnp.stack(2 * [PARAMS["body"]["kernel"]])}}
+  where = tern_jax.kernels(include="body")
+  tern, wdr = tern_jax.recipe(
+    0.8, 20, where, stacked=("body",), channel_axis=-1
+  )
+  assert (tern.where, tern.stacked) == (where, ("body",))
+  params, _ = tern.init(stack)
+  assert params.scales["body/kernel"]["a"].shape == (2, 1, 20)
+  thresholds = [x for x in jax.tree.leaves(wdr.init(params)) if x.ndim]
+  assert [x.shape for x in thresholds] == [(2,)]
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_net_learns_at_the_asked_sparsity():
+  x = jax.random.normal(jax.random.key(2), (256, 30))
+  labels = jnp.argmax(x[:, :4] + x[:, 4:8], -1)
+  steps = 200
+  tern, wdr = tern_jax.recipe(tern_jax.across_layers(0.9), steps)
+  rate = optax.cosine_decay_schedule(1e-2, steps, 0.05)
+  tx = optax.chain(wdr, optax.adam(rate))
+  params, state = tern.init(PARAMS)
+
+  def logits(weights):
+    hidden = jax.nn.relu(x @ weights["body"]["kernel"])
+    return hidden @ weights["head"]["kernel"]
+
+  def loss(params, state):
+    found = logits(tern(params, state))
+    losses = optax.softmax_cross_entropy_with_integer_labels(found, labels)
+    return losses.mean()
+
+  @jax.jit
+  def train(params, state):
+    def step(carry, _):
+      params, state, opt_state = carry
+      grads = jax.grad(loss)(params, state)
+      updates, opt_state = tx.update(grads, opt_state, params)
+      params = optax.apply_updates(params, updates)
+      return (*tern.after_step(params, state), opt_state), None
+
+    carry = params, state, tx.init(params)
+    return jax.lax.scan(step, carry, None, steps)[0]
+
+  params, state, _ = train(params, state)
+  codes = tern.discretize(*tern.refresh(params, state))
+  assert int(tern_jax.metrics.sparsity(codes) * 680) == 612
+  answers = jnp.argmax(logits(tern_jax.unpack(tern_jax.pack(codes))), -1)
+  assert float(jnp.mean(answers == labels)) > 0.8
