@@ -100,8 +100,12 @@ class Config:
   """Data set: digits, or any prepared set of images by its tfds name."""
   data_dir: str | None = None
   """Directory of prepared data sets; None for the usual one."""
+  model: Literal["mlp", "convnet"] = "mlp"
+  """Network."""
   hidden: tuple[int, ...] = (32, 32)
-  """Widths of the hidden layers."""
+  """Widths of the hidden layers of mlp, channels of convnet."""
+  exclude: tuple[str, ...] = ()
+  """Patterns of kernels that stay float, such as stem."""
   epochs: int = 60
   """Passes over the training data."""
   batch_size: int = 64
@@ -149,7 +153,9 @@ class Config:
     return cli.Config(
       method=method,
       data=self.data,
+      model=self.model,
       hidden=self.hidden,
+      exclude=self.exclude,
       epochs=self.epochs,
       batch_size=self.batch_size,
       seed=seed,
@@ -163,7 +169,8 @@ class Config:
     for name in ("workdir", "devices", "compare", "data_dir"):
       del record[name]
     record["values"] = list(self.values or VALUES[self.by])
-    return record | {"hidden": list(self.hidden)}
+    lists = {"hidden": list(self.hidden), "exclude": list(self.exclude)}
+    return record | lists
 
 
 def make_train(config: Config, dataset: data.Dataset) -> Train:
@@ -188,7 +195,7 @@ def make_train(config: Config, dataset: data.Dataset) -> Train:
     options = config.run(value, seed)
     model: Any = evaluate.make_model(options, dataset.num_classes)
     key = jax.random.key(seed)
-    image = jnp.zeros((1, *dataset.image_shape))
+    image = jnp.zeros((1, *dataset.input_shape))
     model_state: Any = dict(model.init(key, image, train=False))
     params = model_state.pop("params")
     steps = config.epochs * epoch_steps
@@ -198,8 +205,8 @@ def make_train(config: Config, dataset: data.Dataset) -> Train:
 
     def batch(rows: Array) -> Any:
       split = splits["train"]
-      image = standardized(split["image"][rows])
-      return {"image": image, "label": split["label"][rows]}
+      image = standardized(split["input"][rows])
+      return {"input": image, "label": split["label"][rows]}
 
     def advance(state: Any, rows: Array) -> Any:
       return jax.lax.scan(lambda s, r: step(s, batch(r)), state, rows)[0]
@@ -225,7 +232,7 @@ def make_train(config: Config, dataset: data.Dataset) -> Train:
     def reestimate(statistics: Any, rows: Array) -> tuple[Any, None]:
       _, statistics = model.apply(
         {"params": weights, **statistics},
-        batch(rows)["image"],
+        batch(rows)["input"],
         train=True,
         mutable=list(statistics),
       )
@@ -237,9 +244,13 @@ def make_train(config: Config, dataset: data.Dataset) -> Train:
       rounded |= jax.lax.scan(reestimate, ternary, some)[0]
 
     def accuracy(variables: Any, split: Any) -> Array:
-      images = standardized(split["image"])
-      logits = model.apply(variables, images, train=False)
-      return jnp.mean(jnp.argmax(logits, -1) == split["label"])
+      def answer(image: Array) -> Array:
+        batch = standardized(image)[None]
+        return jnp.argmax(model.apply(variables, batch, train=False))
+
+      # In parts, because activations of all images may not fit.
+      answers = jax.lax.map(answer, split["input"], batch_size=1000)
+      return jnp.mean(answers == split["label"])
 
     codes, as_trained = stage.ternary(state)["params"], stage.variables(state)
     return {

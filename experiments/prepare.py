@@ -3,7 +3,9 @@
   python -m experiments.prepare mnist --data-dir ~/tensorflow_datasets
 
 downloads the original archive and writes it as array_record files, which are
-then read without TensorFlow. Preparing needs it: `tern_jax[prepare]`.
+then read without TensorFlow. Preparing needs it: `tern_jax[prepare]`. The
+archives of some sets, such as imagenet2012, must be downloaded by hand: it then
+says which, and where to put them.
 """
 
 import difflib
@@ -22,12 +24,13 @@ def prepare(
   """Prepares a data set for the experiments.
 
   Args:
-    name: Name in tensorflow-datasets, such as mnist or cifar10, or digits.
+    name: Name in tensorflow-datasets, such as mnist, cifar10, cifar100 or
+      imagenet2012, or digits.
     data_dir: Where to write it; None for $TFDS_DATA_DIR, else
       ~/tensorflow_datasets.
 
   Raises:
-    SystemExit: The data set is unknown, or TensorFlow is missing.
+    SystemExit: The data set is unknown, or TensorFlow or archives are missing.
   """
   data_dir = data.resolve_data_dir(data_dir)
   try:
@@ -52,6 +55,14 @@ def _download(name: str, data_dir: Path) -> None:
       'Install it with\n  pip install "tern_jax[prepare]"'
     )
   builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+  archives = data_dir / "downloads" / "manual"
+  if builder.MANUAL_DOWNLOAD_INSTRUCTIONS and not archives.is_dir():
+    told = " ".join(builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
+    raise SystemExit(
+      f"The archives of {name!r} must be downloaded by hand. Put them into\n"
+      f"  {archives}\nwhich is the manual_dir here, and repeat the command:\n"
+      f"{told}"
+    )
   builder.download_and_prepare()
 
 

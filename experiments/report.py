@@ -25,13 +25,26 @@ INTRODUCTION = (
   "Sparse ternary networks. Accuracy on the test split, which is read once a"
   " run, at its end: mean ± standard deviation over seeds."
 )
-NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "lenet5": "LeNet-5"}
-NAMES |= {f"resnet{depth}": f"ResNet-{depth}" for depth in (8, 20, 32, 44, 56)}
+NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+NAMES |= {"lenet5": "LeNet-5", "vgg_small": "VGG-small"}
+NAMES |= {"imagenet2012": "ImageNet", "micronet": "MicroNet"}
+NAMES |= {
+  f"resnet{depth}": f"ResNet-{depth}" for depth in (8, 18, 20, 32, 44, 50, 56)
+}
 #: Columns of the tables of single runs, as those of `accuracy_table`.
 COLUMNS = (
   ("float %", "float", 100, ".2f"),
   ("ternary %", "unrounded", 100, ".2f"),
   ("packed %", "packed", 100, ".2f"),
+  ("zeros %", "sparsity", 100, ".1f"),
+)
+#: The same of text, in bits a character, of both splits.
+OF_TEXT = (
+  ("validation, float", "validation_float", 1, ".3f"),
+  ("validation, ternary", "validation_rounded", 1, ".3f"),
+  ("test, float", "float", 1, ".3f"),
+  ("test, ternary", "unrounded", 1, ".3f"),
+  ("test, packed", "packed", 1, ".3f"),
   ("zeros %", "sparsity", 100, ".1f"),
 )
 SIZES = (
@@ -169,23 +182,27 @@ def single_runs(
   groups: dict[str, list[Any]], results: Path, out: Path
 ) -> page.Section:
   """Sets single runs side by side, the seeds of a configuration in one row."""
-  table = {
-    group: [
-      run | {key: hits / run["total"] for key, hits in run["correct"].items()}
-      for run in runs
-    ]
-    for group, runs in groups.items()
-  }
+  images, texts, table = {}, {}, {}
+  for group, runs in groups.items():
+    is_text = all("text_sha256" in run for run in runs)
+    rows = [run | (bits(run) if is_text else shares(run)) for run in runs]
+    (texts if is_text else images)[group] = table[group] = rows
+  tables = [
+    (title, page.cells(accuracy_table.markdown(part, columns)))
+    for title, part, columns in (
+      ("Test accuracy", images, COLUMNS),
+      ("Text, bits a character", texts, OF_TEXT),
+      ("Size", table, SIZES),
+    )
+    if part
+  ]
   section = page.Section(
     "Single runs",
     [
       "A float net, the ternary net as trained, and its packed file as a fresh"
       " process loads it. Sizes are those of whole models, biases included."
     ],
-    [
-      ("Test accuracy", page.cells(accuracy_table.markdown(table, COLUMNS))),
-      ("Size", page.cells(accuracy_table.markdown(table, SIZES))),
-    ],
+    tables,
   )
   for data in dict.fromkeys(group.split("-")[0] for group in groups):
     picture = f"{data}_histograms.png"
@@ -194,6 +211,28 @@ def single_runs(
       text = f"{data}: weights of each layer on their way to -1, 0 and 1."
       section.pictures.append(page.Picture(picture, text, text))
   return section
+
+
+def shares(run: dict[str, Any]) -> dict[str, float]:
+  """Returns the share of right answers of each net.
+
+  >>> shares({"correct": {"float": 9}, "total": 10})
+  {'float': 0.9}
+  """
+  return {key: hits / run["total"] for key, hits in run["correct"].items()}
+
+
+def bits(run: dict[str, Any]) -> dict[str, float]:
+  """Returns the loss of each net in bits, by its name and its split.
+
+  >>> nats = {"float": math.log(8)}
+  >>> found = bits({"loss": nats, "validation_loss": nats})
+  >>> {key: round(value, 6) for key, value in found.items()}
+  {'float': 3.0, 'validation_float': 3.0}
+  """
+  seen = {f"validation_{k}": x for k, x in run["validation_loss"].items()}
+  nats = run["loss"] | seen
+  return {key: value / math.log(2) for key, value in nats.items()}
 
 
 def side_by_side(name: str, record: dict[str, Any], out: Path) -> page.Section:
@@ -244,7 +283,7 @@ def side_by_side(name: str, record: dict[str, Any], out: Path) -> page.Section:
 
 def same_sparsity(name: str, record: dict[str, Any], out: Path) -> page.Section:
   """Shows an equal_sparsity."""
-  _, data, *hidden = name.split("-")
+  _, data, *net = name.split("-")
   shares = tuple(float(share) for share in next(iter(record.values())))
   lines = {
     label: {
@@ -260,7 +299,7 @@ def same_sparsity(name: str, record: dict[str, Any], out: Path) -> page.Section:
   )
   rows = page.cells(equal_sparsity.markdown(record, shares))
   return page.Section(
-    f"The same sparsity: {named(data)}, MLP {'-'.join(hidden)}",
+    f"The same sparsity: {named(data)}, {network(*net)}",
     [
       "All methods from scratch, for the same epochs, with the same share of"
       " zeros in every layer. Behind each figure is the learning rate, chosen"
@@ -278,6 +317,21 @@ def named(*parts: str) -> str:
   'CIFAR-10, ResNet-8'
   """
   return ", ".join(NAMES.get(part, part) for part in parts)
+
+
+def network(*parts: str) -> str:
+  """Returns a network of `equal_sparsity`, by parts of a file's name.
+
+  >>> network("32", "32")
+  'MLP 32-32'
+  >>> network("convnet", "16", "32", "stem", "head")
+  'ConvNet 16-32, stem and head float'
+  """
+  widths = "-".join(part for part in parts if part.isdigit())
+  words = [part for part in parts if not part.isdigit()]
+  model = "ConvNet" if "convnet" in words else "MLP"
+  floats = " and ".join(word for word in words if word != "convnet")
+  return f"{model} {widths}, {floats} float" if floats else f"{model} {widths}"
 
 
 def most_entropy(zeros: float) -> float:

@@ -19,3 +19,10 @@ def standard_promotion():
   """For tests through optax.adam, which mixes floats with an int32 count."""
   with jax.numpy_dtype_promotion("standard"):
     yield
+
+
+@pytest.fixture(scope="module")
+def standard_promotion_throughout():
+  """The same for a whole module, its own fixtures included."""
+  with jax.numpy_dtype_promotion("standard"):
+    yield

@@ -11,12 +11,7 @@ from experiments import alpha_sweep
 from experiments.common import cli, data, evaluate, run
 from tern_jax import metrics
 
-
-@pytest.fixture(scope="module", autouse=True)
-def standard_promotion():
-  # The schedules of optax divide an int32 count by a float.
-  with jax.numpy_dtype_promotion("standard"):
-    yield
+pytestmark = pytest.mark.usefixtures("standard_promotion_throughout")
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +75,12 @@ def test_a_run_is_that_of_the_experiments(config, dataset, rows):
           [np.ravel(x) for x in stage.latents(state).values()]
         )
       some = order[n * config.batch_size :][: config.batch_size]
-      images = dataset.train["image"][some]
+      images = dataset.train["input"][some]
       images = data.standardize(images, dataset.mean, dataset.std)
-      batch = {"image": images, "label": dataset.train["label"][some]}
+      batch = {"input": images, "label": dataset.train["label"][some]}
       state, _ = step(state, batch)
-  count = evaluate.make_counter(evaluate.make_model(options, 10), dataset)
-  right = count(stage.variables(state), dataset.validation)
+  score = evaluate.make_scorer(evaluate.make_model(options, 10), dataset)
+  right = score(stage.variables(state), dataset.validation).correct
   row = rows[1]
   assert row["validation"] == pytest.approx(right / 180, abs=2.5 / 180)
   sparsity = metrics.sparsity(stage.ternary(state))

@@ -74,6 +74,91 @@ def test_flip_and_crop_gives_every_shifted_mirror_image():
   assert {image.tobytes() for image in result} == expected
 
 
+def triangles(old, new):
+  """Weights [new, old] of linear resizing, of means where it gets smaller."""
+  reach = max(old / new, 1)
+  centers = (np.arange(new) + 0.5) * old / new
+  away = np.abs(np.arange(old) + 0.5 - centers[:, None]) / reach
+  weights = np.maximum(1 - away, 0)
+  return weights / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shape", [(3, 2), (7, 5), (20, 13), (4, 15)])
+def test_resizing_is_by_triangles(shape, channels):
+  image = random_images(1)[0, ..., :channels]
+  rows, columns = (
+    triangles(old, new) for old, new in zip((7, 5), shape, strict=True)
+  )
+  expected = np.einsum("hH,wW,HWc->hwc", rows, columns, image.astype(float))
+  result = augment.resize(image, *shape)
+  assert (result.shape, result.dtype) == ((*shape, channels), np.uint8)
+  # Rounded once after each axis.
+  np.testing.assert_allclose(result, expected, atol=1.01)
+
+
+@pytest.mark.parametrize(
+  ("shape", "resized"), [((40, 64), (32, 51)), ((90, 45), (64, 32))]
+)
+def test_the_center_of_the_resized_image(shape, resized):
+  image = random_images(1, *shape)[0]
+  result = augment.center_crop(image, 28, 32)
+  top, left = ((side - 28 + 1) // 2 for side in resized)
+  whole = augment.resize(image, *resized)
+  expected = whole[top : top + 28, left : left + 28]
+  np.testing.assert_array_equal(result, expected)
+
+
+def test_random_parts_are_of_all_allowed_sizes_at_all_places():
+  # Rows in one channel and columns in another show what the part was.
+  image = np.zeros((100, 80, 3), np.uint8)
+  image[..., 0] = 2 * np.arange(100)[:, None]
+  image[..., 1] = 3 * np.arange(80)
+  parts = []
+  rng = generator()
+  for _ in range(2000):
+    rows, columns = augment._draw_part(100, 80, rng)
+    part = image[rows, columns, :2]
+    assert part.size
+    parts.append([*part[0, 0], *part[-1, -1]])
+  top, left, bottom, right = np.array(parts, float).T / [[2], [3], [2], [3]]
+  heights, widths = bottom - top + 1, right - left + 1
+  share, ratio = heights * widths / 8000, widths / heights
+  assert 0.07 < share.min() < 0.1
+  assert 0.97 < share.max() <= 1
+  # Large parts fit less often.
+  assert 0.45 < share.mean() < 0.54
+  assert ratio.min() == pytest.approx(3 / 4, abs=0.04)
+  assert ratio.max() == pytest.approx(4 / 3, abs=0.04)
+  for start, most in ((top, 100 - heights), (left, 80 - widths)):
+    movable = most > 30
+    where = start[movable] / most[movable]
+    assert (where.min(), where.max()) == (0, 1)
+    assert where.mean() == pytest.approx(0.5, abs=0.03)
+
+
+def test_long_images_lose_their_ends():
+  rng = generator()
+  assert augment._draw_part(20, 400, rng) == (slice(0, 20), slice(186, 213))
+  assert augment._draw_part(401, 20, rng) == (slice(187, 214), slice(0, 20))
+
+
+def test_random_parts_are_resized_and_mirrored():
+  image = np.zeros((40, 40, 3), np.uint8)
+  image[..., 0] = 6 * np.arange(40)
+  images = np.stack([image] * 200)
+  before = images.copy()
+  result = augment.random_resized_crop(images, generator(), size=12)
+  assert (result.shape, result.dtype) == ((200, 12, 12, 3), np.uint8)
+  np.testing.assert_array_equal(images, before)
+  again = augment.random_resized_crop(images, generator(), size=12)
+  np.testing.assert_array_equal(result, again)
+  assert len({part.tobytes() for part in result}) > 150
+  steps = np.sign(np.diff(result[..., 0].astype(int), axis=2)).mean((1, 2))
+  assert set(np.abs(steps)) == {1}
+  assert (steps > 0).mean() == pytest.approx(0.5, abs=0.1)
+
+
 @pytest.mark.parametrize("size", [1, 3, 4, 16])
 def test_cutout_covers_every_square_around_a_pixel(size):
   expected = set()

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import grain
@@ -12,8 +13,9 @@ import tyro
 from sklearn.datasets import load_digits
 
 from experiments import prepare
-from experiments.common import data
-from experiments.common.augment import flip_and_crop
+from experiments.common import augment, data
+from experiments.common.augment import flip_and_crop, random_resized_crop
+from tests import photos
 
 SIZES = {"train": 1257, "validation": 180, "test": 360}
 MEAN, STD = np.float32([5, 6, 7]), np.float32([1, 2, 4])
@@ -36,7 +38,7 @@ def numbered(count):
   """A split of gray images whose pixels and label are their row number."""
   rows = np.arange(count, dtype=np.int32)
   image = np.tile(rows.astype(np.uint8)[:, None, None, None], (1, 6, 5, 3))
-  return {"image": image, "label": rows}
+  return {"input": image, "label": rows}
 
 
 def start(split, batch_size, **kwargs):
@@ -61,7 +63,7 @@ def as_set(split):
   """Pixels and label of each example; all 1,797 digits differ."""
   return {
     image.tobytes() + bytes([label])
-    for image, label in zip(split["image"], split["label"], strict=True)
+    for image, label in zip(split["input"], split["label"], strict=True)
   }
 
 
@@ -73,13 +75,13 @@ def test_digits_are_those_of_scikit_learn_each_in_one_split(digits):
   images = images.astype(np.uint8).reshape(-1, 8, 8, 1)
   splits = [as_set(getattr(digits, split)) for split in SIZES]
   assert [len(split) for split in splits] == list(SIZES.values())
-  assert set.union(*splits) == as_set({"image": images, "label": labels})
+  assert set.union(*splits) == as_set({"input": images, "label": labels})
   assert sum(map(len, splits)) == len(set.union(*splits)) == 1797
 
 
 def test_dataset_says_what_it_holds(digits):
   assert digits.name == "digits"
-  assert digits.image_shape == (8, 8, 1)
+  assert digits.input_shape == (8, 8, 1)
   assert digits.num_classes == 10
   for split, size in SIZES.items():
     image, label = getattr(digits, split).values()
@@ -88,7 +90,7 @@ def test_dataset_says_what_it_holds(digits):
     assert image.max() == 16
     # Stratified: every digit is a tenth, to within 1 %.
     assert np.ptp(np.bincount(label) / size) < 0.02
-  assert repr(digits).startswith("Dataset(name='digits', image_shape=(8, 8, 1)")
+  assert repr(digits).startswith("Dataset(name='digits', input_shape=(8, 8, 1)")
   assert "train" not in repr(digits)
 
 
@@ -109,7 +111,7 @@ def test_train_and_validation_join(digits, data_dir):
 def test_load_gives_random_access(data_dir, digits):
   source = data.load("digits", "test", data_dir)
   assert len(source) == 360
-  np.testing.assert_array_equal(source[7]["image"], digits.test["image"][7])
+  np.testing.assert_array_equal(source[7]["image"], digits.test["input"][7])
   assert source[7]["label"] == digits.test["label"][7]
 
 
@@ -289,10 +291,10 @@ def test_standardized_train_images_have_mean_0_and_variance_1(channels):
 
 
 def test_statistics_come_from_train_alone(digits):
-  image = digits.train["image"]
+  image = digits.train["input"]
   np.testing.assert_allclose(digits.mean, image.mean((0, 1, 2)), rtol=1e-6)
   np.testing.assert_allclose(digits.std, image.std((0, 1, 2)), rtol=1e-6)
-  assert abs(digits.mean - digits.test["image"].mean()) > 1e-3
+  assert abs(digits.mean - digits.test["input"].mean()) > 1e-3
 
 
 # Training batches.
@@ -300,17 +302,17 @@ def test_statistics_come_from_train_alone(digits):
 
 def test_batches_are_standardized_rows_of_the_split(digits):
   batch = next(start(digits.train, 32, mean=digits.mean, std=digits.std))
-  assert batch["image"].dtype == np.float32
+  assert batch["input"].dtype == np.float32
   assert batch["label"].dtype == np.int32
   standardized = data.standardize(
-    digits.train["image"], digits.mean, digits.std
+    digits.train["input"], digits.mean, digits.std
   )
   rows = {
     image.tobytes(): label
     for image, label in zip(standardized, digits.train["label"], strict=True)
   }
-  assert batch["image"].shape == (32, 8, 8, 1)
-  assert [rows[image.tobytes()] for image in batch["image"]] == list(
+  assert batch["input"].shape == (32, 8, 8, 1)
+  assert [rows[image.tobytes()] for image in batch["input"]] == list(
     batch["label"]
   )
 
@@ -360,7 +362,7 @@ def test_augmentation_differs_by_example_and_by_epoch():
   split = numbered(8)
   iterator = start(split, 8, augment=flip_and_crop)
   images = np.concatenate(
-    [batch["image"][np.argsort(batch["label"])] for batch in take(iterator, 2)]
+    [batch["input"][np.argsort(batch["label"])] for batch in take(iterator, 2)]
   )
   assert images.shape == (16, 6, 5, 3)
   lit = images[..., 0] == np.tile(np.arange(8), 2)[:, None, None] - 5
@@ -452,20 +454,149 @@ def test_evaluation_counts_every_example_once_in_order(
     np.concatenate(
       [part[key] for step in zip(*parts, strict=True) for part in step]
     )
-    for key in ("label", "weight", "image")
+    for key in ("label", "weight", "input")
   )
   for part in parts:
     assert len(part) == -(-20 // size)
     for batch in part:
-      assert batch["image"].shape == (batch_size, 6, 5, 3)
+      assert batch["input"].shape == (batch_size, 6, 5, 3)
       assert batch["weight"].shape == batch["label"].shape == (batch_size,)
       assert batch["weight"].dtype == np.float32
   assert weights.sum() == 20
   np.testing.assert_array_equal(labels[weights == 1], np.arange(20))
   np.testing.assert_array_equal(labels[weights == 0], 19)
   np.testing.assert_array_equal(
-    images[:20], data.standardize(split["image"], MEAN, STD)
+    images[:20], data.standardize(split["input"], MEAN, STD)
   )
+
+
+# Images that differ in size, as ImageNet's do.
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+  path = tmp_path_factory.mktemp("large")
+  photos.prepare(path)
+  return data.load_dataset("imagenet2012", path, image_size=14)
+
+
+def to_14(images, rng):
+  return random_resized_crop(images, rng, 14)
+
+
+def test_a_set_that_is_streamed_says_what_it_holds(large):
+  assert (large.input_shape, large.num_classes) == ((14, 14, 3), 4)
+  # The test labels of ImageNet are not public.
+  splits = (large.train, large.validation, large.test)
+  assert [split["label"].size for split in splits] == [36, 4, 12]
+  assert [len(split["input"]) for split in splits] == [36, 4, 12]
+  np.testing.assert_allclose(large.mean, [123.675, 116.28, 103.53])
+  np.testing.assert_allclose(large.std, [58.395, 57.12, 57.375])
+  assert large.mean.dtype == large.std.dtype == np.float32
+
+
+def test_splits_where_test_labels_are_not_public():
+  sizes = {"train": 1_281_167, "validation": 50_000, "test": 100_000}
+  parts = {
+    split: data._part_of(sizes, split, "imagenet2012") for split in data.SPLITS
+  }
+  assert parts == {
+    "train": "train[:1271167]",
+    "validation": "train[1271167:]",
+    "test": "validation",
+    "train+validation": "train",
+  }
+  for split in data.SPLITS:
+    assert data._part_of(sizes, split, "labeled") == split
+
+
+def test_rows_are_read_as_from_arrays(large):
+  rows = np.array([7, 0, 7, 35])
+  images, labels = (large.train[key][rows] for key in ("input", "label"))
+  assert (images.shape, images.dtype) == ((4, 14, 14, 3), np.uint8)
+  assert (labels.shape, labels.dtype) == ((4,), np.int32)
+  # Their brightness, as the set was made.
+  np.testing.assert_array_equal(images.mean((1, 2, 3)) // 60, labels)
+  whole = list(large.train["input"].whole(rows))
+  assert len({image.shape for image in whole}) == 3
+  for image, center in zip(whole, images, strict=True):
+    np.testing.assert_array_equal(center, augment.center_crop(image, 14, 16))
+
+
+def test_streamed_batches_are_crops_of_rows(large):
+  settings = {"mean": large.mean, "std": large.std, "augment": to_14}
+  first, second = (
+    take(start(large.train, 12, **settings), 6) for _ in range(2)
+  )
+  assert_equal(first, second)
+  for batch in first:
+    assert batch["input"].shape == (12, 14, 14, 3)
+    assert batch["input"].dtype == np.float32
+    pixels = batch["input"] * large.std + large.mean
+    brightness = pixels.mean((1, 2, 3)) // 60
+    np.testing.assert_array_equal(brightness, batch["label"])
+  # Of the same images, other parts in the second epoch.
+  epochs = [
+    {x.tobytes() for batch in first[i : i + 3] for x in batch["input"]}
+    for i in (0, 3)
+  ]
+  assert len(epochs[0] | epochs[1]) == 72
+  plain = next(start(large.train, 12, **settings | {"augment": None}))
+  np.testing.assert_array_equal(plain["label"], first[0]["label"])
+
+
+def test_streamed_batches_continue_bit_for_bit(large):
+  original = start(large.train, 8, augment=to_14)
+  take(original, 3)
+  state = json.loads(json.dumps(original.get_state()))
+  expected = take(original, 5)
+  fresh = start(large.train, 8, augment=to_14)
+  fresh.set_state(state)
+  assert_equal(take(fresh, 5), expected)
+
+
+def test_each_process_decodes_its_own_images_alone(large):
+  decoded = []
+
+  class Counted(data.Images):
+    def whole(self, rows):
+      decoded.append(len(rows))
+      return super().whole(rows)
+
+  split = large.train | {"input": Counted(large.train["input"].source, 14)}
+  parts = [
+    take(
+      start(split, 12, augment=to_14, process_index=index, process_count=3), 3
+    )
+    for index in range(3)
+  ]
+  assert set(decoded) == {4}
+  joined = [
+    {key: np.concatenate([part[key] for part in step]) for key in step[0]}
+    for step in zip(*parts, strict=True)
+  ]
+  assert_equal(joined, take(start(large.train, 12, augment=to_14), 3))
+
+
+def test_a_streamed_split_is_evaluated_in_order(large):
+  batches = list(
+    data.eval_batches(large.test, 5, mean=large.mean, std=large.std)
+  )
+  weights, labels, images = (
+    np.concatenate([batch[key] for batch in batches])
+    for key in ("weight", "label", "input")
+  )
+  assert weights.tolist() == [1] * 12 + [0] * 3
+  rows = np.arange(12)
+  np.testing.assert_array_equal(labels[:12], large.test["label"][rows])
+  centers = data.standardize(large.test["input"][rows], large.mean, large.std)
+  np.testing.assert_array_equal(images[:12], centers)
+
+
+def test_images_that_differ_in_size_need_one(large):
+  path = large.train["label"].source.dataset_info.data_dir
+  with pytest.raises(ValueError, match="differ in size: give an image_size"):
+    data.load_dataset("imagenet2012", Path(path).parents[1])
 
 
 # The command that prepares a set.
@@ -498,3 +629,18 @@ def test_command_downloads_what_is_missing(tmp_path, monkeypatch):
   monkeypatch.setattr(prepare.tfds, "builder", build)
   with pytest.raises(data.DataNotPreparedError, match="which holds digits"):
     prepare.prepare("mnist", tmp_path)
+
+
+def test_command_says_where_archives_go_that_it_cannot_download(
+  tmp_path, monkeypatch
+):
+  builder = MagicMock(MANUAL_DOWNLOAD_INSTRUCTIONS="Two files:\n  train.tar")
+  monkeypatch.setattr(prepare, "importlib", MagicMock())
+  monkeypatch.setattr(prepare.tfds, "builder", lambda *_, **__: builder)
+  with pytest.raises(SystemExit) as stopped:
+    prepare.prepare("imagenet2012", tmp_path)
+  told = str(stopped.value)
+  assert "'imagenet2012' must be downloaded by hand" in told
+  assert f"\n  {tmp_path}/downloads/manual\n" in told
+  assert told.endswith("\nTwo files: train.tar")
+  builder.download_and_prepare.assert_not_called()

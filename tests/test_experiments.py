@@ -7,9 +7,11 @@ import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tern_jax
 from experiments.common import (
   cli,
   command,
@@ -19,17 +21,14 @@ from experiments.common import (
   methods,
   run,
 )
-from tern_jax import metrics
+from tern_jax import load_packed, metrics
 
 # What may differ between two runs of the same config; orbax writes down times.
 INCIDENTAL = ("seconds", "command", "disk_bytes")
+NETS = {"float", "unrounded", "rounded"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def standard_promotion():
-  # The schedules of optax divide an int32 count by a float.
-  with jax.numpy_dtype_promotion("standard"):
-    yield
+pytestmark = pytest.mark.usefixtures("standard_promotion_throughout")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +64,11 @@ def test_the_record_is_consistent(config, result):
   assert result["accuracy"] == correct["packed"] / result["total"]
   assert result["total"] == 360
   assert min(result["accuracy"], result["float_accuracy"]) > 0.8
+  for key, nets in (("loss", set(correct)), ("validation_loss", NETS)):
+    assert set(result[key]) == nets
+    assert all(0 < loss < 1 for loss in result[key].values())
+  packed = result["loss"]["packed"]
+  assert packed == pytest.approx(result["loss"]["rounded"], rel=1e-6)
   assert result["asked_sparsity"] == 0.7
   assert result["predicted_sparsity"] == pytest.approx(0.7, abs=0.001)
   assert result["sparsity"] == pytest.approx(0.7, abs=0.005)
@@ -91,6 +95,10 @@ def test_what_a_run_leaves(config, result):
     assert {record["phase"] for record in records} == {phase}
     steps = [record["step"] for record in records]
     assert steps == list(range(19, 191, 19))
+    # It is the same net, and the same split.
+    key = "float" if phase == "float" else "unrounded"
+    for name in ("validation_accuracy", "validation_loss"):
+      assert records[-1][name] == pytest.approx(result[name][key], rel=1e-6)
   assert log.read_config(directory) == config
   table = log.table(result)
   assert f"{100 * result['accuracy']:.2f}" in table
@@ -135,7 +143,8 @@ def test_a_run_that_was_stopped_resumes_bit_for_bit(
   # One line later than a checkpoint, so that steps are to be repeated; and
   # between two lines, when the machine is taken away.
   kills = {("float", 57), ("ternary", 57)}
-  signals = {("float", 70), ("ternary", 45), ("ternary", 100)}
+  last = result["steps"]
+  signals = {("float", 70), ("float", last), ("ternary", 45), ("ternary", 100)}
 
   def killed(self, step, metrics):
     write(self, step, metrics)
@@ -160,6 +169,7 @@ def test_a_run_that_was_stopped_resumes_bit_for_bit(
   for phase, step in (
     ("float", 57),
     ("float", 70),
+    ("float", last),
     ("ternary", 45),
     ("ternary", 57),
     ("ternary", 100),
@@ -169,9 +179,8 @@ def test_a_run_that_was_stopped_resumes_bit_for_bit(
       with pytest.raises(KeyboardInterrupt):
         run.run(again)
       continue
-    with pytest.raises(
-      guard.InterruptedRunError, match=f"after step {step} of"
-    ):
+    told = "between two phases" if step == last else f"after step {step} of"
+    with pytest.raises(guard.InterruptedRunError, match=told):
       run.run(again)
     kept = directory / "checkpoints" / phase
     assert step in [int(x.name) for x in kept.iterdir() if x.name.isdigit()]
@@ -313,6 +322,33 @@ def test_a_packed_file_that_answers_otherwise_is_an_error(
   assert not (again.directory / "result.json").exists()
 
 
+def test_averaged_weights_of_a_run_with_all_options(config, tmp_path):
+  own = dataclasses.replace(
+    config,
+    epochs=3,
+    ema=0.9,
+    label_smoothing=0.1,
+    compute="bfloat16",
+    micro_batches=2,
+    schedule="step",
+    parallel="pmap",
+    devices=2,
+    workdir=str(tmp_path / "run"),
+  )
+  result = run.run(own)
+  assert result["sparsity"] == pytest.approx(0.7, abs=0.001)
+  assert min(result["accuracy"], result["float_accuracy"]) > 0.5
+  # What is packed is the average, whose latents are kept, in float32.
+  saved = load_packed(own.directory / "packed")["params"]
+  with np.load(own.directory / "latents" / "57.npz") as latents:
+    for path, leaf in metrics.ternary_leaves(saved).items():
+      theta, codes = latents[path], np.asarray(leaf.codes)
+      assert theta.dtype == leaf.w_p.dtype == np.float32
+      np.testing.assert_array_equal(codes, np.sign(theta) * (codes != 0))
+      size = np.abs(theta)
+      assert size[codes != 0].min() > size[codes == 0].max()
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
@@ -320,6 +356,7 @@ def test_a_packed_file_that_answers_otherwise_is_an_error(
     ({"checkpoint_every": 0}, "checkpoint_every=0, but it must be at least"),
     ({"parallel": "pmap", "devices": 99}, "can use 1 to"),
     ({"parallel": "pmap", "devices": 3}, "cannot be shared by 3 devices"),
+    ({"micro_batches": 5}, "in 5 micro-batches each"),
   ],
 )
 def test_options_that_do_not_fit(changes, message):
@@ -356,7 +393,22 @@ def test_what_does_not_fit_writes_nothing(config, tmp_path, changes, message):
     (
       ["method:sca", "--method.alpha", "0.1"],
       methods.Sca(alpha=0.1),
-      "digits-mlp-sca-alpha0.1-strength0.05-seed0",
+      "digits-mlp-sca-alpha0.1-seed0",
+    ),
+    (
+      ["method:sca", "--method.kappa", "1"],
+      methods.Sca(kappa=1),
+      "digits-mlp-sca-kappa1-sparsity0.7-seed0",
+    ),
+    (
+      ["method:sca", "--method.bytes", "134411"],
+      methods.Sca(bytes=134411),
+      "digits-mlp-sca-bytes134411-seed0",
+    ),
+    (
+      ["method:tga", "--method.surrogate", "None", "--method.frozen"],
+      methods.Tga(surrogate=None, frozen=True),
+      "digits-mlp-tga-no_surrogate-frozen-seed0",
     ),
   ],
 )
@@ -389,6 +441,8 @@ def test_an_asked_size_is_met(config, result, tmp_path):
   [
     (methods.Twn(bytes=300), "300 bytes are too few"),
     (methods.Sca(bytes=480, sparsity=0.7), "give one of them"),
+    (methods.Sca(bytes=480, across_layers=True), "neither alpha nor bytes"),
+    (methods.Twn(across_layers=True), "no sparsity that all layers could"),
   ],
 )
 def test_a_size_that_does_not_fit(config, result, tmp_path, method, message):
@@ -438,6 +492,20 @@ def test_an_asked_sparsity_is_reached_before_the_best_state_is_sought(name):
     assert shares[1] == pytest.approx(0.9)
     assert not stage.keep_best or shares[0] == pytest.approx(0.9)
     first = stage.last
+
+
+@pytest.mark.parametrize("name", ["Sca", "Twn", "Ttq", "Ec2t", "Tga"])
+def test_a_sparsity_of_all_layers_together(name):
+  config = methods.METHODS[name](sparsity=0.9, across_layers=True)
+  target = tern_jax.ramp(tern_jax.across_layers(0.9), 50)
+  assert config.target(50) == target
+  method = config.recipe(50, largest=512).stages[-1].method
+  assert isinstance(method.sparsity, type(target))
+  assert config.asked == 0.9
+  # What one layer gets depends on the others.
+  theta = jnp.linspace(-0.1, 0.1, 64).reshape(8, 8)
+  assert config.asked_of("w") is config.predict("w", theta) is None
+  assert config.shown("w", theta).shape == (8, 8)
 
 
 def test_the_paper_face_predicts_by_its_alpha():

@@ -9,8 +9,16 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import cifar10_micronet
-from experiments.common import augment, cli, data, evaluate, log, run
+from experiments import cifar10_micronet, cifar100_micronet
+from experiments.common import (
+  augment,
+  cli,
+  data,
+  evaluate,
+  log,
+  optimizers,
+  run,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +28,7 @@ def standard(standard_promotion):
 
 def test_the_recipe_of_the_float_net():
   config = cifar10_micronet.DEFAULT
-  tx = run.float_optimizer(config, steps=100)
+  tx = optimizers.of_float_net(config, steps=100)
   params = {"w": jnp.array([2.0, 0.0])}
   state, grads = tx.init(params), {"w": jnp.array([0.3, 0.3])}
   # Weight decay is part of the gradient; Nesterov's first step takes 1.9 of it.
@@ -34,7 +42,7 @@ def test_the_recipe_of_the_float_net():
 
 def test_adam_without_decay_keeps_its_state():
   # Checkpoints of float nets from before there was a choice are still read.
-  tx = run.float_optimizer(cli.Config(), steps=100)
+  tx = optimizers.of_float_net(cli.Config(), steps=100)
   params = {"w": jnp.ones(3)}
   structure = jax.tree.structure(tx.init(params))
   assert structure == jax.tree.structure(optax.adam(lambda n: n).init(params))
@@ -69,7 +77,7 @@ def test_what_stays_float_has_a_rate_of_its_own():
 
 def test_what_is_done_to_images():
   images = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), np.uint8)
-  empty = {"image": images[:0], "label": np.zeros(0, np.int32)}
+  empty = {"input": images[:0], "label": np.zeros(0, np.int32)}
   mean = np.array([125.3, 123.0, 113.9], np.float32)
   dataset = data.Dataset("", (32, 32, 3), 10, mean, mean, empty, empty, empty)
 
@@ -134,6 +142,22 @@ def test_the_options_give_the_published_supernet():
   recipe = cifar10_micronet.DEFAULT.method.recipe(steps[1], 9 * 120 * 120)
   ends = [stage.last for stage in recipe.stages]
   assert ends == [10 * 351, 20 * 351, 35 * 351]
+
+
+def test_the_recipe_for_cifar100():
+  config = cifar100_micronet.DEFAULT
+  assert config.data == "cifar100"
+  assert (config.method.gamma, config.method.s) == (0.15, 0.45)
+  steps = cli.count_steps(config, 45_000)
+  assert steps == (250 * 351, 40 * 351)
+  recipe = config.method.recipe(steps[1], 9 * 120 * 120)
+  ends = [stage.last for stage in recipe.stages]
+  assert ends == [10 * 351, 20 * 351, 40 * 351]
+  changed = {"method", "data", "epochs", "float_epochs"}
+  old, new = (
+    x.DEFAULT.to_json() for x in (cifar10_micronet, cifar100_micronet)
+  )
+  assert {key for key in old if old[key] != new[key]} == changed
 
 
 def test_a_tiny_supernet_end_to_end(tmp_path):

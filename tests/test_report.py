@@ -6,6 +6,7 @@ Figures are computed by hand from records that are made up.
 import doctest
 import html.parser
 import json
+import math
 import re
 
 import pytest
@@ -46,9 +47,19 @@ def cell(*test):
   return {"rate": 0.01, "test": test, "zeros": [0.5] * len(test)}
 
 
+def of_text(seed):
+  nats = {"float": math.log(4), "unrounded": math.log(8)}
+  nats["packed"] = nats["rounded"] = math.log(8 + 8 * seed)
+  seen = {"float": math.log(2), "rounded": math.log(16)}
+  text = {"text_sha256": "ab", "loss": nats, "validation_loss": seen}
+  return run(0.3, seed) | text
+
+
 RECORDS = {
   "digits-sca-sparsity0.7-seed0": run(0.7, 0),
   "digits-sca-sparsity0.7-seed1": run(0.72, 1),
+  "charlm-sca-sparsity0.7-seed0": of_text(0),
+  "charlm-sca-sparsity0.7-seed1": of_text(1),
   "accuracy_table-cifar10-resnet8": {
     "float": [],
     "SCA, .5": [record(0.7, 0.5, 1.5), record(0.74, 0.5, 1.5)],
@@ -129,6 +140,15 @@ def test_figures_of_single_runs_are_grouped_by_configuration(invented):
     "1.25 ± 0.00 | 2.00 ± 0.00 | 4,000 | 250 | 1,000 ± 1 |",
   ):
     assert f"{label} {row}" in lines
+
+
+def test_text_is_measured_in_bits_a_character(invented):
+  before, after = invented[0].split("Text, bits a character:")
+  assert "charlm" not in before
+  label = "| charlm-sca-sparsity0.7 | 2 |"
+  cells = "1.000 ± 0.000 | 4.000 ± 0.000 | 2.000 ± 0.000 | 3.000 ± 0.000"
+  row = f"{label} {cells} | 3.500 ± 0.707 | 70.0 ± 0.0 |"
+  assert row in after.splitlines()
 
 
 def test_figures_of_benchmarks(invented):

@@ -24,8 +24,8 @@ from experiments.common import cli, data, evaluate, methods, run
 #: Rates of Adam that suit all but SCA better than their own on MNIST.
 FAST = {"learning_rate": 3e-3, "scale_learning_rate": 3e-4}
 FAST_EC2T = {"learning_rate": 3e-3, "scale_learning_rate": 1e-4}
-#: Convolutions that continue a float net want less than SCA's own rates.
-SLOW_SCA = {"learning_rate": 2e-3, "scale_learning_rate": 1e-4}
+#: Scales that continue a float net want less than SCA's own rate.
+SLOW_SCA = {"scale_learning_rate": 1e-4}
 #: {row: (method, options that differ from the experiment's)}
 Rows = dict[str, tuple[methods.Method, dict[str, Any]]]
 MNIST: Rows = {
@@ -123,14 +123,10 @@ def float_record(config: cli.Config, dataset: data.Dataset) -> Record:
   config = dataclasses.replace(config, float_epochs=both)
   variables: Any = run.train_float(config, dataset)
   model = evaluate.make_model(config, dataset.num_classes)
-  count = evaluate.make_counter(model, dataset)
-
-  def accuracy(split: data.Arrays) -> float:
-    return count(variables, split) / len(split["label"])
-
+  score = evaluate.make_scorer(model, dataset)
   return {
-    "validation": accuracy(dataset.validation),
-    "test": accuracy(dataset.test),
+    "validation": score(variables, dataset.validation).accuracy,
+    "test": score(variables, dataset.test).accuracy,
     "sparsity": None,
     "entropy": None,
   }

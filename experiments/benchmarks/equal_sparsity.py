@@ -14,7 +14,7 @@ import dataclasses
 import json
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
@@ -32,7 +32,9 @@ SIGMA: Any = tern_jax.SCA(sparsity=0.5).sigma
 class FrozenTwn(methods.Twn):
   """TWN whose latents, and so its codes, stay from 70 % of the run on."""
 
-  def recipe(self, steps: int, largest: int) -> methods.Recipe:
+  def recipe(
+    self, steps: int, largest: int, stacked: tuple[str, ...] = ()
+  ) -> methods.Recipe:
     """Returns the training of TWN without late gradients."""
     stop = round(0.7 * steps)
 
@@ -40,16 +42,19 @@ class FrozenTwn(methods.Twn):
       return jnp.where(count < stop, 1.0, 0.0)
 
     gate = optax.scale_by_schedule(before)
-    return super().recipe(steps, largest)._replace(regularizer=gate)
+    recipe = super().recipe(steps, largest, stacked)
+    return recipe._replace(regularizer=gate)
 
 
 @dataclasses.dataclass(frozen=True)
 class WithoutWdr(methods.Sca):
   """SCA's hard forward and barrier alone: what WDR is worth."""
 
-  def recipe(self, steps: int, largest: int) -> methods.Recipe:
+  def recipe(
+    self, steps: int, largest: int, stacked: tuple[str, ...] = ()
+  ) -> methods.Recipe:
     """Returns the training of SCA without its regularizer."""
-    recipe = super().recipe(steps, largest)
+    recipe = super().recipe(steps, largest, stacked)
     return recipe._replace(regularizer=optax.identity())
 
 
@@ -57,20 +62,22 @@ class WithoutWdr(methods.Sca):
 class OneShot(methods.Sca):
   """SCA as published: one alpha, set from the latents of the start."""
 
-  def recipe(self, steps: int, largest: int) -> methods.Recipe:
+  def recipe(
+    self, steps: int, largest: int, stacked: tuple[str, ...] = ()
+  ) -> methods.Recipe:
     """Returns the training with that alpha."""
     asked: Any = self.asked
     alpha: Any = tern_jax.alpha_for_sparsity(SIGMA, asked)
     published = methods.Sca(alpha=alpha, strength=self.strength)
-    return published.recipe(steps, largest)
+    return published.recipe(steps, largest, stacked)
 
 
 #: {name: (method, Adam's first rates on latents)}
 RACERS: dict[str, tuple[Any, tuple[float, ...]]] = {
-  "SCA": (methods.Sca, (5e-3, 1e-2)),
+  "SCA": (methods.Sca, (5e-4, 1e-3)),
   "TWN": (methods.Twn, (3e-4, 1e-3, 3e-3, 1e-2)),
   "TWN, frozen": (FrozenTwn, (1e-3, 3e-3)),
-  "SCA without WDR": (WithoutWdr, (5e-3, 1e-2)),
+  "SCA without WDR": (WithoutWdr, (5e-4, 1e-3)),
   "SCA, one-shot": (OneShot, (5e-3, 1e-2)),
 }
 
@@ -95,12 +102,21 @@ class Program(alpha_sweep.Config):
 class Options:
   """Command line of the benchmark."""
 
+  racers: tuple[str, ...] = tuple(RACERS)
+  """Methods, by their names in the table."""
+  rates: tuple[float, ...] = ()
+  """Adam's first rates on latents, for all of them; none given takes those of
+  each method in turn."""
   data: str = "mnist"
   """Data set of images, by its name."""
   data_dir: str | None = None
   """Directory of prepared data sets; None for the usual one."""
+  model: Literal["mlp", "convnet"] = "mlp"
+  """Network."""
   hidden: tuple[int, ...] = (32, 32)
-  """Widths of the hidden layers."""
+  """Widths of the hidden layers of mlp, channels of convnet."""
+  exclude: tuple[str, ...] = ()
+  """Patterns of kernels that stay float, such as stem."""
   sparsities: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.98)
   """Shares of zeros, of each layer."""
   seeds: int = 5
@@ -115,19 +131,28 @@ class Options:
 
 def main(options: Options) -> None:
   """Runs what is not done yet, and prints the table."""
+  if unknown := set(options.racers) - set(RACERS):
+    known = ", ".join(map(repr, RACERS))
+    raise cli.UsageError(f"racers={unknown}, but there are {known}.")
   dataset = data.load_dataset(options.data, options.data_dir)
-  place = options.root / f"{options.data}-{'-'.join(map(str, options.hidden))}"
+  net = "" if options.model == "mlp" else f"{options.model}-"
+  widths = "-".join(map(str, options.hidden))
+  floats = "".join(f"-{name}" for name in options.exclude)
+  place = options.root / f"{options.data}-{net}{widths}{floats}"
   place.mkdir(parents=True, exist_ok=True)
   table: dict[str, Any] = {}
-  for name, (method, rates) in RACERS.items():
+  for name in options.racers:
+    method, rates = RACERS[name]
     tried = {}
-    for rate in rates:
+    for rate in options.rates or rates:
       program = Program(
         by="sparsity",
         values=options.sparsities,
         seeds=options.seeds,
         data=options.data,
+        model=options.model,
         hidden=options.hidden,
+        exclude=options.exclude,
         epochs=options.epochs,
         batch_size=options.batch_size,
         method=method,

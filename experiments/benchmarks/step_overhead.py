@@ -57,7 +57,6 @@ cluster, read twice by Adam, and the second of their two sums.
 """
 
 import dataclasses
-import functools
 import statistics
 import time
 from typing import Any
@@ -118,20 +117,14 @@ class Options:
 def methods(options: Options) -> dict[str, tuple[Any, Any]]:
   """Returns {label: (method or None for float, gradient transform)}."""
   steps = 10 * options.steps * options.rounds
-  where = tern_jax.kernels()
   target = tern_jax.ramp(options.sparsity, steps)
-  late = functools.partial(
-    tern_jax.wdr_transform,
-    tern_jax.at_sparsity(target),
-    tern_jax.relative(tern_jax.late_kappa(steps)),
-    mask=where,
-  )
+  sca, wdr = tern_jax.recipe(options.sparsity, steps)
   return {
     "float": (None, optax.identity()),
-    "SCA(sparsity)": (tern_jax.SCA(sparsity=target), late()),
+    "SCA(sparsity)": (sca.method, wdr),
     "SCA(alpha)": (
       tern_jax.SCA(alpha=0.1),
-      tern_jax.wdr_transform(0.1, 1e-3, mask=where),
+      tern_jax.wdr_transform(0.1, 1e-3, mask=sca.where),
     ),
     "TWN()": (tern_jax.TWN(), optax.identity()),
     "TWN(sparsity)": (tern_jax.TWN(sparsity=target), optax.identity()),
@@ -156,7 +149,7 @@ def make_run(
     del key
     logits, model_state = model.apply(
       {"params": weights, **model_state},
-      batch["image"],
+      batch["input"],
       train=True,
       mutable=list(model_state),
     )
@@ -191,7 +184,7 @@ def main(options: Options) -> dict[str, float]:
   model, shape = MODELS[options.model]
   rng = np.random.default_rng(0)
   batch = {
-    "image": rng.normal(size=(options.batch_size, *shape)).astype(np.float32),
+    "input": rng.normal(size=(options.batch_size, *shape)).astype(np.float32),
     "label": rng.integers(0, 10, options.batch_size).astype(np.int32),
   }
   batch = jax.device_put(batch)

@@ -1,7 +1,7 @@
 """Random changes of training images, each a function of a batch.
 
 An augmentation maps uint8 images [B, H, W, C] and a random generator to as many
-images of the same shape:
+images, all but `random_resized_crop` to those of the same shape:
 
 ```python
 augment = chain(flip_and_crop, color_jitter, cutout)
@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
+from PIL import Image
 
 Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
@@ -60,6 +61,94 @@ def flip_and_crop(
       for image, top, left, step in zip(padded, tops, lefts, steps, strict=True)
     ]
   )
+
+
+def random_resized_crop(
+  images: np.ndarray, rng: np.random.Generator, size: int = 224
+) -> np.ndarray:
+  """Augments by a random part of each image, resized, and a random mirror.
+
+  A part has a share of the area drawn from [0.08, 1], and a ratio of width to
+  height from [3/4, 4/3], uniformly in its logarithm; it lies anywhere. Of an
+  image that none of ten such draws fits into, the part is the largest one at
+  the center whose ratio is allowed.
+
+  Args:
+    images: uint8 [B, H, W, C], C 1 or 3.
+    rng: Source of the parts and flips.
+    size: Side of what is returned, in pixels.
+
+  Returns:
+    uint8 [B, size, size, C].
+
+  Source: Szegedy et al., arXiv 1409.4842, as RandomResizedCrop of torchvision.
+  """
+  parts = []
+  for image in images:
+    rows, columns = _draw_part(image.shape[0], image.shape[1], rng)
+    part = resize(image[rows, columns], size, size)
+    parts.append(part[:, :: rng.choice([-1, 1])])
+  return np.stack(parts)
+
+
+def _draw_part(
+  height: int, width: int, rng: np.random.Generator
+) -> tuple[slice, slice]:
+  """Returns the rows and columns of a random part of an image."""
+  least, most = 3 / 4, 4 / 3
+  area = height * width * rng.uniform(0.08, 1, 10)
+  ratio = np.exp(rng.uniform(np.log(least), np.log(most), 10))
+  heights, widths = np.rint(np.sqrt([area / ratio, area * ratio])).astype(int)
+  fits = (heights > 0) & (heights <= height) & (widths > 0) & (widths <= width)
+  if fits.any():
+    h, w = int(heights[fits][0]), int(widths[fits][0])
+    top, left = rng.integers([height - h, width - w], endpoint=True)
+  else:
+    h = min(height, round(width / least))
+    w = min(width, round(height * most))
+    top, left = (height - h) // 2, (width - w) // 2
+  return slice(top, top + h), slice(left, left + w)
+
+
+def center_crop(image: np.ndarray, size: int, resized: int) -> np.ndarray:
+  """Returns the center of an image, resized before; for evaluation.
+
+  Args:
+    image: uint8 [H, W, C], C 1 or 3.
+    size: Side of the square at the center that is returned, in pixels.
+    resized: To which the shorter side is resized before, at least `size`.
+
+  Returns:
+    uint8 [size, size, C].
+
+  >>> center_crop(np.arange(15, dtype=np.uint8).reshape(3, 5, 1), 1, 3).item()
+  7
+  """
+  height, width = (
+    resized * side // min(image.shape[:2]) for side in image.shape[:2]
+  )
+  top, left = round((height - size) / 2), round((width - size) / 2)
+  whole = resize(image, height, width)
+  return whole[top : top + size, left : left + size]
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+  """Resizes an image, linearly between pixels, by means where it gets smaller.
+
+  Args:
+    image: uint8 [H, W, C], C 1 or 3.
+    height: Rows of the result.
+    width: Columns of the result.
+
+  Returns:
+    uint8 [height, width, C].
+  """
+  # Pillow has no images with one channel as an axis.
+  plane = image[..., 0] if image.shape[-1] == 1 else image
+  resized = Image.fromarray(np.ascontiguousarray(plane)).resize(
+    (width, height), Image.Resampling.BILINEAR
+  )
+  return np.asarray(resized).reshape(height, width, -1)
 
 
 def cutout(

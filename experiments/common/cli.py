@@ -10,18 +10,24 @@ import jax
 import tyro
 
 import tern_jax
-from experiments.common import methods, supernet
+from experiments.common import methods, supernet, text
 
 Model = Literal[
   "mlp",
+  "convnet",
   "lenet5",
+  "vgg_small",
   "resnet8",
+  "resnet18",
   "resnet20",
   "resnet32",
   "resnet44",
+  "resnet50",
   "resnet56",
   "micronet",
+  "transformer",
 ]
+Parallel = Literal["jit", "pmap", "shard_map"]
 
 
 class UsageError(Exception):
@@ -35,18 +41,29 @@ class Config:
   method: methods.Method = dataclasses.field(default_factory=methods.Sca)
   """How weights are made ternary."""
   data: str = "digits"
-  """Data set: digits, or any prepared set of images by its tfds name."""
+  """Data set: digits, any prepared set of images by its tfds name, pydoc (what
+  Python's help() says), or any text by its path, which ends in .txt."""
   data_dir: str | None = None
   """Directory of prepared data sets; None for the usual one."""
-  augment: Literal["none", "flip_crop", "flip_crop_jitter_cutout"] = "none"
+  image_size: int | None = None
+  """Side to which images are cropped where they differ in size, in pixels."""
+  augment: Literal[
+    "none", "flip_crop", "flip_crop_jitter_cutout", "resized_crop"
+  ] = "none"
   """What is done to training images."""
   model: Model = "mlp"
   """Network."""
   hidden: tuple[int, ...] = (64, 64)
-  """Widths of the hidden layers of mlp."""
+  """Widths of the hidden layers of mlp, channels of convnet."""
+  norm: bool = True
+  """Batch norm after the hidden layers of mlp, instead of biases in them."""
   scaling: tuple[float, float, float] = (1.4, 1.2, 3.5)
   """Factors d and w of the depth and the width of micronet, and their exponent
   phi."""
+  layers: int = 4
+  """Blocks of transformer."""
+  width: int = 128
+  """Channels of transformer; each 32 are a head."""
   exclude: tuple[str, ...] = ()
   """Patterns of the kernels that stay float, for example Dense_0."""
   init: Literal["scratch", "float"] | None = None
@@ -57,25 +74,41 @@ class Config:
   float_epochs: int | None = None
   """Passes over the training data, of the float net; None for as many."""
   batch_size: int = 128
-  """Images a step, over all devices."""
+  """Images, or windows of text, a step, over all devices."""
   learning_rate: float | None = None
-  """Adam's first rate on latents, None for the method's own; each rate decays
-  to 5 % by a cosine."""
+  """Adam's first rate on latents, None for the method's own."""
   scale_learning_rate: float | None = None
   """Adam's first rate on the scales of ternary weights, None likewise."""
+  float_from: str | None = None
+  """Float net that was trained before, instead of training one: its directory
+  in an earlier run's float/, or, for resnet18 and resnet50, a safetensors file
+  with torchvision's names."""
   float_learning_rate: float = 1e-3
   """The optimizer's first rate on the float net."""
   float_optimizer: Literal["adam", "sgd"] = "adam"
-  """Optimizer of the float net; sgd has Nesterov's momentum of 0.9, and its
-  rate decays to 0."""
+  """Optimizer of the float net; sgd has Nesterov's momentum of 0.9."""
   float_weight_decay: float = 0.0
   """L2 decay of all parameters of the float net, part of the gradient."""
   rest_learning_rate: float | None = None
   """Adam's first rate on what stays float in the ternary net; None for
   float_learning_rate."""
+  schedule: Literal["cosine", "step"] = "cosine"
+  """How all rates fall: by a cosine, to 5 % (sgd: 0); or to a tenth at half of
+  the steps, and again at three quarters."""
+  label_smoothing: float = 0.0
+  """Share of the labels that is spread evenly over all classes."""
+  ema: float | None = None
+  """Decay of a moving average of the parameters, which is what is evaluated,
+  made ternary and packed; None for the parameters themselves."""
+  compute: Literal["float32", "bfloat16"] = "float32"
+  """Type of weights and activations in training; latents, statistics, losses
+  and evaluations are float32."""
+  micro_batches: int = 1
+  """Parts in which each device takes its share of a batch, one after the other,
+  where it does not fit into memory; batch statistics are those of a part."""
   seed: int = 0
   """Seed of initial weights and of the order of the data."""
-  parallel: Literal["jit", "pmap", "shard_map"] = "pmap"
+  parallel: Parallel = "pmap"
   """How a step is spread over devices; jit takes one."""
   devices: int | None = None
   """Devices to use; None for all."""
@@ -83,6 +116,11 @@ class Config:
   """Steps between two lines of metrics."""
   checkpoint_every: int = 1000
   """Steps between two checkpoints."""
+  distributed: bool = False
+  """Be one of the processes of a run, one on each host of a TPU slice, say;
+  they share --workdir. On Cloud TPU, Kubernetes, Slurm and Open MPI they find
+  one another; elsewhere give each JAX_COORDINATOR_ADDRESS (host:port of process
+  0), JAX_NUM_PROCESSES and JAX_PROCESS_ID."""
   dry_run: bool = False
   """Only tell shapes, sizes, memory and steps a second; nothing is written."""
   workdir: str | None = None
@@ -93,13 +131,31 @@ class Config:
     for name in (
       "epochs",
       "float_epochs",
+      "image_size",
       "batch_size",
       "log_every",
       "checkpoint_every",
+      "micro_batches",
+      "layers",
+      "width",
     ):
       value = getattr(self, name)
       if value is not None and value < 1:
         raise UsageError(f"{name}={value}, but it must be at least 1.")
+    for name in ("label_smoothing", "ema"):
+      value = getattr(self, name)
+      if value is not None and not 0 <= value < 1:
+        raise UsageError(f"{name}={value}, but it must be in [0, 1).")
+    is_text = text.is_text(self.data)
+    if is_text != (self.model == "transformer"):
+      raise UsageError(
+        f"model={self.model} does not go with data={self.data}: text, pydoc or"
+        " a path that ends in .txt, takes a transformer, and images do not."
+      )
+    if is_text and self.augment != "none":
+      raise UsageError(f"augment={self.augment} is for images, not for text.")
+    if self.width % 32:
+      raise UsageError(f"width={self.width}, but it must be a multiple of 32.")
     try:
       supernet.scale(*self.scaling)
     except ValueError as error:
@@ -110,36 +166,43 @@ class Config:
     """Where the run writes, absolute."""
     if self.workdir is not None:
       return Path(self.workdir).resolve()
-    fields = dataclasses.asdict(self.method)
+    fields = {
+      field.name: getattr(self.method, field.name)
+      for field in dataclasses.fields(self.method)
+      if getattr(self.method, field.name) != field.default
+    }
     if self.method.asked is not None:
-      fields = {"sparsity": self.method.asked}
-    given = [
-      name if value is True else f"{name}{round(value, 4):.10g}"
-      for name, value in fields.items()
-      if value
-    ]
+      fields["sparsity"] = self.method.asked
+
+    def named(name: str, value: Any) -> str:
+      if value is None:
+        return f"no_{name}"
+      return name if value is True else f"{name}{round(value, 4):.10g}"
+
+    given = [named(name, value) for name, value in fields.items()]
     name = type(self.method).__name__.lower()
-    parts = [self.data, self.model, name, *given, f"seed{self.seed}"]
+    parts = [Path(self.data).name, self.model, name, *given, f"seed{self.seed}"]
     return Path("runs", "-".join(parts)).resolve()
 
   @property
   def stacked(self) -> tuple[str, ...]:
     """Patterns of the kernels whose first axis enumerates layers."""
-    return supernet.STACKED if self.model == "micronet" else ()
+    has_stacks = self.model in ("micronet", "transformer")
+    return supernet.STACKED if has_stacks else ()
 
   @property
   def float_directory(self) -> Path:
     """Where the float net is kept, absolute; equal for equal float nets."""
     record = json.dumps(self.float_record(), sort_keys=True)
     digest = hashlib.sha256(record.encode()).hexdigest()[:8]
-    name = f"{self.data}-{self.model}-seed{self.seed}-{digest}"
+    name = f"{Path(self.data).name}-{self.model}-seed{self.seed}-{digest}"
     return self.directory.parent / "float" / name
 
   def to_json(self) -> dict[str, Any]:
     """Returns the config as JSON holds it: all that a run depends on."""
     record = dataclasses.asdict(self)
-    # Neither changes what a run comes to.
-    del record["workdir"], record["dry_run"]
+    for name in _NOT_OF_RUN:
+      del record[name]
     record["method"]["name"] = type(self.method).__name__
     return json.loads(json.dumps(record))
 
@@ -151,6 +214,9 @@ class Config:
     record |= {k: v for k, v in later.items() if v != getattr(Config, k)}
     return json.loads(json.dumps(record))
 
+
+#: Fields that do not change what a run comes to.
+_NOT_OF_RUN = ("workdir", "distributed", "dry_run")
 
 #: Fields on which the float net depends, beside its epochs.
 _OF_FLOAT = (
@@ -165,7 +231,20 @@ _OF_FLOAT = (
 
 #: The same, told only where not at their defaults: a float net from before
 #: there were these options is still found.
-_LATER_OF_FLOAT = ("scaling", "float_optimizer", "float_weight_decay")
+_LATER_OF_FLOAT = (
+  "norm",
+  "scaling",
+  "float_optimizer",
+  "float_weight_decay",
+  "image_size",
+  "schedule",
+  "label_smoothing",
+  "ema",
+  "compute",
+  "micro_batches",
+  "layers",
+  "width",
+)
 
 
 def device_count(config: Config) -> int:
@@ -182,10 +261,11 @@ def device_count(config: Config) -> int:
       " here: give fewer, or another --parallel."
     )
   shares = devices * jax.process_count()
-  if config.batch_size % shares:
+  if config.batch_size % (shares * config.micro_batches):
     raise UsageError(
-      f"batch_size={config.batch_size} cannot be shared by {shares} devices:"
-      " give a multiple, or fewer --devices."
+      f"batch_size={config.batch_size} cannot be shared by {shares} devices in"
+      f" {config.micro_batches} micro-batches each: give a multiple of both, or"
+      " fewer --devices or --micro-batches."
     )
   return devices
 
@@ -198,7 +278,7 @@ def count_steps(config: Config, images: int) -> tuple[int, int]:
     images: to train on.
 
   Returns:
-    (steps of the float net, steps of the ternary net)
+    (steps of the float net, 0 where it is given; steps of the ternary net)
 
   Raises:
     UsageError: the images are less than a batch.
@@ -209,7 +289,10 @@ def count_steps(config: Config, images: int) -> tuple[int, int]:
       f"batch_size={config.batch_size} exceeds the {images} training images:"
       " give a smaller one."
     )
-  return (config.float_epochs or config.epochs) * epoch, config.epochs * epoch
+  float_epochs = config.float_epochs or config.epochs
+  if config.float_from is not None:
+    float_epochs = 0
+  return float_epochs * epoch, config.epochs * epoch
 
 
 def fit(config: Config, params: Any, model_state: dict[str, Any]) -> Config:

@@ -1,8 +1,13 @@
 """The command line that all experiments share."""
 
-import jax
-
-from experiments.common import cli, evaluate, log, rehearsal, run
+from experiments.common import (
+  cli,
+  evaluate,
+  log,
+  processes,
+  rehearsal,
+  run,
+)
 
 
 def main(default: cli.Config, description: str) -> None:
@@ -14,9 +19,10 @@ def main(default: cli.Config, description: str) -> None:
   """
   with evaluate.explained_errors():
     config = cli.parse(default, description)
+  with processes.joined(config.distributed), evaluate.explained_errors():
     if config.dry_run:
       print(rehearsal.rehearse(config))
       return
     result = run.run(config)
-  if jax.process_index() == 0:
+  if processes.leads():
     print(f"\n{log.table(result)}\n\n{result['method']}\n{config.directory}")

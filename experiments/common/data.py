@@ -1,20 +1,26 @@
-"""Image classification data in memory, fed by restorable iterators.
+"""Data to classify, images or text, fed by restorable iterators.
 
 Data sets come from tensorflow-datasets, prepared once in the array_record
 format and read without TensorFlow. `load_dataset` decodes a set into uint8
-arrays; `batches` and `eval_batches` turn the arrays of a split into the
+arrays, or, where images differ in size, into `Images` that are decoded where
+they are asked for; `batches` and `eval_batches` turn a split into the
 standardized batches that training and evaluation consume:
 
 ```python
 mnist = load_dataset("mnist")
 train = batches(mnist.train, 128, seed=0, mean=mnist.mean, std=mnist.std)
-batch = next(train)  # {"image": float32 [128, 28, 28, 1], "label": int32 [128]}
+batch = next(train)  # {"input": float32 [128, 28, 28, 1], "label": int32 [128]}
 train.set_state(train.get_state())  # a JSON-able dict that resumes bit for bit
 ```
+
+Text, see `text`, is windows of tokens, each with the token that follows it for
+its label.
 """
 
 import dataclasses
 import functools
+import hashlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -24,23 +30,29 @@ from typing import Any, ClassVar
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
 from tensorflow_datasets.core.data_sources.array_record import (
   ArrayRecordDataSource,
 )
 
-from experiments.common.augment import Augment
+from experiments.common import text
+from experiments.common.augment import Augment, center_crop
 
 Arrays = dict[str, np.ndarray]
+#: A split: arrays, or what reads them by rows.
+Split = dict[str, Any]
 
 SPLITS = ("train", "validation", "test", "train+validation")
 
-# For sets that come without a validation split. The examples of a prepared
-# set are already in a fixed random order, so the tail is a fair sample.
-_CARVED = {
-  "train": "train[:90%]",
-  "validation": "train[90%:]",
-  "train+validation": "train",
-}
+#: Sets whose test images have no public labels: the world tests on validation.
+_UNLABELED_TEST = ("imagenet2012",)
+
+#: Mean and standard deviation of ImageNet's channels, as all use them.
+_MEAN = 255 * np.array([0.485, 0.456, 0.406], np.float32)
+_STD = 255 * np.array([0.229, 0.224, 0.225], np.float32)
+
+# Images are decoded by one thread each; more only hold memory.
+_DECODERS = min(16, os.cpu_count() or 1)
 
 
 class DataNotPreparedError(FileNotFoundError):
@@ -116,8 +128,10 @@ def load(
 ) -> ArrayRecordDataSource:
   """Opens a split of a prepared data set for random access.
 
-  `"digits"` is prepared on first use. A set without a validation split has
-  the last 10 % of its training examples carved off for one.
+  `"digits"` is prepared on first use. A set without labeled test images is
+  tested on its validation split. One without a validation split, or whose own
+  is taken so, has the last 10 % of its training examples carved off for one,
+  at most 10,000.
 
   Args:
     name: `"digits"` or any prepared image classification set, such as
@@ -155,9 +169,30 @@ def load(
       "needed. Remove that directory or choose another data directory, then "
       f"prepare it with\n  {_command(name, data_dir)}"
     )
-  if "validation" not in builder.info.splits:
-    split = _CARVED.get(split, split)
-  return builder.as_data_source(split)
+  sizes = {k: v.num_examples for k, v in builder.info.splits.items()}
+  return builder.as_data_source(_part_of(sizes, split, name))
+
+
+def _part_of(sizes: dict[str, int], split: str, name: str) -> str:
+  """Returns a split in terms of those that a set has.
+
+  >>> _part_of({"train": 60_000, "test": 10_000}, "validation", "mnist")
+  'train[54000:]'
+  """
+  tested = "test" in sizes and name.split("/")[0] not in _UNLABELED_TEST
+  if split == "test":
+    return "test" if tested else "validation"
+  if tested and "validation" in sizes:
+    return split
+  # The examples of a prepared set are already in a fixed random order, so the
+  # tail is a fair sample.
+  count = sizes.get("train", 0)
+  first = count - min(round(count / 10), 10_000)
+  return {
+    "train": f"train[:{first}]",
+    "validation": f"train[{first}:]",
+    "train+validation": "train",
+  }[split]
 
 
 def _find_version(name: str, data_dir: Path) -> Path | None:
@@ -209,43 +244,125 @@ def arrays(source: ArrayRecordDataSource) -> Arrays:
     source: What `load` returns, of images that all have the same shape.
 
   Returns:
-    `{"image": uint8 [N, H, W, C], "label": int32 [N]}`.
+    `{"input": uint8 [N, H, W, C], "label": int32 [N]}`.
   """
   # All at once: three times as fast as one by one.
   examples = source.__getitems__(range(len(source)))
   return {
-    "image": np.stack([example["image"] for example in examples]),
+    "input": np.stack([example["image"] for example in examples]),
     "label": np.array([example["label"] for example in examples], np.int32),
   }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Labels:
+  """The labels of a split too large for memory: `labels[rows]` reads them.
+
+  Attributes:
+    source: What `load` returns, with images left encoded.
+  """
+
+  source: ArrayRecordDataSource
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  @property
+  def size(self) -> int:
+    """How many they are."""
+    return len(self)
+
+  def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+    """Returns int32 [N], N the number of rows."""
+    examples = self.source.__getitems__(rows.tolist())
+    return np.array([example["label"] for example in examples], np.int32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Images:
+  """The images of a split too large for memory, which may differ in size.
+
+  `images[rows]` reads and decodes them: of each the center, 224 pixels of its
+  shorter side resized to 256, or as many of the size asked for.
+
+  Attributes:
+    source: What `load` returns, with images left encoded.
+    size: Side of the centers, in pixels.
+  """
+
+  source: ArrayRecordDataSource
+  size: int
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+    """Returns uint8 [N, size, size, 3], N the number of rows."""
+    resized = round(self.size * 256 / 224)
+    return np.stack(
+      [center_crop(image, self.size, resized) for image in self.whole(rows)]
+    )
+
+  def whole(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields the images of rows as they are, each uint8 [H, W, 3]."""
+    for example in self.source.__getitems__(rows.tolist()):
+      with Image.open(io.BytesIO(example["image"])) as image:
+        # Some are gray.
+        yield np.asarray(image.convert("RGB"))
+
+
+def streamed(source: ArrayRecordDataSource, size: int) -> Split:
+  """Opens a split to be read where it is asked for.
+
+  Args:
+    source: What `load` returns.
+    size: See `Images`.
+
+  Returns:
+    `{"input": Images, "label": Labels}`, indexed by rows as arrays are.
+  """
+  encoded: Any = {"image": tfds.decode.SkipDecoding()}
+  source = dataclasses.replace(source, decoders=encoded)
+  return {"input": Images(source, size), "label": Labels(source)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-  """An image classification set in memory.
+  """A classification set, in memory or streamed.
 
   Attributes:
     name: The name that it was loaded by.
-    image_shape: (H, W, C).
+    input_shape: (H, W, C), or (T,) of text.
     num_classes: Labels are 0 to `num_classes - 1`.
-    mean: Of each channel over the train split, in pixel values, float32 [C].
-    std: Of each channel over the train split, in pixel values, float32 [C].
-    train: `{"image": uint8 [N, H, W, C], "label": int32 [N]}`.
+    mean: Of each channel over the train split, in pixel values, float32 [C];
+      ImageNet's where the set is streamed, none, [0], of text.
+    std: Of each channel likewise, float32 [C].
+    train: `{"input": uint8 [N, H, W, C], "label": int32 [N]}`, or what
+      `streamed` returns, or of text int32 [N, T] both.
     validation: The same, for choosing hyper-parameters.
     test: The same, for the final number only.
+    sha256: Of a text, which is not the same everywhere.
   """
 
   name: str
-  image_shape: tuple[int, ...]
+  input_shape: tuple[int, ...]
   num_classes: int
   mean: np.ndarray
   std: np.ndarray
-  train: Arrays = dataclasses.field(repr=False)
-  validation: Arrays = dataclasses.field(repr=False)
-  test: Arrays = dataclasses.field(repr=False)
+  train: Split = dataclasses.field(repr=False)
+  validation: Split = dataclasses.field(repr=False)
+  test: Split = dataclasses.field(repr=False)
+  sha256: str | None = None
+
+  @property
+  def blank(self) -> np.ndarray:
+    """An input of zeros, [1, *input_shape], of the type that a net gets."""
+    dtype = np.float32 if self.mean.size else np.int32
+    return np.zeros((1, *self.input_shape), dtype)
 
   @property
   def train_and_validation(self) -> Arrays:
-    """All that may be trained on, in a new copy, for the final run."""
+    """All that may be trained on of a set in memory, in a new copy."""
     return {
       key: np.concatenate([self.train[key], self.validation[key]])
       for key in self.train
@@ -253,34 +370,71 @@ class Dataset:
 
 
 def load_dataset(
-  name: str, data_dir: str | os.PathLike | None = None
+  name: str,
+  data_dir: str | os.PathLike | None = None,
+  image_size: int | None = None,
 ) -> Dataset:
-  """Loads a data set into memory.
+  """Loads a data set into memory, or opens it to be streamed.
 
   Args:
-    name: As for `load`.
+    name: As for `load`, or a text, as for `text.read`.
     data_dir: As for `load`.
+    image_size: Side to which images that differ in size are cropped; such a
+      set is read and decoded in the background, batch by batch. Not used where
+      all images have one shape.
 
   Returns:
     The three splits and the statistics of the train split.
 
   Raises:
-    DataNotPreparedError: The set is not there, or not in array_record format.
-    ValueError: The set lacks a split.
+    DataNotPreparedError: The set is not there, or not in array_record format;
+      or the text cannot be read, or is too short.
+    ValueError: The set lacks a split, or an `image_size` that it needs.
   """
+  if text.is_text(name):
+    return _load_text(name)
   sources = {
     split: load(name, split, data_dir)
     for split in ("train", "validation", "test")
   }
-  splits = {split: arrays(source) for split, source in sources.items()}
   features: Any = sources["train"].dataset_info.features
-  mean, std = channel_statistics(splits["train"]["image"])
+  shape = features["image"].shape
+  if None not in shape:
+    splits = {split: arrays(source) for split, source in sources.items()}
+    mean, std = channel_statistics(splits["train"]["input"])
+  elif image_size is None:
+    raise ValueError(
+      f"Images of {name!r} differ in size: give an image_size to crop them to."
+    )
+  else:
+    splits = {k: streamed(source, image_size) for k, source in sources.items()}
+    mean, std = _MEAN, _STD
+    shape = (image_size, image_size, 3)
   return Dataset(
     name=name,
-    image_shape=features["image"].shape,
+    input_shape=shape,
     num_classes=features["label"].num_classes,
     mean=mean,
     std=std,
+    train=splits["train"],
+    validation=splits["validation"],
+    test=splits["test"],
+  )
+
+
+def _load_text(name: str) -> Dataset:
+  try:
+    whole = text.read(name)
+    splits = text.splits(whole)
+  except (OSError, ValueError) as error:
+    raise DataNotPreparedError(f"Data set {name!r}: {error}") from error
+  return Dataset(
+    name=name,
+    input_shape=(text.CONTEXT,),
+    num_classes=text.VOCABULARY,
+    mean=np.zeros(0, np.float32),
+    std=np.zeros(0, np.float32),
+    sha256=hashlib.sha256(whole).hexdigest(),
     **splits,
   )
 
@@ -312,7 +466,8 @@ def standardize(
 
   Args:
     images: uint8 [..., H, W, C].
-    mean: Pixel values to subtract, float32 [C].
+    mean: Pixel values to subtract, float32 [C]; empty for what is no image,
+      which is returned as it is.
     std: Pixel values to divide by, float32 [C].
 
   Returns:
@@ -323,6 +478,8 @@ def standardize(
   >>> standardize(pixels, np.float32([128]), np.float32([64])).ravel()
   array([-2.,  0.], dtype=float32)
   """
+  if not mean.size:
+    return images
   # Rows of width × channels, because NumPy is slow along an axis of 3.
   width = images.shape[-2]
   rows = images.reshape(*images.shape[:-2], -1)
@@ -332,7 +489,7 @@ def standardize(
 
 
 def batches(
-  split: Arrays,
+  split: Split,
   batch_size: int,
   *,
   seed: int,
@@ -346,21 +503,23 @@ def batches(
 
   The global batches depend on the seed alone, whatever the number of
   processes: each process gets its block of rows of the same batch, augmented
-  alike. An epoch's last incomplete batch is dropped.
+  alike. An epoch's last incomplete batch is dropped. Of `Images`, a process
+  decodes only its rows, and each image is augmented alone.
 
   Args:
-    split: `{"image": uint8 [N, H, W, C], "label": int32 [N]}`.
+    split: `{"input": uint8 [N, H, W, C], "label": int32 [N]}`, or what
+      `streamed` returns.
     batch_size: Examples a batch, of all processes together.
     seed: Of shuffling and augmentation, 0 to 2³² - 1.
     mean: See `standardize`, float32 [C].
     std: See `standardize`, float32 [C].
-    augment: From the uint8 images of a global batch and a random generator to
-      as many images, such as `augment.flip_and_crop`.
+    augment: From uint8 images, those of a global batch or a single one, and a
+      random generator to as many images, such as `augment.flip_and_crop`.
     process_index: Which process this is.
     process_count: How many processes share a batch.
 
   Returns:
-    An iterator of `{"image": float32 [B, H, W, C], "label": int32 [B]}`, with
+    An iterator of `{"input": float32 [B, H, W, C], "label": int32 [B]}`, with
     B = `batch_size // process_count`. Its `get_state()` is a JSON-able dict;
     after `set_state`, it continues bit for bit as the original did.
 
@@ -385,26 +544,30 @@ def batches(
   def make_batch(step: int, rng: np.random.Generator) -> Arrays:
     epoch, step = divmod(step, epoch_steps)
     rows = permutation(epoch)[step * batch_size : (step + 1) * batch_size]
+    images = split["input"]
     if augment is None:
-      images = split["image"][rows[part]]
+      images = images[rows[part]]
+    elif isinstance(images, Images):
+      seeds = rng.integers(2**63, size=batch_size)[part]
+      changed = [
+        augment(image[None], np.random.default_rng(seed))
+        for image, seed in zip(images.whole(rows[part]), seeds, strict=True)
+      ]
+      images = np.concatenate(changed)
     else:
-      images = augment(split["image"][rows], rng)[part]
+      images = augment(images[rows], rng)[part]
     return {
-      "image": standardize(images, mean, std),
+      "input": standardize(images, mean, std),
       "label": split["label"][rows[part]],
     }
 
   steps = grain.MapDataset.range(sys.maxsize).seed(seed)
-  return iter(
-    steps.random_map(make_batch).to_iter_dataset(
-      # Enough to overlap with the training step; more only holds memory.
-      grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    )
-  )
+  made = steps.random_map(make_batch)
+  return iter(made.to_iter_dataset(_reading(split)))
 
 
 def eval_batches(
-  split: Arrays,
+  split: Split,
   batch_size: int,
   *,
   mean: np.ndarray,
@@ -418,7 +581,7 @@ def eval_batches(
   that weighted sums over all batches count every example exactly once.
 
   Args:
-    split: `{"image": uint8 [N, H, W, C], "label": int32 [N]}`.
+    split: As for `batches`.
     batch_size: Examples a batch, of all processes together.
     mean: See `standardize`, float32 [C].
     std: See `standardize`, float32 [C].
@@ -426,7 +589,7 @@ def eval_batches(
     process_count: How many processes share a batch.
 
   Returns:
-    An iterator of `{"image": float32 [B, H, W, C], "label": int32 [B],
+    An iterator of `{"input": float32 [B, H, W, C], "label": int32 [B],
     "weight": float32 [B]}`, with B = `batch_size // process_count`.
 
   Raises:
@@ -439,12 +602,21 @@ def eval_batches(
     rows = np.arange(start, start + batch_size)[part]
     clipped = np.minimum(rows, count - 1)
     return {
-      "image": standardize(split["image"][clipped], mean, std),
+      "input": standardize(split["input"][clipped], mean, std),
       "label": split["label"][clipped],
       "weight": (rows < count).astype(np.float32),
     }
 
-  return map(make_batch, range(0, count, batch_size))
+  starts = grain.MapDataset.range(0, count, batch_size)
+  return iter(starts.map(make_batch).to_iter_dataset(_reading(split)))
+
+
+def _reading(split: Split) -> grain.ReadOptions:
+  """Returns how batches are made in the background."""
+  if isinstance(split["input"], Images):
+    return grain.ReadOptions(_DECODERS, prefetch_buffer_size=_DECODERS)
+  # Enough to overlap with the training step; more only holds memory.
+  return grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
 def _part(batch_size: int, process_index: int, process_count: int) -> slice:

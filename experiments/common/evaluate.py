@@ -1,4 +1,4 @@
-"""Accuracy of a run's packed checkpoint, in a process that never trained it.
+"""What a run's packed checkpoint is worth, in a process that never trained it.
 
   python -m experiments.common.evaluate runs/digits-sca-sparsity0.7-seed0
 
@@ -9,17 +9,18 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 from flax import linen as nn
 
@@ -30,12 +31,14 @@ from experiments.common import (
   guard,
   log,
   models,
+  processes,
   supernet,
+  text,
 )
 from tern_jax import metrics, training
 from tern_jax.checkpoint import CheckpointError, load_packed, save_packed
 from tern_jax.packed import pack, unpack
-from tern_jax.sparsity import PerLayer, target_of
+from tern_jax.sparsity import PerLayer
 
 #: Batches after which batch-norm statistics have forgotten the old weights.
 REESTIMATION_BATCHES = 50
@@ -56,7 +59,7 @@ def explained_errors() -> Iterator[None]:
     sys.exit(2)
   except guard.InterruptedRunError as interruption:
     print(interruption, file=sys.stderr)
-    sys.exit(128 + signal.SIGTERM)
+    sys.exit(guard.INTERRUPTED)
 
 
 def make_model(
@@ -70,13 +73,45 @@ def make_model(
     axis_name: mapped axis over which batch statistics are shared.
   """
   if config.model == "mlp":
-    return models.MLP(config.hidden, classes, axis_name)
+    return models.MLP(config.hidden, classes, axis_name, config.norm)
+  if config.model == "convnet":
+    return models.ConvNet(config.hidden, classes, axis_name)
   if config.model == "lenet5":
     return models.LeNet5(classes, axis_name)
+  if config.model == "vgg_small":
+    return models.VGGSmall(classes, axis_name)
   if config.model == "micronet":
     return supernet.MicroNet(*config.scaling, classes, axis_name)
+  if config.model in models.IMAGENET:
+    blocks, bottleneck = models.IMAGENET[config.model]
+    return models.ImageNetResNet(blocks, bottleneck, classes, axis_name)
+  if config.model == "transformer":
+    return models.Transformer(
+      config.layers, config.width, text.CONTEXT, classes, axis_name
+    )
   depth = int(config.model.removeprefix("resnet"))
   return models.ResNet((depth - 2) // 6, classes, axis_name)
+
+
+def load_dataset(config: cli.Config) -> data.Dataset:
+  """Returns the data of a run.
+
+  Raises:
+    UsageError: the options do not fit its images.
+    DataNotPreparedError: it is not there.
+  """
+  size = config.image_size
+  try:
+    dataset = data.load_dataset(config.data, config.data_dir, size)
+  except ValueError as error:
+    raise cli.UsageError(str(error)) from error
+  streamed = isinstance(dataset.train["input"], data.Images)
+  if streamed and config.augment not in ("none", "resized_crop"):
+    raise cli.UsageError(
+      f"augment={config.augment} keeps the sizes of images, in which those of"
+      f" {config.data} differ: give --augment resized_crop."
+    )
+  return dataset
 
 
 def augmentation(
@@ -87,41 +122,99 @@ def augmentation(
     return None
   if config.augment == "flip_crop":
     return augment.flip_and_crop
+  if config.augment == "resized_crop":
+    size = dataset.input_shape[0]
+    return functools.partial(augment.random_resized_crop, size=size)
   cutout = functools.partial(augment.cutout, fill=dataset.mean)
   return augment.chain(augment.flip_and_crop, augment.color_jitter, cutout)
 
 
-def make_counter(
+def training_batches(
+  config: cli.Config, dataset: data.Dataset, shared: bool = True
+) -> Any:
+  """Returns the iterator over training batches.
+
+  Args:
+    config: names what is done to images.
+    dataset: its data.
+    shared: give this process its part of each batch, not the whole.
+  """
+  return data.batches(
+    dataset.train,
+    config.batch_size,
+    seed=config.seed,
+    mean=dataset.mean,
+    std=dataset.std,
+    augment=augmentation(config, dataset),
+    process_index=jax.process_index() if shared else 0,
+    process_count=jax.process_count() if shared else 1,
+  )
+
+
+class Score(NamedTuple):
+  """What a net is worth on a split."""
+
+  correct: int
+  """Right answers."""
+  total: int
+  """Answers."""
+  loss: float
+  """Mean cross entropy of an answer, in nats."""
+
+  @property
+  def accuracy(self) -> float:
+    """Share of right answers."""
+    return self.correct / self.total
+
+
+def make_scorer(
   model: nn.Module, dataset: data.Dataset
-) -> Callable[[Any, data.Arrays], int]:
-  """Makes the function that counts right answers.
+) -> Callable[[Any, data.Arrays], Score]:
+  """Makes the function that judges a net.
 
   Args:
     model: network.
     dataset: tells how images are standardized.
 
   Returns:
-    `count(variables, split)`: correct answers among all images of a split.
+    `score(variables, split)`: what the net answers to a whole split.
   """
 
-  @jax.jit
-  def count_batch(variables: Any, batch: Any) -> jax.Array:
-    logits: Any = model.apply(variables, batch["image"], train=False)
-    answers = jnp.argmax(logits, -1)
-    right = (answers == batch["label"]) & (batch["weight"] > 0)
-    return jnp.sum(right, dtype=jnp.int32)
-
-  def count(variables: Any, split: data.Arrays) -> int:
-    # Every process counts the whole split: it is small, and none has to wait.
+  def score(variables: Any, split: data.Arrays) -> Score:
+    # Every process judges the whole split: it is small, and none has to wait.
+    # No more than 128 MB of inputs.
+    fitting = max(1, 2**25 // math.prod(dataset.input_shape))
     batches = data.eval_batches(
       split,
-      min(1000, len(split["label"])),
+      min(1000, fitting, len(split["label"])),
       mean=dataset.mean,
       std=dataset.std,
     )
-    return sum(int(count_batch(variables, batch)) for batch in batches)
+    correct, loss, total = 0, 0.0, split["label"].size
+    for batch in batches:
+      right, losses = _score_batch(model, variables, batch)
+      correct, loss = correct + int(right), loss + float(losses)
+    return Score(correct, total, loss / total)
 
-  return count
+  return score
+
+
+# Of the module, so that it is compiled once for all phases of a run.
+@functools.partial(jax.jit, static_argnums=0)
+def _score_batch(
+  model: nn.Module, variables: Any, batch: Any
+) -> tuple[jax.Array, jax.Array]:
+  logits: Any = model.apply(variables, batch["input"], train=False)
+  label = batch["label"]
+  right = jnp.argmax(logits, -1) == label
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+  # An example may have several labels; what fills up a batch has weight 0.
+  axes = tuple(range(1, label.ndim))
+  counts = jnp.expand_dims(batch["weight"], axes) > 0
+  return (
+    jnp.sum(right & counts, dtype=jnp.int32),
+    jnp.sum(jnp.where(counts, losses, 0)),
+  )
 
 
 def evaluate(workdir: Path) -> dict[str, Any]:
@@ -131,14 +224,15 @@ def evaluate(workdir: Path) -> dict[str, Any]:
     workdir: directory of the run.
 
   Returns:
-    "accuracy", a share, and the counts "correct" and "total".
+    "accuracy", a share, the counts "correct" and "total", and the "loss", in
+    nats.
   """
   config = log.read_config(workdir)
-  dataset = data.load_dataset(config.data, config.data_dir)
-  count = make_counter(make_model(config, dataset.num_classes), dataset)
+  dataset = load_dataset(config)
+  score = make_scorer(make_model(config, dataset.num_classes), dataset)
   variables = unpack(load_packed(workdir / "packed"))
-  correct, total = count(variables, dataset.test), len(dataset.test["label"])
-  return {"accuracy": correct / total, "correct": correct, "total": total}
+  found = score(variables, dataset.test)
+  return {"accuracy": found.accuracy, **found._asdict()}
 
 
 def judge(
@@ -163,30 +257,37 @@ def judge(
     method: what made the weights.
 
   Returns:
-    The record of the run; accuracies and sparsities as shares.
+    The record of the run; accuracies and sparsities as shares, losses in nats.
 
   Raises:
     RuntimeError: the packed file does not give the rounded net's answers.
   """
   model = make_model(config, dataset.num_classes)
-  count = make_counter(model, dataset)
+  score = make_scorer(model, dataset)
   packed = pack(reestimated(config, dataset, model, ternary))
   save_packed(
     config.directory / "packed", packed, method=method, overwrite=True
   )
   nets = {"float": floats, "unrounded": unrounded, "rounded": unpack(packed)}
-  correct = {k: count(net, dataset.test) for k, net in nets.items()}
-  correct["packed"] = in_fresh_process(config.directory)["correct"]
+  tested = {k: score(net, dataset.test) for k, net in nets.items()}
+  seen = {k: score(net, dataset.validation) for k, net in nets.items()}
+  correct = {k: found.correct for k, found in tested.items()}
+  losses = {k: found.loss for k, found in tested.items()}
+  packed_file = tested["rounded"]._asdict()
+  if processes.leads():
+    packed_file = in_fresh_process(config.directory)
+  correct["packed"] = packed_file["correct"]
   if correct["packed"] != correct["rounded"]:
     raise RuntimeError(
       f"The packed file gives {correct['packed']} right answers in a fresh"
       f" process, the net that was saved {correct['rounded']}."
     )
-  total, asked = len(dataset.test["label"]), config.method.asked
+  losses["packed"] = packed_file["loss"]
+  total, asked = tested["float"].total, config.method.asked
   codes = metrics.ternary_leaves(packed["params"])
   layers = {
     path: {
-      "asked": target_of(asked, path),
+      "asked": config.method.asked_of(path),
       "predicted": config.method.predict(path, jnp.asarray(latents[path])),
       "reached": float(metrics.sparsity(leaf)),
       "weights": leaf.codes.size,
@@ -198,9 +299,9 @@ def judge(
   predicted = None
   if None not in shares:
     predicted = float(np.average(np.array(shares), weights=weights))
-  seen = {k: count(nets[k], dataset.validation) for k in nets}
   files = [f for f in (config.directory / "packed").rglob("*") if f.is_file()]
   return {
+    **({"text_sha256": dataset.sha256} if dataset.sha256 else {}),
     "method": repr(method),
     "seed": config.seed,
     "float_accuracy": correct["float"] / total,
@@ -208,9 +309,9 @@ def judge(
     "accuracy": correct["packed"] / total,
     "correct": correct,
     "total": total,
-    "validation_accuracy": {
-      k: n / len(dataset.validation["label"]) for k, n in seen.items()
-    },
+    "loss": losses,
+    "validation_accuracy": {k: found.accuracy for k, found in seen.items()},
+    "validation_loss": {k: found.loss for k, found in seen.items()},
     "asked_sparsity": None if isinstance(asked, PerLayer) else asked,
     "predicted_sparsity": predicted,
     "sparsity": float(metrics.sparsity(packed)),
@@ -237,20 +338,13 @@ def reestimated(
     variables = {"params": weights, **state}
     collections = list(state)
     return model.apply(
-      variables, batch["image"], train=True, mutable=collections
+      variables, batch["input"], train=True, mutable=collections
     )[1]
 
   weights = unpack(pack(ternary["params"]))
-  # Whole batches on every process, so that all come to the same statistics.
-  batches = data.batches(
-    dataset.train,
-    config.batch_size,
-    seed=config.seed,
-    mean=dataset.mean,
-    std=dataset.std,
-    # Training saw batches like these, and so do its statistics.
-    augment=augmentation(config, dataset),
-  )
+  # Training saw batches like these, but here every process takes whole ones,
+  # so that all come to the same statistics.
+  batches = training_batches(config, dataset, shared=False)
   batches = itertools.islice(batches, REESTIMATION_BATCHES)
   state = training.reestimate_model_state(update, weights, state, batches)
   return {"params": ternary["params"], **state}
@@ -265,6 +359,9 @@ def in_fresh_process(workdir: Path) -> dict[str, Any]:
     # This process may hold most of an accelerator's memory already.
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
   }
+  if jax.default_backend() == "tpu":
+    # And a TPU belongs to one process.
+    environment["JAX_PLATFORMS"] = "cpu"
   command = [sys.executable, "-m", "experiments.common.evaluate", str(workdir)]
   done = subprocess.run(
     command, env=environment, capture_output=True, text=True, check=False
@@ -275,7 +372,7 @@ def in_fresh_process(workdir: Path) -> dict[str, Any]:
 
 
 def main(workdir: tyro.conf.Positional[Path]) -> None:
-  """Prints the accuracy of a run's packed checkpoint as JSON.
+  """Prints what a run's packed checkpoint is worth as JSON.
 
   Args:
     workdir: directory of the run.

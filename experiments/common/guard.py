@@ -13,6 +13,11 @@ from jax.experimental import multihost_utils
 
 from tern_jax.base import path_str
 
+#: Exit status of a run that was asked to end.
+INTERRUPTED = 128 + signal.SIGTERM
+#: Steps from one question of all processes for the signals of all to the next.
+COMPARED_EVERY = 8
+
 
 class InterruptedRunError(RuntimeError):
   """A run was asked to end, and can be resumed where it stopped."""
@@ -28,20 +33,30 @@ def termination() -> Iterator[Callable[[int], bool]]:
 
   Yields:
     `asked(step)`: whether the run shall end after this step. All processes get
-    the same answer at the same step.
+    the same answer at the same step, so several compare notes at some only.
+
+  Raises:
+    InterruptedRunError: on leaving, SIGTERM came too late for a question.
   """
-  if jax.process_count() > 1:
-    # The coordination service of jax takes the signal, on whichever process.
-    yield multihost_utils.reached_preemption_sync_point
-    return
-  came = threading.Event()
   if threading.current_thread() is not threading.main_thread():
     # Only a main thread may handle signals.
     yield lambda _: False
     return
+  came = threading.Event()
+
+  def came_to_any() -> bool:
+    if jax.process_count() == 1:
+      return came.is_set()
+    return bool(multihost_utils.process_allgather(came.is_set()).any())
+
+  every = 1 if jax.process_count() == 1 else COMPARED_EVERY
   before = signal.signal(signal.SIGTERM, lambda *_: came.set())
   try:
-    yield lambda _: came.is_set()
+    yield lambda step: step % every == 0 and came_to_any()
+    if came_to_any():
+      raise InterruptedRunError(
+        "SIGTERM: stopped between two phases; the same command goes on there."
+      )
   finally:
     signal.signal(signal.SIGTERM, before)
 

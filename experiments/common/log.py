@@ -4,16 +4,18 @@ Only process 0 writes.
 """
 
 import json
+import math
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
+from matplotlib import image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from experiments.common import cli, methods
+from experiments.common import cli, methods, processes
 
 Rows = list[tuple[str, ...]]
 
@@ -66,7 +68,7 @@ def claim(directory: Path, record: dict[str, Any]) -> None:
     raise cli.UsageError(
       f"{directory} is not empty and holds no run: choose another --workdir."
     )
-  elif jax.process_index() == 0:
+  else:
     directory.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
 
@@ -80,7 +82,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 def save_latents(workdir: Path, step: int, latents: dict[str, Any]) -> None:
   """Keeps {path: latents} of a step."""
-  if jax.process_index() == 0:
+  if processes.leads():
     (workdir / "latents").mkdir(exist_ok=True)
     np.savez(workdir / "latents" / f"{step}.npz", **latents)
 
@@ -106,7 +108,7 @@ class Log:
 
   def __init__(self, workdir: Path, phase: str, start: int, steps: int):
     self.phase, self._steps = phase, steps
-    self._writes = jax.process_index() == 0
+    self._writes = processes.leads()
     self._printed = start
     if not self._writes:
       return
@@ -155,8 +157,41 @@ class Log:
       self._printed = step
       print(f"{self.phase:7} {step:6d}/{self._steps}  {text}", flush=True)
 
+  def write_histograms(self, step: int, weights: dict[str, np.ndarray]) -> None:
+    """Shows TensorBoard how the weights of each layer are distributed."""
+    if self._writes:
+      for path, values in weights.items():
+        self._events.add_histogram(f"weights/{path}", values, step)
+
   def _write_line(self, record: dict[str, Any]) -> None:
     self._file.write(json.dumps(record) + "\n")
+
+
+def write_pictures(workdir: Path, step: int) -> None:
+  """Shows the pictures of a run in TensorBoard, too."""
+  with SummaryWriter(str(workdir / "tensorboard" / "pictures")) as events:
+    for path in sorted(workdir.glob("*.png")):
+      picture = image.imread(path)
+      events.add_image(path.stem, picture, step, dataformats="HWC")
+
+
+def commit() -> str | None:
+  """Returns the git commit of this code, with a + if files were changed since.
+
+  None where it is not a clone.
+  """
+  command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+"]
+  try:
+    done = subprocess.run(
+      [*command, "--exclude=*"],
+      cwd=Path(__file__).parent,
+      capture_output=True,
+      text=True,
+      check=True,
+    )
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return done.stdout.strip()
 
 
 def table(result: dict[str, Any]) -> str:
@@ -168,7 +203,10 @@ def table(result: dict[str, Any]) -> str:
   Returns:
     Lines of at most 80 columns.
   """
-  rows: Rows = [("test accuracy", "%", "correct")]
+  # A text is measured by what a guess at its next character costs.
+  is_text = "text_sha256" in result
+  units = ("bits/character",) if is_text else ()
+  rows: Rows = [("test accuracy", "%", "correct", *units)]
   for name, key in (
     ("float", "float"),
     ("ternary, as trained", "unrounded"),
@@ -177,7 +215,10 @@ def table(result: dict[str, Any]) -> str:
   ):
     correct = result["correct"][key]
     share = 100 * correct / result["total"]
-    rows.append((name, f"{share:.2f}", f"{correct}/{result['total']}"))
+    row = (name, f"{share:.2f}", f"{correct}/{result['total']}")
+    if is_text:
+      row += (f"{result['loss'][key] / math.log(2):.4f}",)
+    rows.append(row)
   layers: Rows = [("sparsity", "asked", "predicted", "reached", "weights")]
   whole = {
     "asked": result["asked_sparsity"],

@@ -50,11 +50,27 @@ class Targeted:
   bytes: int | None = None
   """Asked size of the whole model at the entropy of its weights, instead of a
   sparsity: `tern_jax.fit_budget` shares it over the layers."""
+  across_layers: bool = False
+  """Whether the asked sparsity is that of all layers together, which then share
+  one threshold, instead of each layer's own."""
 
   @property
   def asked(self) -> Any:
     """The sparsity asked for; None where the method chooses."""
     return self.sparsity
+
+  def asked_of(self, path: str) -> Any:
+    """Returns the sparsity asked of a layer; None where it has none."""
+    return None if self.across_layers else target_of(self.asked, path)
+
+  def target(self, steps: int) -> Any:
+    """Returns the ramp of the sparsity over a run of so many steps."""
+    share = self.asked
+    if share is None:
+      return None
+    if self.across_layers:
+      share = tern_jax.across_layers(share)
+    return tern_jax.ramp(share, steps)
 
   def fitted(
     self, params: Any, model_state: Any, where: tern_jax.select.Kernels
@@ -67,8 +83,13 @@ class Targeted:
       where: which leaves are ternary.
 
     Raises:
-      ValueError: the bytes are too few, or a sparsity is given as well.
+      ValueError: the bytes are too few, or options do not go together.
     """
+    if self.across_layers and self.asked is None:
+      raise ValueError(
+        "across_layers is given, but no sparsity that all layers could share:"
+        " give one, and neither alpha nor bytes."
+      )
     if self.bytes is None:
       return self
     if self.sparsity is not None:
@@ -87,12 +108,13 @@ class Sca(Targeted):
   """SCA at an asked sparsity, or with the paper's alpha."""
 
   start: ClassVar[str] = "scratch"
-  rates: ClassVar[Rates] = Rates(latent=1e-2, scale=1e-3)
 
   alpha: float | None = None
   """The paper's controller of sparsity, instead of an asked one."""
   strength: float = 0.05
   """With alpha: the final strength of WDR, after a quadratic ramp."""
+  kappa: float = 30.0
+  """With a sparsity: the final strength of WDR, relative to the gradient."""
 
   @property
   def asked(self) -> Any:
@@ -101,16 +123,38 @@ class Sca(Targeted):
       return 0.7
     return self.sparsity
 
-  def recipe(self, steps: int, largest: int) -> Recipe:
-    """Returns the recipe of `tern_jax.SCA`, or the paper's for alpha."""
+  @property
+  def rates(self) -> Rates:
+    """Adam's first rates, where the options give none."""
+    return Rates(latent=1e-3 if self.alpha is None else 1e-2, scale=1e-3)
+
+  def method(self, steps: int) -> tern_jax.SCA:
+    """Returns the ternarizer of a run."""
+    if self.asked is None or self.alpha is not None:
+      return tern_jax.SCA(alpha=self.alpha, sparsity=self.sparsity)
+    return tern_jax.SCA(sparsity=self.target(steps))
+
+  def recipe(
+    self, steps: int, largest: int, stacked: tuple[str, ...] = ()
+  ) -> Recipe:
+    """Returns the recipe of `tern_jax.SCA`, or the paper's for alpha.
+
+    Args:
+      steps: of the run.
+      largest: not used.
+      stacked: patterns of the kernels whose first axis enumerates layers.
+    """
     del largest
-    if self.asked is not None and self.alpha is None:
-      target = tern_jax.ramp(self.asked, steps)
-      kappa = tern_jax.late_kappa(steps)
+    method = self.method(steps)
+    if not method.soft:
+      target = method.sparsity
+      kappa = tern_jax.late_kappa(steps, last=self.kappa)
       return Recipe(
-        (Stage(tern_jax.SCA(sparsity=target), steps),),
+        (Stage(method, steps),),
         tern_jax.wdr_transform(
-          tern_jax.at_sparsity(target), tern_jax.relative(kappa)
+          tern_jax.at_sparsity(target),
+          tern_jax.relative(kappa),
+          stacked=stacked,
         ),
         round(kappa.onset * steps),
       )
@@ -120,25 +164,30 @@ class Sca(Targeted):
       return self.strength * jnp.clip((done - 0.3) / 0.5, 0, 1) ** 2
 
     return Recipe(
-      (Stage(tern_jax.SCA(alpha=self.alpha, sparsity=self.sparsity), steps),),
+      (Stage(method, steps),),
       tern_jax.wdr_transform(self.alpha, strength),
       round(0.3 * steps),
     )
 
-  def predict(self, path: str, theta: jax.Array) -> float:
-    """Returns the sparsity that WDR will make of the latents at its onset."""
+  def predict(self, path: str, theta: jax.Array) -> float | None:
+    """Returns the sparsity that WDR will make of the latents at its onset.
+
+    None where it follows from those of other layers, too.
+    """
     alpha: Any = self.alpha
     if self.asked is not None:
-      asked = target_of(self.asked, path)
+      asked = self.asked_of(path)
+      if asked is None:
+        return None
       alpha = tern_jax.alpha_for_sparsity(theta, asked)
     return float(tern_jax.predicted_sparsity(theta, alpha))
 
-  axis_label: ClassVar[str] = "tanh of the latents"
+  axis_label: ClassVar[str] = "W = tanh Θ"
 
   def shown(self, path: str, theta: jax.Array) -> jax.Array:
     """Returns what a histogram of latents shows, on the way to -1, 0, 1."""
     del path
-    return jnp.tanh(theta)
+    return self.method(1).weights(theta)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,14 +223,21 @@ class StraightThrough(abc.ABC):
       largest: size of the largest layer that is made ternary.
     """
 
-  def recipe(self, steps: int, largest: int) -> Recipe:
+  def recipe(
+    self, steps: int, largest: int, stacked: tuple[str, ...] = ()
+  ) -> Recipe:
     """Returns plain training."""
+    del stacked
     stage = Stage(self.method(steps, largest), steps)
     return Recipe((stage,), optax.identity(), steps // 2)
 
   def predict(self, path: str, theta: jax.Array) -> None:
     """Returns None: there is no prediction."""
     del path, theta
+
+  def asked_of(self, path: str) -> Any:
+    """Returns None: no sparsity is asked of a layer."""
+    del path
 
   def alone(self, path: str) -> Self:
     """Returns the method for one layer: of a target for each, its own."""
@@ -202,13 +258,7 @@ class TargetedStraightThrough(Targeted, StraightThrough):
   def alone(self, path: str) -> Self:
     """Returns the method for one layer: of a target for each, its own."""
     target: Any = target_of(self.sparsity, path)
-    return dataclasses.replace(self, sparsity=target)
-
-  def target(self, steps: int) -> Any:
-    """Returns the ramp of the sparsity over a run of so many steps."""
-    if self.sparsity is None:
-      return None
-    return tern_jax.ramp(self.sparsity, steps)
+    return dataclasses.replace(self, sparsity=target, across_layers=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,12 +310,15 @@ class Ec2t(TargetedStraightThrough):
     gamma, target = tern_jax.ramp(self.gamma, steps), self.target(steps)
     return tern_jax.EC2T(gamma, self.s, largest, sparsity=target)
 
-  def recipe(self, steps: int, largest: int) -> Recipe:
+  def recipe(
+    self, steps: int, largest: int, stacked: tuple[str, ...] = ()
+  ) -> Recipe:
     """Returns training with codes free, then, from the best state, frozen.
 
     The constraint, or a sparsity, rises in the first half of what is free; the
     best state is one of the second half, where it is in full force.
     """
+    del stacked
     onset = round((1 - self.frozen) * steps)
     free = self.method(onset, largest)
     best = Stage(free, onset, keep_best=True)

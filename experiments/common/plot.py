@@ -457,6 +457,21 @@ def accuracy_over_sparsity(
   _save(figure, path)
 
 
+def step_times(times: Mapping[str, float], path: Path) -> None:
+  """Draws the time of a step on several layouts of devices.
+
+  Args:
+    times: {layout: milliseconds}.
+    path: PNG to write.
+  """
+  figure, (axis,) = _figure(1, width=5.2, height=3.2)
+  bars = axis.bar(list(times), list(times.values()), color=TERNARY, width=0.6)
+  axis.bar_label(bars, fmt="%.0f", fontsize=9)
+  axis.set(xlabel="processes x devices", ylabel="time of a step (ms)")
+  axis.grid(visible=False, axis="x")
+  _save(figure, path)
+
+
 def _family(label: str) -> tuple[str, str]:
   """Returns the first word of a label, and its color."""
   family = re.split(r"[ ,-]", label)[0]

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from experiments.common import cli, data, evaluate, log, run
+from experiments.common import cli, evaluate, log, run
 from tern_jax.base import path_str
 
 #: Steps whose time is taken, after one that compiles.
@@ -28,9 +28,10 @@ def rehearse(config: cli.Config) -> str:
     UsageError: the options do not fit.
     DataNotPreparedError: the data set is not there.
   """
-  dataset = data.load_dataset(config.data, config.data_dir)
+  dataset = evaluate.load_dataset(config)
   devices = cli.device_count(config)
   params, model_state = run.initial_variables(config, dataset)
+  run.given_float(config, params, model_state)
   steps = cli.count_steps(config, len(dataset.train["label"]))
   config = cli.fit(config, params, model_state)
   phase = run.ternary_phase(config, steps[1], params, model_state)
@@ -48,16 +49,7 @@ def rehearse(config: cli.Config) -> str:
   rows.append(("ternary in all", "", f"{chosen['ternary']:,}", "ternary"))
   rows.append(("float in all", "", f"{chosen['float']:,}", "float"))
 
-  batches = data.batches(
-    dataset.train,
-    config.batch_size,
-    seed=config.seed,
-    mean=dataset.mean,
-    std=dataset.std,
-    augment=evaluate.augmentation(config, dataset),
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
+  batches = evaluate.training_batches(config, dataset)
   state_bytes = _bytes(phase.state)
   step = run.make_step(config, stage, dataset.num_classes)
   batch = next(batches)

@@ -23,7 +23,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import tern_jax
-from experiments.common import cli, data, evaluate, guard, log, plot
+from experiments.common import (
+  cli,
+  data,
+  evaluate,
+  guard,
+  log,
+  optimizers,
+  plot,
+  pretrained,
+  processes,
+)
 from tern_jax import metrics, training
 from tern_jax.base import Array, path_str
 from tern_jax.checkpoint import Checkpointer
@@ -46,9 +56,19 @@ class Stage:
   last: int
   keep_best: bool = False
 
+  def outcome(self, state: training.TrainState) -> training.TrainState:
+    """Returns the state with the averaged parameters, where there are any."""
+    if not isinstance(state.opt_state, optimizers.AveragedState):
+      return state
+    return dataclasses.replace(state, params=state.opt_state.average)
+
   def variables(self, state: training.TrainState) -> Any:
-    """Returns what the model is applied to in training."""
-    weights = training.effective_weights(state, self.tern)
+    """Returns what the model is applied to, as in training."""
+    outcome = self.outcome(state)
+    if outcome is not state:
+      # The thresholds followed other latents.
+      outcome = self.refreshed(state)
+    weights = training.effective_weights(outcome, self.tern)
     return {"params": weights, **state.model_state}
 
   def ternary(self, state: training.TrainState) -> Any:
@@ -68,7 +88,8 @@ class Stage:
   def latents(self, state: training.TrainState) -> dict[str, Any]:
     """Returns {path: latents} of what is made ternary."""
     assert self.tern is not None
-    leaves = jax.tree_util.tree_leaves_with_path(state.params.latent)
+    latent = self.outcome(state).params.latent
+    leaves = jax.tree_util.tree_leaves_with_path(latent)
     return {
       path_str(path): leaf
       for path, leaf in leaves
@@ -76,10 +97,11 @@ class Stage:
     }
 
   def refreshed(self, state: training.TrainState) -> training.TrainState:
-    """Returns the state with thresholds that fit its latents exactly."""
+    """Returns the outcome with thresholds that fit its latents exactly."""
+    # Training follows them closely; what is packed or frozen meets them.
+    state = self.outcome(state)
     if self.tern is None:
       return state
-    # Training follows them closely; what is packed or frozen meets them.
     params, tern_state = self.tern.refresh(state.params, state.tern_state)
     return dataclasses.replace(state, params=params, tern_state=tern_state)
 
@@ -124,19 +146,22 @@ def run(config: cli.Config) -> dict[str, Any]:
     DataNotPreparedError: the data set is not there.
   """
   began = time.time()
-  dataset = data.load_dataset(config.data, config.data_dir)
+  dataset = evaluate.load_dataset(config)
   devices = cli.device_count(config)
   params, model_state = initial_variables(config, dataset)
   images = len(dataset.train["label"])
   _, steps = cli.count_steps(config, images)
   cli.fit(config, params, model_state)
+  floats = given_float(config, params, model_state)
   # Nothing is written before all options are known to fit.
   workdir = config.directory
-  log.claim(workdir, config.to_json())
+  with processes.leader_first("claim"):
+    log.claim(workdir, config.to_json())
   if (workdir / "result.json").exists():
     return json.loads((workdir / "result.json").read_text())
 
-  floats = train_float(config, dataset)
+  if floats is None:
+    floats = train_float(config, dataset)
   if (config.init or config.method.start) == "float":
     params, model_state = floats["params"], dict(floats)
     del model_state["params"]
@@ -157,13 +182,16 @@ def run(config: cli.Config) -> dict[str, Any]:
     "steps": steps,
     "seconds": round(time.time() - began, 1),
     "command": " ".join(["python", *sys.orig_argv[1:]]),
+    "commit": log.commit(),
     "versions": {"python": platform.python_version(), "jax": jax.__version__},
     "devices": f"{devices} x {jax.devices()[0].device_kind}",
   }
-  if jax.process_index() == 0:
+  if processes.leads():
     plot.draw(config, result, phase.snapshots)
+    log.write_pictures(workdir, steps)
     text = json.dumps(result, indent=2) + "\n"
     (workdir / "result.json").write_text(text)
+  processes.wait_for_all("the result")
   return result
 
 
@@ -172,11 +200,30 @@ def initial_variables(
 ) -> tuple[Any, dict[str, Any]]:
   """Returns random parameters, and the other variables of the model."""
   model = evaluate.make_model(config, dataset.num_classes)
-  image = jnp.zeros((1, *dataset.image_shape))
-  variables = model.init(jax.random.key(config.seed), image, train=False)
+  key = jax.random.key(config.seed)
+  variables = model.init(key, dataset.blank, train=False)
   # On the host, because shard_map_step takes over the arrays it is given.
   model_state = jax.device_get(variables)
   return model_state.pop("params"), model_state
+
+
+def given_float(
+  config: cli.Config, params: Any, model_state: dict[str, Any]
+) -> Any:
+  """Returns the variables of a float net from elsewhere; None to train one.
+
+  Args:
+    config: the options.
+    params: of the model, for their shapes.
+    model_state: its other variables likewise.
+
+  Raises:
+    UsageError: there is no such net, or it is of another model.
+    CheckpointError: likewise of a checkpoint.
+  """
+  if config.float_from is None:
+    return None
+  return pretrained.load(config.float_from, {"params": params, **model_state})
 
 
 def train_float(config: cli.Config, dataset: data.Dataset) -> Any:
@@ -184,16 +231,19 @@ def train_float(config: cli.Config, dataset: data.Dataset) -> Any:
   params, model_state = initial_variables(config, dataset)
   images = len(dataset.train["label"])
   steps, _ = cli.count_steps(config, images)
-  tx = float_optimizer(config, steps)
+  tx = optimizers.of_float_net(config, steps)
   state = training.init_state(params, tx, None, model_state, config.seed)
   directory = config.float_directory
   stage = Stage(None, tx, steps)
   phase = Phase("float", directory, state, (stage,))
-  directory.parent.mkdir(parents=True, exist_ok=True)
-  # Runs that start together share one training: the first one does it.
-  with directory.with_suffix(".lock").open("w") as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    log.claim(directory, config.float_record())
+  with contextlib.ExitStack() as stack:
+    if processes.leads():
+      # Runs that start together share one training: the first one does it.
+      directory.parent.mkdir(parents=True, exist_ok=True)
+      lock = directory.with_suffix(".lock").open("w")
+      fcntl.flock(stack.enter_context(lock), fcntl.LOCK_EX)
+    with processes.leader_first("claim of the float net"):
+      log.claim(directory, config.float_record())
     state = train(config, dataset, phase)
   return jax.device_get(stage.variables(state))
 
@@ -203,13 +253,8 @@ def ternary_phase(
 ) -> Phase:
   """Returns the training of the ternary net."""
   where = tern_jax.kernels(exclude=config.exclude)
-  recipe = config.method.recipe(steps, where.largest(params, config.stacked))
-  rates = config.method.rates
-  latent_rate, scale_rate = config.learning_rate, config.scale_learning_rate
-  latent_rate = rates.latent if latent_rate is None else latent_rate
-  scale_rate = rates.scale if scale_rate is None else scale_rate
-  rest_rate = config.rest_learning_rate
-  rest_rate = config.float_learning_rate if rest_rate is None else rest_rate
+  largest = where.largest(params, config.stacked)
+  recipe = config.method.recipe(steps, largest, config.stacked)
   labels = tern_jax.TernParams(
     # What stays float lies beside the latents, but wants a rate of its own.
     latent=jax.tree.map(lambda k: "latent" if k else "float", where(params)),
@@ -217,54 +262,17 @@ def ternary_phase(
   )
   stages, first = [], 0
   for part in recipe.stages:
-    latent = adam(latent_rate, steps, first)
-    transforms: Any = {
-      "latent": optax.chain(recipe.regularizer, latent),
-      "scale": adam(scale_rate, steps, first),
-      "float": adam(rest_rate, steps, first),
-    }
-    stages.append(
-      Stage(
-        tern_jax.ParamTransform(part.method, where, config.stacked),
-        optax.partition(transforms, labels),
-        part.last,
-        part.keep_best,
-      )
+    tern = tern_jax.ParamTransform(part.method, where, config.stacked)
+    tx = optimizers.of_ternary_net(
+      config, recipe.regularizer, labels, steps, first
     )
+    stages.append(Stage(tern, tx, part.last, part.keep_best))
     first = part.last
   state = training.init_state(
     params, stages[0].tx, stages[0].tern, model_state, config.seed
   )
   snapshots = (0, recipe.onset, steps)
   return Phase("ternary", config.directory, state, tuple(stages), snapshots)
-
-
-def float_optimizer(
-  config: cli.Config, steps: int
-) -> optax.GradientTransformation:
-  """Returns the optimizer of the float net."""
-  if config.float_optimizer == "adam":
-    tx = adam(config.float_learning_rate, steps)
-  else:
-    decay = optax.cosine_decay_schedule(config.float_learning_rate, steps)
-    tx = optax.sgd(decay, momentum=0.9, nesterov=True)
-  if not config.float_weight_decay:
-    return tx
-  return optax.chain(optax.add_decayed_weights(config.float_weight_decay), tx)
-
-
-def adam(
-  rate: float, steps: int, first: int = 0
-) -> optax.GradientTransformation:
-  """Adam, its rate decayed to 5 % by a cosine.
-
-  Args:
-    rate: at step 0.
-    steps: over which it decays.
-    first: step at which this optimizer starts.
-  """
-  decay = optax.cosine_decay_schedule(rate, steps, alpha=0.05)
-  return optax.adam(lambda count: decay(count + first))
 
 
 def make_step(
@@ -279,18 +287,25 @@ def make_step(
     if axis is not None:
       # Devices must not drop alike.
       key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    inputs = batch["input"]
+    if config.compute == "bfloat16":
+      # The latents stay float32, and so do batch statistics.
+      weights, inputs = jax.tree.map(_bfloat16, (weights, inputs))
     logits, model_state = model.apply(
       {"params": weights, **model_state},
-      batch["image"],
+      inputs,
       train=True,
       mutable=list(model_state),
       rngs={"dropout": key},
     )
-    label = batch["label"]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    losses = _cross_entropy(
+      logits.astype(jnp.float32), batch["label"], config.label_smoothing
+    )
     return jnp.mean(losses), (model_state, {})
 
-  step = training.make_step(loss, stage.tx, stage.tern, axis)
+  step = training.make_step(
+    loss, stage.tx, stage.tern, axis, micro_batches=config.micro_batches
+  )
   if config.parallel == "jit":
     return jax.jit(step)
   if config.parallel == "pmap":
@@ -302,6 +317,19 @@ def make_step(
   spread = NamedSharding(mesh, P("data"))
   whole = jax.make_array_from_process_local_data
   return lambda s, batch: mapped(s, whole(spread, batch))
+
+
+def _bfloat16(x: Array) -> Array:
+  is_float = jnp.issubdtype(x.dtype, jnp.floating)
+  return x.astype(jnp.bfloat16) if is_float else x
+
+
+def _cross_entropy(logits: Array, labels: Array, smoothing: float) -> Array:
+  if not smoothing:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  smooth = jax.nn.one_hot(labels, logits.shape[-1])
+  smooth = optax.smooth_labels(smooth, smoothing)
+  return optax.softmax_cross_entropy(logits, smooth)
 
 
 @jax.tree_util.register_dataclass
@@ -329,17 +357,8 @@ def train(
   """
   state, steps = phase.state, phase.final.last
   model = evaluate.make_model(config, dataset.num_classes)
-  count = evaluate.make_counter(model, dataset)
-  batches = data.batches(
-    dataset.train,
-    config.batch_size,
-    seed=config.seed,
-    mean=dataset.mean,
-    std=dataset.std,
-    augment=evaluate.augmentation(config, dataset),
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
+  score = evaluate.make_scorer(model, dataset)
+  batches = evaluate.training_batches(config, dataset)
   folder = phase.directory / "checkpoints"
   with contextlib.ExitStack() as stack:
     saved = stack.enter_context(Checkpointer(folder / phase.name, keep=2))
@@ -390,10 +409,11 @@ def train(
               guard.where_it_arose(step, good.state, batches, repeated, path)
             )
         if is_line:
-          right = count(stage.variables(state), dataset.validation)
+          found = score(stage.variables(state), dataset.validation)
           line = {
             "loss": float(np.mean(losses)),
-            "validation_accuracy": right / len(dataset.validation["label"]),
+            "validation_loss": found.loss,
+            "validation_accuracy": found.accuracy,
           }
           more, seen = watch(state, seen)
           out.write(n, line | more)
@@ -409,6 +429,7 @@ def train(
           seen = watch.look(state)
         if is_kept:
           keep(n, stage)
+          out.write_histograms(n, watch.shown(state))
         if stops:
           raise guard.InterruptedRunError(
             f"SIGTERM: stopped after step {n} of {steps} ({phase.name}); the"
@@ -429,13 +450,21 @@ class Watch:
   """
 
   def __init__(self, config: cli.Config, stage: Stage):
+    def shown(state: training.TrainState) -> dict[str, Any]:
+      latents = {} if stage.tern is None else stage.latents(state)
+      return {p: plot.shown(config, p, w) for p, w in latents.items()}
+
     def judge(state: training.TrainState, before: Any, now: Any) -> Any:
-      latents = stage.latents(state).items()
-      weights = {path: plot.shown(config, path, w) for path, w in latents}
-      return metrics.sparsity(now), metrics.diagnose(weights, now, before)
+      layers = metrics.diagnose(shown(state), now, before)
+      return metrics.sparsity(now), layers
 
     # Apart, so that codes of one state are the same wherever a run resumes.
     self._packed, self._judge = jax.jit(stage.packed), jax.jit(judge)
+    self._shown = jax.jit(shown)
+
+  def shown(self, state: training.TrainState) -> dict[str, np.ndarray]:
+    """Returns {path: latents as histograms show them}; {} for a float net."""
+    return jax.device_get(self._shown(state))
 
   def look(self, state: training.TrainState) -> Any:
     """Returns the packed weights, {} for a float net."""

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from experiments.common import models
+
 #: The published factors (d, w) of depth and width: `d w^2` is close to 2, which
 #: doubles the operations of a net with each 1 that phi grows.
 GRID = ((1.0, 1.4), (1.2, 1.3), (1.4, 1.2), (1.6, 1.1), (1.7, 1.1), (1.9, 1.0))
@@ -83,16 +85,16 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
     """Maps [B, H, W, C] to [B, H / stride, W / stride, channels]."""
-    norm = functools.partial(_norm, self.axis_name, train)
+    norm = functools.partial(models.norm, self.axis_name, train)
     y = norm("norm1")(x)
-    y = _conv(self.channels, 3, self.stride, "conv1")(y)
+    y = models.conv(self.channels, 3, self.stride, "conv1")(y)
     y = nn.relu(norm("norm2")(y))
     dropping = train and self.has_rng("dropout")
     y = nn.Dropout(0.2, deterministic=not dropping)(y)
-    y = _conv(self.channels, 3, 1, "conv2")(y)
+    y = models.conv(self.channels, 3, 1, "conv2")(y)
     y = norm("norm3")(y)
     if y.shape != x.shape:
-      x = _conv(self.channels, 1, self.stride, "shortcut")(x)
+      x = models.conv(self.channels, 1, self.stride, "shortcut")(x)
       x = norm("shortcut_norm")(x)
     return x + y
 
@@ -168,33 +170,12 @@ class MicroNet(nn.Module):
   def __call__(self, x: Array, train: bool) -> Array:
     """Maps images [B, H, W, C] to logits [B, classes]."""
     blocks, widths = scale(self.d, self.w, self.phi)
-    x = _conv(widths[0], 3, 1, "stem")(x)
-    x = nn.relu(_norm(self.axis_name, train, "stem_norm")(x))
+    x = models.conv(widths[0], 3, 1, "stem")(x)
+    x = nn.relu(models.norm(self.axis_name, train, "stem_norm")(x))
     for n, width in enumerate(widths):
       stride = 2 if n else 1
       x = Stage(blocks, width, stride, self.axis_name, name=f"stage{n}")(
         x, train
       )
     x = jnp.mean(nn.relu(x), (1, 2))
-    return nn.Dense(self.classes, kernel_init=_INIT, name="head")(x)
-
-
-_INIT = nn.initializers.he_normal()
-
-
-def _conv(channels: int, size: int, stride: int, name: str) -> nn.Conv:
-  return nn.Conv(
-    channels,
-    (size, size),
-    stride,
-    padding=size // 2,
-    use_bias=False,
-    kernel_init=_INIT,
-    name=name,
-  )
-
-
-def _norm(axis_name: str | None, train: bool, name: str) -> nn.BatchNorm:
-  return nn.BatchNorm(
-    use_running_average=not train, momentum=0.9, axis_name=axis_name, name=name
-  )
+    return nn.Dense(self.classes, kernel_init=models.INIT, name="head")(x)
