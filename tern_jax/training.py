@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tern_jax.base import Array
@@ -194,9 +195,19 @@ def pmap_step(
     A step whose batch has a leading axis of devices (see `split_batch`), and
     whose state and metrics have none.
   """
-  return jax.pmap(
+  mapped = jax.pmap(
     step, axis_name=axis_name, in_axes=(None, 0), out_axes=None, devices=devices
   )
+  if jax.process_count() > 1:
+    return mapped  # It places the state of each process by itself.
+  these = jax.local_devices() if devices is None else list(devices)
+
+  def spread(state: TrainState, batch: Any) -> tuple[TrainState, dict]:
+    count = jax.tree.leaves(batch)[0].shape[0]
+    mesh = Mesh(np.array(these[:count]), (axis_name,))
+    return mapped(_replicated(state, mesh), batch)
+
+  return spread
 
 
 def shard_map_step(
@@ -223,7 +234,12 @@ def shard_map_step(
     # averaged gradient would be too large by their number.
     check_vma=False,
   )
-  return jax.jit(mapped, donate_argnums=0)
+  compiled = jax.jit(mapped, donate_argnums=0)
+
+  def spread(state: TrainState, batch: Any) -> tuple[TrainState, dict]:
+    return compiled(_replicated(state, mesh), batch)
+
+  return spread
 
 
 def data_mesh(
@@ -318,6 +334,19 @@ def _mean_over_parts(
   count = keys.shape[0]
   value, metrics, grads = jax.tree.map(lambda x: x / count, total)
   return (value, (model_state, metrics)), grads
+
+
+def _replicated(state: TrainState, mesh: Mesh) -> TrainState:
+  """Returns a state that lies on all devices, as mapped steps return it.
+
+  For one that lies elsewhere a step would be compiled twice: for its first call
+  and for those that follow.
+  """
+  whole = NamedSharding(mesh, P())
+  leaves = jax.tree.leaves(state)
+  if all(getattr(leaf, "sharding", None) == whole for leaf in leaves):
+    return state
+  return jax.device_put(state, whole)
 
 
 def _pmean(tree: Any, axis_name: str) -> Any:

@@ -56,6 +56,40 @@ def test_a_product_with_patches_is_a_convolution(size):
   )
 
 
+@pytest.mark.parametrize(
+  ("batch", "size", "stride", "dtype"),
+  [
+    (1, 5, 1, "float32"),
+    (37, 32, 2, "float32"),  # parts that are not all as large
+    (20, 96, 1, "bfloat16"),  # an image exceeds the cache
+  ],
+)
+def test_the_gradient_in_parts_is_that_of_a_convolution(
+  batch, size, stride, dtype
+):
+  key = jax.random.split(jax.random.key(0), 3)
+  x = jax.random.normal(key[0], (batch, size, size, 16), dtype)
+  kernel = jax.random.normal(key[1], (3, 3, 16, 4), dtype)
+
+  def convolved(convolve, x, kernel):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return convolve(
+      x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=numbers
+    )
+
+  found, expected = (
+    jax.vjp(functools.partial(convolved, convolve), x, kernel)
+    for convolve in (models.convolve, jax.lax.conv_general_dilated)
+  )
+  np.testing.assert_array_equal(found[0], expected[0])
+  g = jax.random.normal(key[2], found[0].shape, dtype)
+  tolerance = {"float32": 2e-6, "bfloat16": 2e-2}[dtype]
+  for a, b in zip(found[1](g), expected[1](g), strict=True):
+    assert a.dtype == dtype
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
+
+
 def test_vgg_small_layer_by_layer():
   config = dataclasses.replace(cifar10.DEFAULT, model="vgg_small")
   found = shapes(config, 10, 32)

@@ -137,6 +137,26 @@ def test_the_same_numbers_on_any_number_of_devices(
   assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, start())
 
 
+@pytest.mark.parametrize("wrapper", ["pmap", "shard_map"])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_one_program_serves_all_steps(caplog, wrapper, devices):
+  step = training.make_step(loss_fn(_Net("data")), TX, TERN, "data")
+  these = jax.devices()[:devices]
+  if wrapper == "pmap":
+    parallel = training.pmap_step(step, devices=these)
+  else:
+    parallel = training.shard_map_step(step, training.data_mesh(devices=these))
+  state = jax.device_get(start())  # as after a restore
+  for n, batch in enumerate(batches(3)):
+    if wrapper == "pmap":
+      batch = training.split_batch(batch, devices)
+    caplog.clear()
+    with jax.log_compiles():
+      state, _ = parallel(state, batch)
+    compiled = [r for r in caplog.messages if r.startswith("Compiling")]
+    assert bool(compiled) == (n == 0)
+
+
 def test_float_run_equals_a_plain_loop():
   tx = optax.sgd(0.1)
   state = start(None, tx)

@@ -1,6 +1,7 @@
 """The models of the experiments, in Flax Linen."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,61 @@ from jax import Array
 
 INIT = nn.initializers.he_normal()
 
+#: Floats of the images with which XLA:CPU is fast at a kernel's gradient.
+_CACHED = 2**17
+#: Parts of a batch at most, each of which is an operation of the program.
+_PARTS = 16
+
+
+def convolve(
+  x: Array, kernel: Array, strides: Any, padding: Any, **kwargs: Any
+) -> Array:
+  """Convolves as `jax.lax.conv_general_dilated`; on CPU, with a fast gradient.
+
+  For the gradient of a kernel XLA:CPU convolves the images with the gradient of
+  the outputs. Where those of a batch exceed the cache, this takes most of the
+  time of a step: 230 ms for 128 images [32, 32, 16] and a 3x3 kernel on one
+  core, and 20 ms in parts of eight images.
+
+  Args:
+    x: images [B, H, W, C].
+    kernel: [height, width, C, O].
+    strides: as `jax.lax.conv_general_dilated` takes them.
+    padding: likewise.
+    **kwargs: its other arguments.
+  """
+
+  def conv(x: Array, kernel: Array) -> Array:
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
+
+  if jax.default_backend() != "cpu":
+    return conv(x, kernel)
+
+  def forward(x: Array, kernel: Array) -> tuple[Array, Any]:
+    return conv(x, kernel), (x, kernel)
+
+  def backward(kept: Any, g: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    (to_x,) = jax.linear_transpose(lambda x: conv(x, kernel), x)(g)
+    size = max(1, _CACHED // x[0].size, -(-len(x) // _PARTS))
+    to_kernel = jnp.zeros_like(kernel)
+    for first in range(0, len(x), size):
+      part = x[first : first + size]
+      transpose = jax.linear_transpose(functools.partial(conv, part), kernel)
+      to_kernel += transpose(g[first : first + size])[0]
+    return to_x, to_kernel
+
+  fast = jax.custom_vjp(conv)
+  fast.defvjp(forward, backward)
+  return fast(x, kernel)
+
+
+Conv = functools.partial(nn.Conv, conv_general_dilated=convolve)
+
 
 def conv(channels: int, size: int, stride: int, name: str) -> nn.Conv:
   """Returns a convolution without bias that keeps H and W at stride 1."""
-  return nn.Conv(
+  return Conv(
     channels,
     (size, size),
     stride,
@@ -78,7 +130,7 @@ class LeNet5(nn.Module):
     """Maps images [B, 28, 28, C] to logits [B, classes]."""
     del train
     for channels, padding in ((6, "SAME"), (16, "VALID")):
-      x = nn.relu(nn.Conv(channels, (5, 5), padding=padding)(x))
+      x = nn.relu(Conv(channels, (5, 5), padding=padding)(x))
       x = nn.max_pool(x, (2, 2), strides=(2, 2))
     x = x.reshape((x.shape[0], -1))
     for width in (120, 84):
@@ -156,7 +208,7 @@ class ResNetBlock(nn.Module):
   def __call__(self, x: Array, train: bool) -> Array:
     """Maps [B, H, W, C] to [B, H / stride, W / stride, channels]."""
     conv = functools.partial(
-      nn.Conv, self.channels, (3, 3), padding=1, use_bias=False
+      Conv, self.channels, (3, 3), padding=1, use_bias=False
     )
     norm = functools.partial(
       nn.BatchNorm,
@@ -191,7 +243,7 @@ class ResNet(nn.Module):
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
     """Maps images [B, H, W, C] to logits [B, classes]."""
-    x = nn.Conv(16, (3, 3), padding=1, use_bias=False, name="stem")(x)
+    x = Conv(16, (3, 3), padding=1, use_bias=False, name="stem")(x)
     x = nn.BatchNorm(
       use_running_average=not train, momentum=0.9, axis_name=self.axis_name
     )(x)
@@ -318,7 +370,7 @@ class VGGSmall(nn.Module):
     for stage, channels in enumerate((128, 256, 512)):
       for i in range(2):
         name = f"stage{stage}_conv{i}" if stage or i else "stem"
-        x = nn.Conv(channels, (3, 3), padding=1, use_bias=False, name=name)(x)
+        x = Conv(channels, (3, 3), padding=1, use_bias=False, name=name)(x)
         x = nn.relu(norm()(x))
       x = nn.max_pool(x, (2, 2), strides=(2, 2))
     x = x.reshape((x.shape[0], -1))
