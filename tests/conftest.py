@@ -1,17 +1,28 @@
-"""Eight simulated devices, strict promotion; set before JAX starts."""
+"""Eight devices, strict promotion, a cache; set before JAX starts."""
 
 import os
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 # With fewer cores than simulated devices, older jaxlibs deadlock otherwise.
 os.environ["NPROC"] = "16"
+# Most of a run's time is compilation, of the same programs where it is resumed
+# or evaluated in a fresh process. Each worker has a cache of its own, because
+# entries are not written at one stroke.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_unconfigure():
+  shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 import tern_jax
 from experiments import charlm
-from experiments.common import cli, data, evaluate, log, methods, run, text
+from experiments.common import cli, data, evaluate, log, run, text
 from tern_jax.base import path_str
 
 TOKENS = jax.random.randint(jax.random.key(0), (2, text.CONTEXT), 0, 256)
@@ -185,7 +185,7 @@ def test_wdr_has_a_threshold_for_each_layer(config, net):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_runs_of_two_methods_end_to_end(config, path, monkeypatch):
+def test_a_run_end_to_end(config, path, monkeypatch):
   # The pictures are those of every run.
   monkeypatch.setattr(run.plot, "draw", lambda *_: None)
   sca = run.run(config)
@@ -204,21 +204,6 @@ def test_runs_of_two_methods_end_to_end(config, path, monkeypatch):
   assert max(map(len, table.splitlines())) <= 80
   records = log.read_metrics(config.directory)
   assert records[-1]["validation_loss"] < records[0]["validation_loss"]
-
-  other = dataclasses.replace(
-    config,
-    method=methods.Absmean(),
-    epochs=1,
-    float_epochs=4,
-    workdir=str(path.parent / "absmean"),
-  )
-  assert other.float_directory == config.float_directory
-  # What the first run has shown is not shown again.
-  monkeypatch.setattr(evaluate, "in_fresh_process", evaluate.evaluate)
-  absmean = run.run(other)
-  assert absmean["loss"]["float"] == sca["loss"]["float"]
-  assert 0.1 < absmean["sparsity"] < 0.5
-  assert absmean["correct"]["packed"] == absmean["correct"]["rounded"]
 
 
 @pytest.mark.parametrize(
