@@ -1,6 +1,7 @@
 """Targets: the threshold that leaves exactly the asked share of zeros."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -237,10 +238,22 @@ def magnitude_threshold(
   >>> 0.2 <= float(magnitude_threshold(jnp.array([-.1, .2, -.3, .4]), .5)) < .3
   True
   """
-  arrays = [x] if isinstance(x, jax.Array | np.ndarray) else list(x)
-  n = sum(a.size for a in arrays)
-  if not n:
+  arrays = (x,) if isinstance(x, jax.Array | np.ndarray) else tuple(x)
+  if not sum(a.size for a in arrays):
     return jnp.zeros((), jnp.float32)
+  return _magnitude_threshold(arrays, sparsity, guess, tolerance)
+
+
+# Compiled by itself: outside of a program, each of its operations would be; and
+# inside of one it is traced once for all arrays of a shape.
+@functools.partial(jax.jit, static_argnames="tolerance")
+def _magnitude_threshold(
+  arrays: tuple[Array, ...],
+  sparsity: Array | float,
+  guess: Array | None,
+  tolerance: float,
+) -> Array:
+  n = sum(a.size for a in arrays)
   magnitudes = [jnp.atleast_1d(jnp.abs(a.astype(jnp.float32))) for a in arrays]
   k = _share_of(n, sparsity)
   slack = jnp.asarray(tolerance * n, jnp.int32)
