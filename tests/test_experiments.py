@@ -53,6 +53,13 @@ def result(config):
   return run.run(config)
 
 
+@pytest.fixture
+def brief(result, monkeypatch):
+  """Leaves out what the first run has shown: pictures, a fresh process."""
+  monkeypatch.setattr(run.plot, "draw", lambda *_: None)
+  monkeypatch.setattr(evaluate, "in_fresh_process", evaluate.evaluate)
+
+
 def essential(result):
   return {k: v for k, v in result.items() if k not in INCIDENTAL}
 
@@ -227,6 +234,7 @@ def test_numbers_that_are_not_finite_stop_a_run(config, result, tmp_path):
   assert not (wild.directory / "result.json").exists()
 
 
+@pytest.mark.usefixtures("brief")
 def test_runs_share_a_float_net(config, result):
   ec2t = dataclasses.replace(
     config,
@@ -250,6 +258,7 @@ def test_runs_share_a_float_net(config, result):
   assert "frozen=True" in measured["method"]
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
 def test_two_devices_share_a_batch(config, tmp_path, parallel):
   again = dataclasses.replace(
@@ -322,6 +331,7 @@ def test_a_packed_file_that_answers_otherwise_is_an_error(
   assert not (again.directory / "result.json").exists()
 
 
+@pytest.mark.usefixtures("brief")
 def test_averaged_weights_of_a_run_with_all_options(config, tmp_path):
   own = dataclasses.replace(
     config,
@@ -419,7 +429,8 @@ def test_the_command_line(arguments, method, directory, monkeypatch):
   assert config.directory.name == directory
 
 
-def test_an_asked_size_is_met(config, result, tmp_path):
+@pytest.mark.usefixtures("brief")
+def test_an_asked_size_is_met(config, tmp_path):
   asked = dataclasses.replace(
     config,
     epochs=2,
