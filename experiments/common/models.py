@@ -210,14 +210,9 @@ class ResNetBlock(nn.Module):
     conv = functools.partial(
       Conv, self.channels, (3, 3), padding=1, use_bias=False
     )
-    norm = functools.partial(
-      nn.BatchNorm,
-      use_running_average=not train,
-      momentum=0.9,
-      axis_name=self.axis_name,
-    )
-    y = nn.relu(norm()(conv(strides=self.stride)(x)))
-    y = norm()(conv()(y))
+    normed = functools.partial(norm, self.axis_name, train)
+    y = nn.relu(normed()(conv(strides=self.stride)(x)))
+    y = normed()(conv()(y))
     x = x[:, :: self.stride, :: self.stride]
     more = self.channels - x.shape[-1]
     return nn.relu(y + jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more))))
@@ -244,10 +239,7 @@ class ResNet(nn.Module):
   def __call__(self, x: Array, train: bool) -> Array:
     """Maps images [B, H, W, C] to logits [B, classes]."""
     x = Conv(16, (3, 3), padding=1, use_bias=False, name="stem")(x)
-    x = nn.BatchNorm(
-      use_running_average=not train, momentum=0.9, axis_name=self.axis_name
-    )(x)
-    x = nn.relu(x)
+    x = nn.relu(norm(self.axis_name, train)(x))
     for stage, channels in enumerate((16, 32, 64)):
       for i in range(self.blocks):
         stride = 2 if stage and not i else 1
@@ -361,20 +353,15 @@ class VGGSmall(nn.Module):
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
     """Maps images [B, H, W, C] to logits [B, classes]."""
-    norm = functools.partial(
-      nn.BatchNorm,
-      use_running_average=not train,
-      momentum=0.9,
-      axis_name=self.axis_name,
-    )
+    normed = functools.partial(norm, self.axis_name, train)
     for stage, channels in enumerate((128, 256, 512)):
       for i in range(2):
         name = f"stage{stage}_conv{i}" if stage or i else "stem"
         x = Conv(channels, (3, 3), padding=1, use_bias=False, name=name)(x)
-        x = nn.relu(norm()(x))
+        x = nn.relu(normed()(x))
       x = nn.max_pool(x, (2, 2), strides=(2, 2))
     x = x.reshape((x.shape[0], -1))
-    x = nn.relu(norm()(nn.Dense(1024, use_bias=False, name="dense")(x)))
+    x = nn.relu(normed()(nn.Dense(1024, use_bias=False, name="dense")(x)))
     return nn.Dense(self.classes, name="head")(x)
 
 

@@ -210,8 +210,9 @@ def ec2t_at_sparsity(
   lam = sign.astype(jnp.float32) * found
 
   # A weight at lambda is zero, also if its threshold is rounded down: where
-  # many tie, all of them would come back.
+  # many tie, all of them would come back. Where none is asked for, none is.
   slack = 4 * float(jnp.finfo(jnp.float32).eps)
+  slack = jnp.where(share > 0, slack, -slack)
   big = float(jnp.finfo(w_p.dtype).max) / 4
 
   def threshold(scale: Array, rate: Array) -> Array:
