@@ -639,14 +639,42 @@ def _check_fit(path: Path, entries: dict, wanted: dict) -> None:
     raise CheckpointError(f"{path} does not fit the tree: {'; '.join(wrong)}.")
 
 
+# Bytes that are worth a read of their own, and how many reads at most.
+_WORTH_A_READ = 1 << 22
+_READS = 8
+
+
 def _read(path: Path, part: str, entries: dict, like: dict) -> dict[Any, Any]:
   """Returns the verified leaves of a part, on the devices of others."""
-  stored = _stored(path, part, entries, _index(path, part))
-  # One by one, so that there is never a second copy of them all.
-  return {
-    keys: _place(_leaf(path, e, stored), like.get(keys))
+  index, leaves = _index(path, part), {}
+  # In some reads, so that there is never a second copy of all leaves: what was
+  # read by one thread and is free again is not what the next one gets.
+  for group in _groups(entries):
+    stored = _stored(path, part, group, index)
+    for keys, e in group.items():
+      leaves[keys] = _place(_leaf(path, e, stored), like.get(keys))
+  return leaves
+
+
+def _groups(entries: dict) -> Iterator[dict]:
+  """Divides leaves into groups of about as many bytes."""
+  sizes = {
+    keys: sum(
+      math.prod(a["shape"]) * jnp.dtype(a["dtype"]).itemsize
+      for a in e["arrays"].values()
+    )
     for keys, e in entries.items()
   }
+  enough = max(_WORTH_A_READ, sum(sizes.values()) / _READS)
+  group, size = {}, 0
+  for keys, e in entries.items():
+    group[keys] = e
+    size += sizes[keys]
+    if size >= enough:
+      yield group
+      group, size = {}, 0
+  if group:
+    yield group
 
 
 def _index(path: Path, part: str) -> Any:

@@ -87,6 +87,26 @@ def test_weights_come_back_without_model_code(tmp_path):
   assert kernel["arrays"]["w_p"] == {"shape": [], "dtype": "float32"}
 
 
+def test_a_large_tree_is_read_in_parts(tmp_path, monkeypatch):
+  tree = net((64, 64, 64, 64, 64, 64, 64, 64, 10))
+  save_packed(tmp_path / "net", tree)
+  reads, load = [], checkpoint.ocp.load
+
+  def counted(path, wanted, **kwargs):
+    reads.append(len(wanted))
+    return load(path, wanted, **kwargs)
+
+  monkeypatch.setattr(checkpoint.ocp, "load", counted)
+  assert_same(load_packed(tmp_path / "net"), tree)
+  assert reads == [16]
+  reads.clear()
+  # Seven layers of 1,288 bytes, and one of 208.
+  monkeypatch.setattr(checkpoint, "_WORTH_A_READ", 2000)
+  assert_same(load_packed(tmp_path / "net"), tree)
+  assert sum(reads) == 16
+  assert len(reads) == 4
+
+
 def test_a_small_net_costs_little_more_than_its_bits(tmp_path):
   tree = net()
   save_packed(tmp_path / "net", tree)

@@ -12,31 +12,32 @@ dense leaf. Seconds are those of the clock.
 Last output, on 2 busy CPU cores of a shared machine, jax 0.10.2:
 
   codec     task  M weights  seconds  s/M weights  peak MB  / bound
-  planes    save          1    0.349       0.3492      1.1     0.26
-  planes    load          1    0.186       0.1859      1.0     0.23
-  planes    save          3    0.162       0.0541      2.8     0.22
-  planes    load          3    0.105       0.0350      2.7     0.21
-  planes    save         10    0.099       0.0099      6.3     0.34
-  planes    load         10    0.074       0.0074      8.1     0.44
-  planes    save         30    0.074       0.0025     11.4     0.49
-  planes    load         30    0.115       0.0038     14.6     0.62
-  planes    save        100    0.316       0.0032     52.5     1.28
-  planes    load        100    0.226       0.0023     43.8     1.07
-  entropy   save          1    0.062       0.0617      0.2     0.05
-  entropy   load          1    0.102       0.1016      0.7     0.18
-  entropy   save          3    0.063       0.0210      6.8     0.54
-  entropy   load          3    0.136       0.0453      6.5     0.51
-  entropy   save         10    0.270       0.0270      7.7     0.42
-  entropy   load         10    0.284       0.0284     13.9     0.75
-  entropy   save         30    0.609       0.0203     12.4     0.53
-  entropy   load         30    0.859       0.0286     13.4     0.57
-  entropy   save        100    1.315       0.0131     55.0     1.34
-  entropy   load        100    4.638       0.0464     45.0     1.10
+  planes    save          1    0.065       0.0649      1.7     0.41
+  planes    load          1    0.061       0.0608      2.3     0.55
+  planes    save          3    0.065       0.0217      4.3     0.34
+  planes    load          3    0.067       0.0222      5.5     0.43
+  planes    save         10    0.093       0.0093      9.6     0.52
+  planes    load         10    0.105       0.0105     12.3     0.67
+  planes    save         30    0.131       0.0044     20.2     0.86
+  planes    load         30    0.157       0.0052     21.1     0.90
+  planes    save        100    0.240       0.0024     54.6     1.33
+  planes    load        100    0.325       0.0032     42.0     1.02
+  entropy   save          1    0.062       0.0622      4.1     0.97
+  entropy   load          1    0.076       0.0758      5.6     1.31
+  entropy   save          3    0.073       0.0244      8.6     0.68
+  entropy   load          3    0.084       0.0281     11.6     0.91
+  entropy   save         10    0.192       0.0192     12.5     0.68
+  entropy   load         10    0.218       0.0218     19.7     1.06
+  entropy   save         30    0.388       0.0129     21.9     0.93
+  entropy   load         30    0.488       0.0163     26.3     1.12
+  entropy   save        100    0.729       0.0073     55.6     1.36
+  entropy   load        100    1.397       0.0140     49.3     1.20
 
-The memory that the allocator keeps for itself differs between runs: the largest
-save at the entropy took 1.34 to 1.41 of the bound in eleven of them, one with
-jax 0.10.2 and ten with 0.12. The packed tree and its coded bytes are 1.07 of
-that; the rest is what two threads keep that code a million weights at a time.
+The memory that the allocator keeps for itself differs between runs: of seeds 1
+to 5, with jax 0.10 and 0.12, saves of 100 million weights took 1.10 to 1.30 of
+the bound as planes and 1.27 to 1.41 at the entropy, loads 1.00 to 1.14 and 1.08
+to 1.21. The packed tree and its coded bytes are 1.07 of that; the rest of the
+largest save is what two threads keep that code a million weights at a time.
 """
 
 import dataclasses
@@ -85,9 +86,12 @@ def make(weights: int, seed: int) -> dict[str, PackedTernary]:
   one = jnp.ones(())
   while weights > 0:
     rows, columns = ROWS, min(LEAF, weights) // ROWS
-    nonzero, sign = rng.integers(0, 256, (2, rows // 8, columns), np.uint8)
+    shape = rows // 8, columns
+    # Apart: a view of both would keep what is drawn for the signs, too.
+    nonzero = rng.integers(0, 256, shape, np.uint8)
+    sign = nonzero & rng.integers(0, 256, shape, np.uint8)
     tree[f"{len(tree)}"] = PackedTernary(
-      nonzero, nonzero & sign, one, one, (rows, columns), 0
+      nonzero, sign, one, one, (rows, columns), 0
     )
     weights -= rows * columns
   return tree

@@ -21,15 +21,15 @@ breaks a rule is an AssertionError.
 
 Last output, with seed 0, on a busy machine:
 
-  kills 100: 21 during a deletion, 57 during a replacement, 48 during a step,
-    100 kills, 72 last step, 87 replacements right, 503 steps right
-  flips 1,000: 164 bit harmless, 127 bit noticed, 72 bytes harmless, 71 bytes
-    noticed, 76 cut harmless, 65 cut noticed, 72 gone harmless, 70 gone noticed,
-    574 harmless, 112 longer harmless, 41 longer noticed, 426 noticed, 78 other
-    harmless, 52 other noticed
-  fuzz 10,000: 914 codec loaded, 4,086 codec refused, 2 memory in MB, 153
-    safetensors loaded, 1,847 safetensors refused, 2,025 slowest in ms, 271
-    specs loaded, 2,729 specs refused
+  kills 100: 6 during a deletion, 53 during a replacement, 52 during a step,
+    100 kills, 405 last step, 100 replacements right, 2,238 steps right
+  flips 1,000: 170 bit harmless, 108 bit noticed, 84 bytes harmless, 81 bytes
+    noticed, 61 cut harmless, 83 cut noticed, 76 gone harmless, 63 gone noticed,
+    573 harmless, 102 longer harmless, 39 longer noticed, 427 noticed, 80 other
+    harmless, 53 other noticed
+  fuzz 10,000: 914 codec loaded, 4,086 codec refused, 2 memory in MB, 150
+    safetensors loaded, 1,850 safetensors refused, 793 slowest in ms, 271 specs
+    loaded, 2,729 specs refused
 
 Orbax keeps files that no load reads, hence damage that is harmless.
 """
