@@ -47,6 +47,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,8 +89,8 @@ def make(weights: int, seed: int) -> dict[str, PackedTernary]:
     rows, columns = ROWS, min(LEAF, weights) // ROWS
     shape = rows // 8, columns
     # Apart: a view of both would keep what is drawn for the signs, too.
-    nonzero = rng.integers(0, 256, shape, np.uint8)
-    sign = nonzero & rng.integers(0, 256, shape, np.uint8)
+    nonzero: Any = rng.integers(0, 256, shape, np.uint8)
+    sign: Any = nonzero & rng.integers(0, 256, shape, np.uint8)
     tree[f"{len(tree)}"] = PackedTernary(
       nonzero, sign, one, one, (rows, columns), 0
     )
