@@ -8,41 +8,42 @@ times depend on the machine and mean nothing here.
 
 On CPU, set GLIBC_TUNABLES=glibc.malloc.hugetlb=1 to keep page faults out of it.
 
-Measured on 2 CPU cores of a shared machine, jax 0.10.2: medians, least and
+Measured on 2 CPU cores of a shared machine, jax 0.12: medians, least and
 largest. `--model resnet20 --batch-size 32 --rounds 7 --steps 5`:
 
-  float          1.002  (0.921 to 1.021)
-  SCA(sparsity)  1.023  (1.008 to 1.030)
-  SCA(alpha)     1.000  (0.922 to 1.039)
-  TWN()          1.004  (0.968 to 1.031)
-  TWN(sparsity)  1.001  (0.919 to 1.249)
-  TTQ()          1.009  (1.002 to 1.165)
-  EC2T()         1.036  (0.992 to 1.102)
-  TGA()          1.052  (0.972 to 1.082)
-  AbsMean()      1.028  (0.929 to 1.091)
+  float          1.005  (0.920 to 1.097)
+  SCA(sparsity)  1.070  (0.845 to 1.185)
+  SCA(alpha)     1.001  (0.974 to 1.101)
+  TWN()          1.024  (0.944 to 1.173)
+  TWN(sparsity)  1.039  (0.948 to 1.112)
+  TTQ()          1.034  (0.982 to 1.077)
+  EC2T()         1.002  (0.957 to 1.080)
+  TGA()          0.993  (0.900 to 1.021)
+  AbsMean()      1.047  (0.877 to 1.155)
 
 `--model resnet20 --batch-size 128 --rounds 5 --steps 1`:
 
-  float          1.005  (0.965 to 1.764)
-  SCA(sparsity)  0.992  (0.810 to 1.601)
-  SCA(alpha)     0.970  (0.758 to 1.006)
-  TWN()          0.989  (0.979 to 1.035)
-  TWN(sparsity)  1.005  (0.877 to 1.053)
-  TTQ()          0.974  (0.824 to 1.331)
-  EC2T()         1.001  (0.901 to 1.096)
-  TGA()          0.985  (0.769 to 0.999)
-  AbsMean()      1.019  (0.795 to 1.036)
+  float          1.017  (0.853 to 1.038)
+  SCA(sparsity)  1.007  (0.933 to 1.132)
+  SCA(alpha)     1.041  (0.931 to 1.068)
+  TWN()          0.970  (0.907 to 1.035)
+  TWN(sparsity)  1.030  (0.938 to 1.275)
+  TTQ()          0.999  (0.884 to 1.067)
+  EC2T()         0.980  (0.936 to 1.031)
+  TGA()          0.992  (0.969 to 1.006)
+  AbsMean()      1.044  (0.946 to 1.064)
 
-`--model mlp --rounds 9 --steps 10`, some with `--only`:
+`--model mlp --rounds 7 --steps 10`:
 
-  SCA(sparsity)  1.322  (1.291 to 1.353)
-  SCA(alpha)     1.299  (1.232 to 1.349)
-  TWN()          1.059  (1.025 to 1.177)
-  TWN(sparsity)  1.154  (1.118 to 1.162)
-  TTQ()          1.242  (1.215 to 1.439)
-  EC2T()         1.271  (1.153 to 1.512)
-  TGA()          1.121  (1.040 to 1.229)
-  AbsMean()      1.050  (1.036 to 1.108)
+  float          1.005  (0.899 to 1.086)
+  SCA(sparsity)  1.372  (1.308 to 1.403)
+  SCA(alpha)     1.423  (1.374 to 1.599)
+  TWN()          1.059  (1.009 to 1.095)
+  TWN(sparsity)  1.090  (1.040 to 1.186)
+  TTQ()          1.260  (1.245 to 1.286)
+  EC2T()         1.295  (1.183 to 1.317)
+  TGA()          1.188  (1.110 to 1.224)
+  AbsMean()      1.147  (1.069 to 1.212)
 
 Where the time goes on the MLP: its 4.2 million weights are 17 MB, and each pass
 over them that reads one array and writes one is about .05 of the float step.
