@@ -21,6 +21,7 @@ from tern_jax.checkpoint import (
   load_packed,
   locate,
   read_spec,
+  stored_bytes,
 )
 from tern_jax.packed import PackedTernary, to_ternary
 
@@ -112,7 +113,7 @@ def _row(entry: dict[str, Any], leaf: Any) -> dict[str, Any]:
     "path": "/".join(entry["path"]),
     "shape": entry["shape"],
     "dtype": entry["dtype"],
-    "bytes": _stored_bytes(entry),
+    "bytes": stored_bytes(entry),
     "crc32": "damaged" if isinstance(leaf, CheckpointError) else "ok",
   }
   if not isinstance(leaf, PackedTernary):
@@ -132,14 +133,6 @@ def _row(entry: dict[str, Any], leaf: Any) -> dict[str, Any]:
       "max": float(scales.max()) if scales.size else None,
     },
   }
-
-
-def _stored_bytes(entry: dict[str, Any]) -> int:
-  arrays = entry["arrays"].values()
-  return sum(
-    int(np.prod(a["shape"], dtype=np.int64)) * np.dtype(a["dtype"]).itemsize
-    for a in arrays
-  )
 
 
 def _total(layers: list[dict[str, Any]]) -> dict[str, Any]:

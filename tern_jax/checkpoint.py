@@ -167,23 +167,24 @@ def examine(
   found: dict[tuple[str, ...], Any] = {}
   try:
     with _explained("read", path):
-      index = _index(path, part)
+      index, groups = _index(path, part), list(_groups(entries))
   except CheckpointError as e:
     return dict.fromkeys(entries, e)
-  try:
-    with _explained("read", path):
-      stored = _stored(path, part, entries, index)
-  except CheckpointError:
-    stored = None  # One damaged chunk fails the read of them all.
-  for keys, entry in entries.items():
+  for group in groups:
     try:
       with _explained("read", path):
-        alone = stored
-        if alone is None:
-          alone = _stored(path, part, {keys: entry}, index)
-        found[keys] = _leaf(path, entry, alone)
-    except CheckpointError as e:
-      found[keys] = e
+        stored = _stored(path, part, group, index)
+    except CheckpointError:
+      stored = None  # One damaged chunk fails the read of them all.
+    for keys, entry in group.items():
+      try:
+        with _explained("read", path):
+          alone = stored
+          if alone is None:
+            alone = _stored(path, part, {keys: entry}, index)
+          found[keys] = _leaf(path, entry, alone)
+      except CheckpointError as e:
+        found[keys] = e
   return found
 
 
@@ -647,8 +648,8 @@ _READS = 8
 def _read(path: Path, part: str, entries: dict, like: dict) -> dict[Any, Any]:
   """Returns the verified leaves of a part, on the devices of others."""
   index, leaves = _index(path, part), {}
-  # In some reads, so that there is never a second copy of all leaves: what was
-  # read by one thread and is free again is not what the next one gets.
+  # In some reads, so that there is never a second copy of all leaves: memory
+  # that threads of a read have freed is for such threads, not for this one.
   for group in _groups(entries):
     stored = _stored(path, part, group, index)
     for keys, e in group.items():
@@ -658,13 +659,7 @@ def _read(path: Path, part: str, entries: dict, like: dict) -> dict[Any, Any]:
 
 def _groups(entries: dict) -> Iterator[dict]:
   """Divides leaves into groups of about as many bytes."""
-  sizes = {
-    keys: sum(
-      math.prod(a["shape"]) * jnp.dtype(a["dtype"]).itemsize
-      for a in e["arrays"].values()
-    )
-    for keys, e in entries.items()
-  }
+  sizes = {keys: stored_bytes(e) for keys, e in entries.items()}
   enough = max(_WORTH_A_READ, sum(sizes.values()) / _READS)
   group, size = {}, 0
   for keys, e in entries.items():
@@ -675,6 +670,14 @@ def _groups(entries: dict) -> Iterator[dict]:
       group, size = {}, 0
   if group:
     yield group
+
+
+def stored_bytes(entry: dict[str, Any]) -> int:
+  """Returns the bytes of the arrays of a leaf, by its entry in a spec."""
+  return sum(
+    math.prod(a["shape"]) * jnp.dtype(a["dtype"]).itemsize
+    for a in entry["arrays"].values()
+  )
 
 
 def _index(path: Path, part: str) -> Any:

@@ -184,3 +184,9 @@ def test_a_tiny_supernet_is_rehearsed(tmp_path):
   epoch = 1257 // 64
   steps = f"{config.float_epochs * epoch:,} + {config.epochs * epoch:,}"
   assert any(line.endswith(steps) for line in lines)
+  params, model_state = run.initial_variables(
+    config, evaluate.load_dataset(config)
+  )
+  frozen = repr(run.ternary_phase(config, 35, params, model_state).final.tern)
+  assert "largest=9216, frozen=True" in frozen
+  assert frozen.endswith("stacked=('blocks',))")

@@ -1,6 +1,7 @@
 """The models of the experiments, in Flax Linen."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -46,7 +47,7 @@ def convolve(
   def backward(kept: Any, g: Array) -> tuple[Array, Array]:
     x, kernel = kept
     (to_x,) = jax.linear_transpose(lambda x: conv(x, kernel), x)(g)
-    size = max(1, _CACHED // x[0].size, -(-len(x) // _PARTS))
+    size = max(_CACHED // x[0].size, math.ceil(len(x) / _PARTS))
     to_kernel = jnp.zeros_like(kernel)
     for first in range(0, len(x), size):
       part = x[first : first + size]
