@@ -41,8 +41,8 @@ Time: about 20 s of CPU time each, most of it to compile.
     python -m experiments.alpha_sweep --compare --epochs 5 --seeds 2
 
 measures the program against its 16 runs one after another, both compiled, in
-turns; medians of 5 on 2 busy CPU cores: .79 of the time with alpha, .71 with
---by sparsity.
+turns; medians of 5 on 2 CPU cores, in two runs: .56 and .79 of the time with
+alpha, .70 and .71 with --by sparsity.
 """
 
 import csv
