@@ -8,6 +8,7 @@ import pytest
 
 import tern_jax
 from experiments import alpha_sweep
+from experiments.benchmarks import equal_sparsity
 from experiments.common import cli, data, evaluate, run
 from tern_jax import metrics
 
@@ -167,3 +168,28 @@ def test_rows_are_written_and_read(tmp_path):
 def test_options_that_do_not_fit(changes, message):
   with pytest.raises(cli.UsageError, match=message):
     alpha_sweep.Config(**{"values": (0.1,), **changes})
+
+
+def test_equal_sparsity_keeps_runs_with_other_options_apart(
+  config, tmp_path, monkeypatch, capsys
+):
+  row = {"sparsity": 0.9, "zeros": 0.9}
+  row |= {"validation_rounded": 0.8, "test_rounded": 0.75}
+  monkeypatch.setattr(alpha_sweep, "sweep", lambda *_: [row])
+  options = equal_sparsity.Options(
+    racers=("SCA", "TWN"),
+    rates=(1e-3,),
+    data="digits",
+    data_dir=config.data_dir,
+    sparsities=(0.9,),
+    seeds=1,
+    root=tmp_path,
+  )
+  equal_sparsity.main(options)
+  assert "| TWN | 75.00 (0.001) |" in capsys.readouterr().out
+  files = {path.name for path in (tmp_path / "digits-32-32").iterdir()}
+  assert files >= {"Sca-0.001.csv", "Twn-0.001.csv", "table.md", "table.json"}
+  monkeypatch.delattr(alpha_sweep, "sweep")
+  equal_sparsity.main(options)  # what is done is not done again
+  with pytest.raises(cli.UsageError, match="epochs=10 there, 5 now"):
+    equal_sparsity.main(dataclasses.replace(options, epochs=5))

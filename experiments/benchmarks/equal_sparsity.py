@@ -22,7 +22,7 @@ import tyro
 
 import tern_jax
 from experiments import alpha_sweep
-from experiments.common import cli, data, methods
+from experiments.common import cli, data, log, methods
 
 #: Standard deviation of the latents with which SCA starts.
 SIGMA: Any = tern_jax.SCA(sparsity=0.5).sigma
@@ -139,7 +139,14 @@ def main(options: Options) -> None:
   widths = "-".join(map(str, options.hidden))
   floats = "".join(f"-{name}" for name in options.exclude)
   place = options.root / f"{options.data}-{net}{widths}{floats}"
-  place.mkdir(parents=True, exist_ok=True)
+  # What the names of directory and files do not tell.
+  record = {
+    "sparsities": list(options.sparsities),
+    "seeds": options.seeds,
+    "epochs": options.epochs,
+    "batch_size": options.batch_size,
+  }
+  log.claim(place, record)
   table: dict[str, Any] = {}
   for name in options.racers:
     method, rates = RACERS[name]

@@ -62,11 +62,11 @@ def claim(directory: Path, record: dict[str, Any]) -> None:
     if changed:
       raise cli.UsageError(
         f"{directory} holds a run with other options: {'; '.join(changed)}."
-        " Choose another --workdir, or give the same options to resume it."
+        " Choose another directory, or give the same options to resume it."
       )
   elif directory.exists() and any(directory.iterdir()):
     raise cli.UsageError(
-      f"{directory} is not empty and holds no run: choose another --workdir."
+      f"{directory} is not empty and holds no run: choose another directory."
     )
   else:
     directory.mkdir(parents=True, exist_ok=True)
