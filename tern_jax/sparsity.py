@@ -1,7 +1,6 @@
 """Targets: the threshold that leaves exactly the asked share of zeros."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,8 @@ from tern_jax.select import check_patterns, matches
 
 #: Share of the weights by which a target may be missed while it is followed.
 TOLERANCE = 1e-3
+#: Share of a run, its last, in which a target on a ramp is met at each step.
+_LAST = 0.05
 
 #: A number, an array, or a schedule from the step count to one. A sparsity may
 #: also be made by `per_layer` or `across_layers`, which whoever walks a tree
@@ -77,7 +78,9 @@ class Ramp:
 def ramp(sparsity: Any, steps: int, until: float = 0.5) -> Any:
   """Makes a cubic schedule of sparsity from 0 to the target, then flat.
 
-  `s(n) = sparsity * (1 - (1 - n / (until * steps))^3)`.
+  `s(n) = sparsity * (1 - (1 - n / (until * steps))^3)`. As it tells where the
+  run ends, methods with such a target look at each of the last 5 % of its
+  steps, and meet it to the weight there.
 
   Args:
     sparsity: share of zeros in [0, 1) at the end; or shares `per_layer` or
@@ -214,7 +217,7 @@ def magnitude_threshold(
   x: Array | Iterable[Array],
   sparsity: Array | float,
   guess: Array | None = None,
-  tolerance: float = 0.0,
+  tolerance: Array | float = 0.0,
 ) -> Array:
   """Finds a threshold that the asked share of magnitudes lies under.
 
@@ -246,12 +249,12 @@ def magnitude_threshold(
 
 # Compiled by itself: outside of a program, each of its operations would be; and
 # inside of one it is traced once for all arrays of a shape.
-@functools.partial(jax.jit, static_argnames="tolerance")
+@jax.jit
 def _magnitude_threshold(
   arrays: tuple[Array, ...],
   sparsity: Array | float,
   guess: Array | None,
-  tolerance: float,
+  tolerance: Array | float,
 ) -> Array:
   n = sum(a.size for a in arrays)
   magnitudes = [jnp.atleast_1d(jnp.abs(a.astype(jnp.float32))) for a in arrays]
@@ -351,6 +354,42 @@ def init_target(w: Array, sparsity: Schedulable) -> Arrays:
   }
 
 
+def every_at(
+  every: Array | int, sparsity: Schedulable, count: Array
+) -> Array | int:
+  """Returns the steps between two looks at a target, as they are at a step.
+
+  Those given, and 1 over the last 5 % of the run of a `ramp`: the network does
+  not get used to the codes that the last look of all flips. After ten steps
+  they are several, which with few weights a layer costs percents of accuracy;
+  after one step they are few.
+
+  >>> [int(every_at(10, ramp(0.8, 1000), n)) for n in (949, 950)]
+  [10, 1]
+  """
+  if not isinstance(sparsity, Ramp):
+    return every
+  return jnp.where(count >= round((1 - _LAST) * sparsity.steps), 1, every)
+
+
+def look_at(
+  every: Array | int, sparsity: Schedulable, count: Array
+) -> tuple[Array, Array]:
+  """Returns whether a step looks at the latents, and how closely.
+
+  Args:
+    every: steps between two looks.
+    sparsity: share of zeros, a schedule of it, or None.
+    count: int32, 0-d, step.
+
+  Returns:
+    (due, tolerance): bool, and the share of the weights by which a target may
+    be missed, which is 0 where each step looks.
+  """
+  every = every_at(every, sparsity, count)
+  return count % every == 0, jnp.where(every == 1, 0.0, TOLERANCE)
+
+
 def follow_target(
   state: Arrays, w: Array, sparsity: Schedulable, every: int
 ) -> Arrays:
@@ -366,10 +405,11 @@ def follow_target(
     The same kind of state, one step on.
   """
   count = state["count"] + 1
+  due, tolerance = look_at(every, sparsity, count)
   threshold = jax.lax.cond(
-    count % every == 0,
+    due,
     lambda guess: magnitude_threshold(
-      w, at(sparsity, count), guess=guess, tolerance=TOLERANCE
+      w, at(sparsity, count), guess=guess, tolerance=tolerance
     ),
     lambda held: held,
     state["threshold"],

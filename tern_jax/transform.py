@@ -22,10 +22,11 @@ from tern_jax.base import (
 )
 from tern_jax.select import Kernels, check_patterns, check_weights, matches_any
 from tern_jax.sparsity import (
-  TOLERANCE,
   AcrossLayers,
   at,
   check_targets,
+  every_at,
+  look_at,
   magnitude_threshold,
   target_of,
 )
@@ -161,8 +162,16 @@ class ParamTransform:
   ) -> tuple[TernParams, dict[str, Any]]:
     """Returns (params, state) for the next step; call it after each update."""
     _check_params(params)
-    shares = self._due_shares(params.latent, _count(state) + 1)
-    return self._update("after_step", params, state, shares)
+    tern, shares = self, {}
+    if isinstance(self._target, AcrossLayers):
+      # Layers get their shares as numbers, which tell nothing of the run.
+      method: Any = self.method
+      count = _count(state) + 1
+      every = every_at(method.every, self._target.sparsity, count)
+      method = dataclasses.replace(method, every=every)
+      tern = dataclasses.replace(self, method=method)
+      shares = tern._due_shares(params.latent, count)
+    return tern._update("after_step", params, state, shares)
 
   def refresh(
     self, params: TernParams, state: dict[str, Any]
@@ -216,7 +225,7 @@ class ParamTransform:
     )
 
   def _shares(
-    self, latent: Any, count: jax.Array, tolerance: float = 0.0
+    self, latent: Any, count: jax.Array, tolerance: jax.Array | float = 0.0
   ) -> dict[str, jax.Array]:
     """Divides a target across layers: {path: share of zeros of each layer}."""
     if not isinstance(self._target, AcrossLayers):
@@ -236,17 +245,16 @@ class ParamTransform:
 
   def _due_shares(self, latent: Any, count: jax.Array) -> dict[str, jax.Array]:
     """Returns the shares of a step, zeros if nobody looks at them."""
-    if not isinstance(self._target, AcrossLayers):
-      return {}
     method: Any = self.method
+    due, tolerance = look_at(method.every, self._target.sparsity, count)
 
     def divide() -> dict[str, jax.Array]:
-      return self._shares(latent, count, TOLERANCE)
+      return self._shares(latent, count, tolerance)
 
     def zeros() -> dict[str, jax.Array]:
       return jax.tree.map(jnp.zeros_like, jax.eval_shape(divide))
 
-    return jax.lax.cond(count % method.every == 0, divide, zeros)
+    return jax.lax.cond(due, divide, zeros)
 
   def _invert(
     self, path: str, ternary: Ternary, count: jax.Array

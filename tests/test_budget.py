@@ -10,7 +10,10 @@ from jax.sharding import PartitionSpec as P
 
 import tern_jax
 from tern_jax import (
+  EC2T,
   SCA,
+  TGA,
+  TTQ,
   TWN,
   ParamTransform,
   across_layers,
@@ -196,6 +199,46 @@ def test_targets_are_followed_in_training(target, standard_promotion):
     total(want) if want else 0.7, abs=2e-3
   )
   assert total(met) == pytest.approx(total(want) if want else 0.7, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+  ("method_class", "target"),
+  [
+    (SCA, 0.8),
+    (SCA, per_layer({"a": 0.5, "*": 0.8})),
+    (SCA, across_layers(0.8)),
+    (TWN, 0.8),
+    (TWN, across_layers(0.8)),
+    (TTQ, 0.8),
+    (TGA, 0.8),
+    (EC2T, 0.8),
+  ],
+)
+def test_the_last_steps_of_a_ramp_meet_it_to_the_weight(method_class, target):
+  tern = ParamTransform(method_class(sparsity=ramp(target, 60)))
+
+  def step(carry, key):
+    params, state = carry
+
+    def moved(x):
+      return x + 0.1 * jnp.std(x) * jax.random.normal(key, x.shape)
+
+    latent = jax.tree.map(moved, params.latent)
+    carry = tern.after_step(params.replace(latent=latent), state)
+    codes = tern.discretize(*carry)
+    return carry, {k: jnp.sum(v["kernel"].codes == 0) for k, v in codes.items()}
+
+  keys = jax.random.split(jax.random.key(0), 60)
+  _, counts = jax.jit(lambda c: jax.lax.scan(step, c, keys))(tern.init(net()))
+  sizes = {k: np.prod(shape) for k, shape in SHAPES.items()}
+  missed = {k: counts[k] - round(0.8 * sizes[k]) for k in SHAPES}
+  if target == across_layers(0.8):
+    missed = {"all": sum(counts.values()) - round(0.8 * sum(sizes.values()))}
+  elif target != 0.8:
+    missed["a"] = counts["a"] - round(0.5 * sizes["a"])
+  for name, off in missed.items():
+    assert np.all(off[56:] == 0), name  # steps 57 to 60
+    assert np.any(off[50:56] != 0), name
 
 
 def test_wdr_has_the_barrier_of_all_layers():

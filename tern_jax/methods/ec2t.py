@@ -27,11 +27,11 @@ from tern_jax.base import (
 )
 from tern_jax.estimators import straight_through, trained_scales
 from tern_jax.sparsity import (
-  TOLERANCE,
   Schedulable,
   at,
   check_sparsity,
   check_zeros,
+  look_at,
   magnitude_threshold,
 )
 
@@ -149,7 +149,7 @@ def ec2t_at_sparsity(
   sparsity: Array | float,
   min_p_0: float = 0.5,
   guess: Array | None = None,
-  tolerance: float = 0.0,
+  tolerance: Array | float = 0.0,
 ) -> tuple[Array, Array, Array]:
   """The lambda at which the asked share of weights is zero, and its thresholds.
 
@@ -333,9 +333,10 @@ class EC2T(Ternarizer):
     """Keeps the centroids at their floor, and assigns anew unless frozen."""
     count = state["count"] + 1
     held = {name: x for name, x in state.items() if name != "count"}
+    due, tolerance = look_at(self.every, self.sparsity, count)
     seen = jax.lax.cond(
-      (count % self.every == 0) & jnp.logical_not(self.frozen),
-      lambda: self._look(w, scales, count, held, TOLERANCE),
+      due & jnp.logical_not(self.frozen),
+      lambda: self._look(w, scales, count, held, tolerance),
       lambda: held,
     )
     return self._clamp(w, scales, seen["floor"]), {"count": count, **seen}
@@ -387,7 +388,7 @@ class EC2T(Ternarizer):
     scales: Arrays,
     count: Array,
     held: Arrays | None = None,
-    tolerance: float = 0.0,
+    tolerance: Array | float = 0.0,
   ) -> Arrays:
     """Returns the least centroids and the thresholds, both widened.
 

@@ -44,8 +44,9 @@ class SCA(Ternarizer):
     latents under the barrier, |W| <= sqrt(alpha / 2). Which share that will be
     is `predicted_sparsity(sigma, alpha)`: 0.744 for the defaults.
   * `SCA(sparsity=0.9)`, with which the asked sparsity is exact: to 0.1 % in
-    training, to the weight after `ParamTransform.refresh`. The barrier sits
-    at that quantile of |W|, so `alpha = 2 quantile^2`; the forward is hard,
+    training, to the weight at the end of a `ramp` and after
+    `ParamTransform.refresh`. The barrier sits at that quantile of |W|, so
+    `alpha = 2 quantile^2`; the forward is hard,
     `a sign(Theta) 1[|W| > barrier]`, with the gradient of tanh(Theta). The
     loss chooses the codes; a late WDR makes them settle. `recipe(0.9, steps)`
     makes both, with their schedules.

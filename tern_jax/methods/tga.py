@@ -19,11 +19,11 @@ from tern_jax.base import (
 )
 from tern_jax.estimators import straight_through, trained_scale
 from tern_jax.sparsity import (
-  TOLERANCE,
   Schedulable,
   at,
   check_sparsity,
   check_zeros,
+  look_at,
   magnitude_threshold,
 )
 
@@ -196,9 +196,10 @@ class TGA(Ternarizer):
     if self.sparsity is not None:
       count = state["count"] + 1
       held = {name: state[name] for name in ("mu", "threshold")}
+      due, tolerance = look_at(self.every, self.sparsity, count)
       seen = jax.lax.cond(
-        count % self.every == 0,
-        lambda: self._look(w, count, held, TOLERANCE),
+        due,
+        lambda: self._look(w, count, held, tolerance),
         lambda: held,
       )
       return {}, {"count": count, **seen}
@@ -321,7 +322,7 @@ class TGA(Ternarizer):
     w: Array,
     count: Array,
     held: Arrays | None = None,
-    tolerance: float = 0.0,
+    tolerance: Array | float = 0.0,
   ) -> Arrays:
     """Returns mu, and Delta at the asked sparsity, of the shape of sigma."""
     x, mu, sigma = self._moments(w)

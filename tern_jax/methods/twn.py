@@ -19,11 +19,11 @@ from tern_jax.base import (
 )
 from tern_jax.estimators import straight_through
 from tern_jax.sparsity import (
-  TOLERANCE,
   Schedulable,
   at,
   check_sparsity,
   check_zeros,
+  look_at,
   magnitude_threshold,
 )
 
@@ -93,12 +93,13 @@ class TWN(Ternarizer):
   def after_step(
     self, w: Array, scales: Arrays, state: Arrays
   ) -> tuple[Arrays, Arrays]:
-    """Looks at the latents every few steps; at a sparsity to 0.1 %."""
+    """Looks at the latents every few steps."""
     count = state["count"] + 1
     held = {name: state[name] for name in ("scale", "threshold")}
+    due, tolerance = look_at(self.every, self.sparsity, count)
     seen = jax.lax.cond(
-      count % self.every == 0,
-      lambda: self._look(w, count, held["threshold"], TOLERANCE),
+      due,
+      lambda: self._look(w, count, held["threshold"], tolerance),
       lambda: held,
     )
     return scales, {"count": count, **seen}
@@ -135,7 +136,7 @@ class TWN(Ternarizer):
     w: Array,
     count: Array,
     guess: Array | None = None,
-    tolerance: float = 0.0,
+    tolerance: Array | float = 0.0,
   ) -> Arrays:
     """Returns Delta, as "threshold", and the scale, both widened."""
     magnitude = jnp.abs(widen(w))
