@@ -40,11 +40,13 @@ CIFAR10: Rows = {
   "TWN": (methods.Twn(), {}),
   "TTQ": (methods.Ttq(), {}),
   "TGA": (methods.Tga(), {}),
+  "TGA, frozen Δ": (methods.Tga(frozen=True), {}),
   "EC2T, γ = 0": (methods.Ec2t(gamma=0.0), {}),
   "EC2T, γ = .2": (methods.Ec2t(gamma=0.2), {}),
   "EC2T, γ = .4": (methods.Ec2t(gamma=0.4), {}),
   "SCA, .5": (methods.Sca(sparsity=0.5), SLOW_SCA),
   "SCA, .65": (methods.Sca(sparsity=0.65), SLOW_SCA),
+  "SCA, .7": (methods.Sca(sparsity=0.7), SLOW_SCA),
   "SCA, .75": (methods.Sca(sparsity=0.75), SLOW_SCA),
   "SCA, .9": (methods.Sca(sparsity=0.9), SLOW_SCA),
 }
