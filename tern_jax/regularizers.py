@@ -181,7 +181,8 @@ def at_sparsity(
 
   `alpha = 2 q^2`, q the quantile of the leaf's |tanh(Theta)| at the asked
   sparsity, found anew every few updates: the same barrier as
-  `SCA(sparsity=..., every=..., gain=...)` keeps for the same arguments.
+  `SCA(sparsity=..., every=..., gain=...)` keeps for the same arguments, but for
+  the last 5 % of the run of a `ramp`, in which SCA looks at each step.
 
   Args:
     sparsity: share of zeros in [0, 1), or a schedule of it; also `per_layer`

@@ -447,7 +447,8 @@ def accuracy_over_sparsity(
   axis.set(xscale="log", yscale="log")
   axis.set_xticks(ticks, [f"{100 * share:g}" for share in sparsities])
   low, high = axis.get_ylim()
-  shown = [a for a in (0, 50, 80, 90, 95, 98, 99, 99.5) if low < 100 - a < high]
+  round_ones = (*range(0, 100, 10), 95, 98, 99, 99.5)
+  shown = [a for a in round_ones if low < 100 - a < high]
   axis.set_yticks([100 - a for a in shown], [f"{a:g}" for a in shown])
   axis.minorticks_off()
   axis.invert_xaxis()
