@@ -34,9 +34,9 @@ def recipe(
   """Makes SCA's training at an asked sparsity: all its schedules, agreed.
 
   `SCA(sparsity=target)` with `target = ramp(sparsity, steps)`, and
-  `wdr_transform(at_sparsity(target), relative(late_kappa(steps)))`: the barrier
-  rises to the target in the first half of the run, the loss chooses the codes
-  there, and over the last 30 % WDR makes them settle.
+  `wdr_transform(at_sparsity(target), relative(late_kappa(steps)), sharp=True)`:
+  the barrier rises to the target in the first half of the run, the loss chooses
+  the codes there, and over the last 30 % WDR makes them settle.
 
   It takes Adam at its usual rate of 1e-3, decayed to 5 % by a cosine, and no
   weight decay on the latents.
@@ -66,7 +66,6 @@ def recipe(
   where = Kernels() if where is None else where
   target = ramp(sparsity, steps)
   method = SCA(sparsity=target, channel_axis=channel_axis)
-  wdr = wdr_transform(
-    at_sparsity(target), relative(late_kappa(steps)), where, stacked
-  )
+  kappa = relative(late_kappa(steps))
+  wdr = wdr_transform(at_sparsity(target), kappa, where, stacked, sharp=True)
   return Recipe(ParamTransform(method, where, stacked), wdr)

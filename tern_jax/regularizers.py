@@ -3,7 +3,10 @@
 A latent Theta stands for the weight W = tanh(Theta). WDR is
 `R(Theta) = sum (alpha - W^2) W^2`. Its only minima are W = 0 and W = +-1; the
 barrier between them lies at |W| = sqrt(alpha / 2), so alpha controls which
-weights end at zero.
+weights end at zero. Its force fades towards the barrier, where a hard forward
+wants it most: there, weights that the loss pulls to and fro change their codes
+at every other step. The sharp WDR, half the squared distance to the codes, has
+the same minima and the same barrier, and its full force beside it.
 """
 
 import dataclasses
@@ -31,14 +34,16 @@ from tern_jax.sparsity import (
 GAIN = 10.0
 
 
-def wdr(theta: Array, alpha: Array | float) -> Array:
+def wdr(theta: Array, alpha: Array | float, sharp: bool = False) -> Array:
   """Weight discretization regularizer of one array.
 
-  `R(Theta) = sum_i (alpha - W_i^2) W_i^2` with `W = tanh(Theta)`.
+  `R(Theta) = sum_i (alpha - W_i^2) W_i^2` with `W = tanh(Theta)`; if sharp,
+  `R(Theta) = sum_i (|W_i| - 1[|W_i| > barrier])^2 / 2`.
 
   Args:
     theta: float, any shape, latents.
     alpha: broadcastable to theta; ternary for 0 < alpha < 2.
+    sharp: whether the barrier is a kink.
 
   Returns:
     0-d, float32 (float64 for float64 latents).
@@ -46,21 +51,30 @@ def wdr(theta: Array, alpha: Array | float) -> Array:
   Raises:
     TypeError: theta is not floating-point.
 
-  >>> round(float(wdr(jnp.array([0., 20., -20.]), alpha=0.5)), 6)
-  -1.0
+  >>> latents = jnp.array([0., 20., -20.])
+  >>> [float(wdr(latents, 0.5, sharp)) for sharp in (False, True)]
+  [-1.0, 0.0]
 
-  Source: Deng & Zhang, arXiv 2011.00580.
+  Source: Deng & Zhang, arXiv 2011.00580; the sharp form is, for two codes, the
+  W-shaped regularizer of Bai, Wang & Liberty, arXiv 1810.00861, squared.
   """
-  s = jnp.square(jnp.tanh(_wide(theta)))
-  return jnp.sum((jnp.asarray(alpha, s.dtype) - s) * s)
+  w = jnp.tanh(_wide(theta))
+  alpha = jnp.asarray(alpha, w.dtype)
+  if sharp:
+    return jnp.sum(jnp.square(_off(w, alpha))) / 2
+  s = jnp.square(w)
+  return jnp.sum((alpha - s) * s)
 
 
-def wdr_grad(theta: Array, alpha: Array | float) -> Array:
+def wdr_grad(theta: Array, alpha: Array | float, sharp: bool = False) -> Array:
   """Gradient of WDR: `dR/dTheta = 2 W (1 - W^2) (alpha - 2 W^2)`.
+
+  If sharp, `(W - sign(W) 1[|W| > barrier]) (1 - W^2)`.
 
   Args:
     theta: float, any shape, latents.
     alpha: broadcastable to theta.
+    sharp: whether the barrier is a kink.
 
   Returns:
     Shape of theta, float32 (float64 for float64 latents).
@@ -73,8 +87,15 @@ def wdr_grad(theta: Array, alpha: Array | float) -> Array:
   True
   """
   w = jnp.tanh(_wide(theta))
+  alpha = jnp.asarray(alpha, w.dtype)
   s = jnp.square(w)
-  return 2 * w * (1 - s) * (jnp.asarray(alpha, s.dtype) - 2 * s)
+  slope = _off(w, alpha) if sharp else 2 * w * (alpha - 2 * s)
+  return slope * (1 - s)
+
+
+def _off(w: Array, alpha: Array) -> Array:
+  """Returns by how much W is off the code on its side of the barrier."""
+  return w - jnp.where(jnp.abs(w) > wdr_barrier(alpha), jnp.sign(w), 0)
 
 
 def wdr_barrier(alpha: Array | float) -> Array:
@@ -314,6 +335,7 @@ def wdr_transform(
   strength: Any,
   mask: Any = None,
   stacked: tuple[str, ...] = (),
+  sharp: bool = False,
 ) -> optax.GradientTransformation:
   """Adds the gradient of WDR to the updates, for any optax chain.
 
@@ -333,6 +355,7 @@ def wdr_transform(
       want `mask=tern_jax.kernels()`.
     stacked: patterns of leaves whose first axis enumerates layers (as made by
       `nn.scan`): `relative` and `at_sparsity` then look at each layer alone.
+    sharp: whether the barrier is a kink, as a hard forward wants it.
 
   Returns:
     An `optax.GradientTransformation`. Updates keep their dtype; None updates
@@ -352,7 +375,8 @@ def wdr_transform(
 
   Source: Deng & Zhang, arXiv 2011.00580. Differs from the paper: the gradient
   is added to the update instead of the loss, which is the same before the
-  first transform of a chain; `relative` and `at_sparsity` are not in it.
+  first transform of a chain; `relative`, `at_sparsity` and the sharp form are
+  not in it.
   """
   if not isinstance(alpha, AtSparsity):
     jax.tree.map(check_alpha, alpha)
@@ -431,7 +455,7 @@ def wdr_transform(
       a = at(a, count, widen(theta).dtype)
 
       def add_one(u: Array, theta: Array, a: Array) -> Array:
-        return _add(u, theta, a, gain, strength, count)
+        return _add(u, theta, a, gain, strength, count, sharp)
 
       in_axes = (0, 0, 0 if a.ndim else None)
       return lift(path, add_one, in_axes)(u, theta, a)
@@ -453,11 +477,12 @@ def _add(
   gain: float,
   strength: Any,
   count: Array,
+  sharp: bool,
 ) -> Array:
   """Returns u + strength * dR/dlatent in the dtype of u."""
 
   def add(factor: Any) -> Array:
-    r = gain * wdr_grad(gain * widen(latent), a)
+    r = gain * wdr_grad(gain * widen(latent), a, sharp)
     return (u.astype(r.dtype) + factor(r) * r).astype(u.dtype)
 
   if not isinstance(strength, Relative):

@@ -9,13 +9,17 @@ import scipy.special
 TINY = float(np.finfo(np.float32).tiny)
 
 
-def wdr(theta, alpha):
+def wdr(theta, alpha, sharp=False):
   w = np.tanh(np.asarray(theta, np.float64))
+  if sharp:
+    return float(np.sum((np.abs(w) - (w**2 > alpha / 2)) ** 2) / 2)
   return float(np.sum((alpha - w**2) * w**2))
 
 
-def wdr_grad(theta, alpha):
+def wdr_grad(theta, alpha, sharp=False):
   w = np.tanh(np.asarray(theta, np.float64))
+  if sharp:
+    return (w - np.sign(w) * (w**2 > alpha / 2)) * (1 - w**2)
   return 2 * w * (1 - w**2) * (alpha - 2 * w**2)
 
 

@@ -1,3 +1,5 @@
+import functools
+
 import equinox as eqx
 import haiku as hk
 import jax
@@ -46,21 +48,27 @@ def added(tx, grads, params, steps=1):
   return jax.tree.map(lambda u, g: u - g, updates, grads)
 
 
+@pytest.mark.parametrize("sharp", [False, True])
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 0.5, 1.0, 1.9])
-def test_wdr_and_its_gradient_in_float64(x64, alpha):
+def test_wdr_and_its_gradient_in_float64(x64, alpha, sharp):
   theta = jnp.asarray(THETA)
   assert theta.dtype == jnp.float64
   np.testing.assert_allclose(
-    tern_jax.wdr(theta, alpha), reference.wdr(THETA, alpha), rtol=1e-12
+    tern_jax.wdr(theta, alpha, sharp),
+    reference.wdr(THETA, alpha, sharp),
+    rtol=1e-12,
   )
-  closed = reference.wdr_grad(THETA, alpha)
+  closed = reference.wdr_grad(THETA, alpha, sharp)
   np.testing.assert_allclose(
-    tern_jax.wdr_grad(theta, alpha), closed, rtol=1e-11, atol=1e-14
+    tern_jax.wdr_grad(theta, alpha, sharp), closed, rtol=1e-11, atol=1e-14
   )
   np.testing.assert_allclose(
-    jax.grad(tern_jax.wdr)(theta, alpha), closed, rtol=1e-11, atol=1e-14
+    jax.grad(tern_jax.wdr)(theta, alpha, sharp),
+    closed,
+    rtol=1e-11,
+    atol=1e-14,
   )
-  tx = tern_jax.wdr_transform(alpha, strength=0.25)
+  tx = tern_jax.wdr_transform(alpha, strength=0.25, sharp=sharp)
   got = added(tx, jnp.zeros_like(theta), theta)
   np.testing.assert_allclose(got, 0.25 * closed, rtol=1e-11, atol=1e-14)
   h = 1e-6
@@ -68,7 +76,8 @@ def test_wdr_and_its_gradient_in_float64(x64, alpha):
     up, down = THETA.copy(), THETA.copy()
     up[i, j] += h
     down[i, j] -= h
-    slope = (reference.wdr(up, alpha) - reference.wdr(down, alpha)) / (2 * h)
+    rise = reference.wdr(up, alpha, sharp) - reference.wdr(down, alpha, sharp)
+    slope = rise / (2 * h)
     assert got[i, j] == pytest.approx(0.25 * slope, abs=1e-7)
 
 
@@ -89,11 +98,21 @@ def test_predicted_sparsity_and_its_inverse(sigma, alpha):
     assert float(empirical) == pytest.approx(alpha, rel=0.01)
 
 
-@jax.jit
-def flow(theta, alpha):
+def test_the_force_of_sharp_wdr_does_not_vanish_at_the_barrier():
+  alpha = 0.5  # the barrier lies at |W| = 0.5
+  beside = jnp.arctanh(0.5 + jnp.array([-1e-3, 1e-3]))
+  smooth = tern_jax.wdr_grad(beside, alpha)
+  np.testing.assert_allclose(smooth, 0, atol=2e-3)
+  sharp = tern_jax.wdr_grad(beside, alpha, sharp=True)
+  np.testing.assert_allclose(sharp, [0.375, -0.375], atol=2e-3)
+
+
+@functools.partial(jax.jit, static_argnames="sharp")
+def flow(theta, alpha, sharp):
   """Codes at the end of the flow of WDR alone."""
   # Total strength 200: far beyond the 50 that the slowest alpha needs.
-  tx = optax.chain(tern_jax.wdr_transform(alpha, 1.0), optax.sgd(0.2))
+  wdr = tern_jax.wdr_transform(alpha, 1.0, sharp=sharp)
+  tx = optax.chain(wdr, optax.sgd(0.2))
 
   def step(carry, _):
     theta, state = carry
@@ -104,12 +123,13 @@ def flow(theta, alpha):
   return jnp.round(jnp.tanh(end))
 
 
+@pytest.mark.parametrize("sharp", [False, True])
 @pytest.mark.parametrize("alpha", [0.05, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("sigma", [0.3, 0.6])
-def test_wdr_flow_ends_at_the_predicted_sparsity(sigma, alpha):
+def test_wdr_flow_ends_at_the_predicted_sparsity(sigma, alpha, sharp):
   sample = np.random.default_rng(2).normal(0, sigma, (100, 100))
   theta = jnp.asarray(sample, jnp.float32)
-  codes = flow(theta, alpha)
+  codes = flow(theta, alpha, sharp)
   predicted = reference.predicted_sparsity(sigma, alpha)
   measured = float(jnp.mean(codes == 0))
   assert abs(measured - predicted) <= 0.02

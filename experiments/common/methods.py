@@ -155,6 +155,7 @@ class Sca(Targeted):
           tern_jax.at_sparsity(target),
           tern_jax.relative(kappa),
           stacked=stacked,
+          sharp=True,
         ),
         round(kappa.onset * steps),
       )
