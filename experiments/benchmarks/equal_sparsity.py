@@ -47,6 +47,13 @@ class FrozenTwn(methods.Twn):
 
 
 @dataclasses.dataclass(frozen=True)
+class SmoothWdr(methods.Sca):
+  """SCA with WDR as published, whose force vanishes at the barrier."""
+
+  sharp: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class WithoutWdr(methods.Sca):
   """SCA's hard forward and barrier alone: what WDR is worth."""
 
@@ -77,6 +84,7 @@ RACERS: dict[str, tuple[Any, tuple[float, ...]]] = {
   "SCA": (methods.Sca, (5e-4, 1e-3)),
   "TWN": (methods.Twn, (3e-4, 1e-3, 3e-3, 1e-2)),
   "TWN, frozen": (FrozenTwn, (1e-3, 3e-3)),
+  "SCA, smooth WDR": (SmoothWdr, (5e-4, 1e-3)),
   "SCA without WDR": (WithoutWdr, (5e-4, 1e-3)),
   "SCA, one-shot": (OneShot, (5e-3, 1e-2)),
 }

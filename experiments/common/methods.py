@@ -115,6 +115,8 @@ class Sca(Targeted):
   """With alpha: the final strength of WDR, after a quadratic ramp."""
   kappa: float = 30.0
   """With a sparsity: the final strength of WDR, relative to the gradient."""
+  sharp: bool = True
+  """With a sparsity: whether WDR has its full force beside the barrier."""
 
   @property
   def asked(self) -> Any:
@@ -155,7 +157,7 @@ class Sca(Targeted):
           tern_jax.at_sparsity(target),
           tern_jax.relative(kappa),
           stacked=stacked,
-          sharp=True,
+          sharp=self.sharp,
         ),
         round(kappa.onset * steps),
       )
