@@ -46,7 +46,6 @@ CIFAR10: Rows = {
   "EC2T, γ = .4": (methods.Ec2t(gamma=0.4), {}),
   "SCA, .5": (methods.Sca(sparsity=0.5), SLOW_SCA),
   "SCA, .65": (methods.Sca(sparsity=0.65), SLOW_SCA),
-  "SCA, .7": (methods.Sca(sparsity=0.7), SLOW_SCA),
   "SCA, .75": (methods.Sca(sparsity=0.75), SLOW_SCA),
   "SCA, .9": (methods.Sca(sparsity=0.9), SLOW_SCA),
 }

@@ -48,8 +48,8 @@ class SCA(Ternarizer):
     `ParamTransform.refresh`. The barrier sits at that quantile of |W|, so
     `alpha = 2 quantile^2`; the forward is hard,
     `a sign(Theta) 1[|W| > barrier]`, with the gradient of tanh(Theta). The
-    loss chooses the codes; a late WDR makes them settle. `recipe(0.9, steps)`
-    makes both, with their schedules.
+    loss chooses the codes; a late WDR, the sharp one, makes them settle.
+    `recipe(0.9, steps)` makes both, with their schedules.
 
   Train that by Adam at its usual rate of 1e-3, decayed to 5 % by a cosine: at a
   rate that stays high, codes still change while WDR makes them settle. No
