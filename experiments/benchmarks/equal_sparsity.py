@@ -1,7 +1,8 @@
 """SCA and straight-through training at the same sparsity, with equal care.
 
   python -m experiments.benchmarks.equal_sparsity
-  python -m experiments.benchmarks.equal_sparsity --data digits --epochs 150
+  python -m experiments.benchmarks.equal_sparsity --data digits --epochs 100 \
+    --batch-size 64 --seeds 20
 
 A net without capacity to spare, all kernels ternary, trained from scratch by
 each method, at each of its rates, for the same epochs: all sparsities and seeds
