@@ -245,6 +245,10 @@ def relative(kappa: Schedulable) -> Relative:
   gradient of WDR there. Whatever the loss, kappa = 1 makes WDR as strong as
   the loss in every layer, which no absolute strength can.
 
+  The gradient of the sharp WDR by Theta is at most 1, and is added as it is,
+  times `kappa * rms(g)`. Over its rms, which shrinks as latents settle, it
+  would hold the last of them to whatever codes they have just then.
+
   Args:
     kappa: number >= 0, traced array, or a schedule.
 
@@ -492,10 +496,10 @@ def _add(
 
   def balanced(r: Array) -> Array:
     # The ratio of norms is the ratio of root mean squares.
-    ratio = _norm(u.astype(r.dtype)) / jnp.maximum(
-      _norm(r), jnp.finfo(r.dtype).tiny
-    )
-    return at(strength.kappa, count, r.dtype) * ratio
+    size = gain * r.size**0.5 if sharp else _norm(r)
+    size = jnp.maximum(size, jnp.finfo(r.dtype).tiny)
+    kappa = at(strength.kappa, count, r.dtype)
+    return kappa * _norm(u.astype(r.dtype)) / size
 
   # A late WDR is off for most of a run, and must cost nothing then.
   return jax.lax.cond(_is_on(strength, count), lambda: add(balanced), lambda: u)

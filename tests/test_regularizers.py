@@ -228,6 +228,19 @@ def test_relative_strength_scales_wdr_to_each_gradient():
     assert np.linalg.norm(extra) == pytest.approx(np.linalg.norm(g), rel=1e-5)
 
 
+@pytest.mark.parametrize("gain", [1.0, 10.0])
+def test_relative_strength_takes_sharp_wdr_as_it_is(gain):
+  theta, gradient = np.random.default_rng(5).normal(0, 0.3, (2, 30, 20))
+  tx = tern_jax.wdr_transform(
+    tern_jax.at_sparsity(0.8, gain=gain), tern_jax.relative(3.0), sharp=True
+  )
+  got = added(tx, jnp.float32(gradient), jnp.float32(theta / gain))
+  edge = np.tanh(np.sort(np.abs(theta).ravel())[479:481].mean())
+  r = reference.wdr_grad(theta, 2 * edge**2, sharp=True)
+  rms = np.sqrt(np.mean(gradient**2))
+  np.testing.assert_allclose(got, 3 * rms * r, rtol=1e-4, atol=1e-5)
+
+
 def test_a_late_strength_leaves_gradients_alone_before():
   kappa = tern_jax.late_kappa(20, onset=0.65)
   tx = tern_jax.wdr_transform(
