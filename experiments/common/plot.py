@@ -443,13 +443,13 @@ def accuracy_over_sparsity(
     )
     families.append(family)
   axis.set(xscale="log", yscale="log")
-  dense = (80, 90, 95, 98, 99, 99.5)
+  upper = (80, 90, 95, 98, 99, 99.5)
   for side, rest in (
     (axis.xaxis, (20, 50, 70)),
     (axis.yaxis, range(0, 80, 10)),
   ):
     low, high = side.get_view_interval()
-    shown = [s for s in (*rest, *dense) if low < 100 - s < high]
+    shown = [s for s in (*rest, *upper) if low < 100 - s < high]
     side.set_ticks([100 - s for s in shown], [f"{s:g}" for s in shown])
   axis.minorticks_off()
   axis.invert_xaxis()
