@@ -303,7 +303,8 @@ def late_kappa(
   constant: the loss has chosen the codes by then, WDR makes them stay.
 
   MNIST, 784-32-32-10, validation accuracy in %, means of 5 seeds, by `last`,
-  which with the sharp WDR need not be tuned:
+  which with the sharp WDR need not be tuned; all at Adam's 1e-3, without WDR at
+  the better of that and half of it:
 
     zeros      no   smooth   sharp
               WDR       30       1       3      10      30     100
@@ -495,7 +496,8 @@ def _add(
     return add(lambda r: at(strength, count, r.dtype))
 
   def balanced(r: Array) -> Array:
-    # The ratio of norms is the ratio of root mean squares.
+    # The ratio of norms is the ratio of root mean squares. The sharp r counts
+    # as if it were 1 by Theta, its bound, everywhere.
     size = gain * r.size**0.5 if sharp else _norm(r)
     size = jnp.maximum(size, jnp.finfo(r.dtype).tiny)
     kappa = at(strength.kappa, count, r.dtype)
