@@ -104,6 +104,8 @@ class Config:
   """Network."""
   hidden: tuple[int, ...] = (32, 32)
   """Widths of the hidden layers of mlp, channels of convnet."""
+  norm: bool = True
+  """Batch norm after the hidden layers of mlp, instead of biases in them."""
   exclude: tuple[str, ...] = ()
   """Patterns of kernels that stay float, such as stem."""
   epochs: int = 60
@@ -155,6 +157,7 @@ class Config:
       data=self.data,
       model=self.model,
       hidden=self.hidden,
+      norm=self.norm,
       exclude=self.exclude,
       epochs=self.epochs,
       batch_size=self.batch_size,

@@ -273,10 +273,12 @@ class LateKappa:
   full: float = 0.95
   first: float = 0.1
   last: float = 30.0
+  churn: float | None = 0.15
 
   def __post_init__(self):
     check_range("steps", self.steps, 1, float("inf"), "count training steps")
     check_range("onset", self.onset, 0, self.full, "it comes before full")
+    check_range("churn", self.churn, 1e-9, 1, "it is a share of the nonzeros")
 
   def __call__(self, count: Array) -> Array:
     """Returns kappa at a step."""
@@ -284,6 +286,16 @@ class LateKappa:
     share = jnp.clip((done - self.onset) / (self.full - self.onset), 0, 1)
     kappa = self.first * (self.last / self.first) ** share
     return jnp.where(done < self.onset, 0.0, kappa)
+
+  @property
+  def ahead(self) -> int:
+    """Steps before the onset at which to start to look at what changes."""
+    return max(round(self.steps / 100), 1)
+
+  @property
+  def watches(self) -> bool:
+    """Whether what changes before the onset matters, and can be seen."""
+    return self.churn is not None and self.onset * self.steps > self.ahead
 
   def __repr__(self) -> str:
     """Prints the call that made it."""
@@ -296,11 +308,19 @@ def late_kappa(
   full: float = 0.95,
   first: float = 0.1,
   last: float = 30.0,
+  churn: float | None = 0.15,
 ) -> LateKappa:
   """Makes the schedule of kappa that lets codes settle at the end of a run.
 
   0 before `onset`, then exponential from `first` to `last` at `full`, then
   constant: the loss has chosen the codes by then, WDR makes them stay.
+
+  Whether they are worth keeping shows in the 1 % of the steps before the onset.
+  Where many nonzeros have changed places by then, in small nets or at many
+  zeros, codes are drawn by lot over and over, and the sooner that ends, the
+  better. Where few have, the loss still improves the codes, and a strong WDR
+  would stop it. `wdr_transform` therefore uses the share `min(1, c / churn)` of
+  kappa, with c the share of all nonzeros that were zeros then.
 
   MNIST, 784-32-32-10, validation accuracy in %, means of 5 seeds, by `last`,
   which with the sharp WDR need not be tuned; all at Adam's 1e-3, without WDR at
@@ -319,6 +339,8 @@ def late_kappa(
     full: share of the run at which it has its full strength.
     first: kappa at the onset.
     last: kappa at full strength.
+    churn: share of the nonzeros in (0, 1) that must be new in that time for
+      all of kappa to be used; None always uses it.
 
   Returns:
     A schedule for `relative`, printable as this call.
@@ -327,14 +349,21 @@ def late_kappa(
   >>> [round(float(kappa(n)), 3) for n in (699, 700, 950, 1000)]
   [0.0, 0.1, 30.0, 30.0]
   """
-  return LateKappa(steps, onset, full, first, last)
+  return LateKappa(steps, onset, full, first, last, churn)
 
 
 class WdrState(NamedTuple):
-  """State of `wdr_transform`: update count, thresholds of `at_sparsity`."""
+  """State of `wdr_transform`."""
 
   count: Array
+  """Updates done."""
   threshold: Any
+  """Of each leaf, where alpha is `at_sparsity`."""
+  nonzero: Any
+  """Bits: which weights were beyond the barrier 1 % of the steps before
+  the onset of a `late_kappa`, then at it."""
+  share: Array
+  """Of kappa that is used, by how many of them changed in between."""
 
 
 def wdr_transform(
@@ -390,6 +419,11 @@ def wdr_transform(
   if not isinstance(strength, Relative):
     _check_strength("strength", strength)
 
+  gain = alpha.gain if isinstance(alpha, AtSparsity) else 1.0
+  late: Any = strength.kappa if isinstance(strength, Relative) else None
+  if not (isinstance(late, LateKappa) and late.watches):
+    late = None
+
   def lift(path: Any, fn: Any, in_axes: Any = 0) -> Any:
     is_stack = matches_any(stacked, path_str(path))
     return jax.vmap(fn, in_axes) if is_stack else fn
@@ -413,21 +447,44 @@ def wdr_transform(
 
     return jax.tree_util.tree_map_with_path(find, params, old)
 
+  def alphas_of(params: Any, threshold: Any) -> Any:
+    if isinstance(alpha, AtSparsity):
+      return jax.tree.map(
+        lambda t: 2 * jnp.square(jnp.tanh(gain * t)), threshold
+      )
+    return jax.tree.broadcast(alpha, params)
+
+  def beyond(params: Any, alphas: Any, count: Array) -> Any:
+    """Returns which weights are beyond the barrier, eight to a byte."""
+
+    def one(path: Any, theta: Array, a: Any) -> Array:
+      _check_floating(path_str(path), theta)
+      wide = jnp.abs(jnp.tanh(gain * widen(jnp.atleast_1d(theta))))
+      barrier = wdr_barrier(at(a, count, wide.dtype))
+      # Of stacked layers, each has a barrier of its own.
+      axes = range(barrier.ndim, wide.ndim)
+      return jnp.packbits(wide > jnp.expand_dims(barrier, axes), axis=-1)
+
+    return jax.tree_util.tree_map_with_path(one, params, alphas)
+
   def init(params: Any) -> WdrState:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     paths = [path_str(path) for path, _ in leaves]
     check_patterns(stacked, paths)
     count = jnp.zeros((), jnp.int32)
-    if not isinstance(alpha, AtSparsity):
-      return WdrState(count, ())
-    check_targets(alpha.sparsity, paths)
-    unknown = jax.tree_util.tree_map_with_path(
-      lambda path, x: jnp.zeros(
-        x.shape[: matches_any(stacked, path_str(path))]
-      ),
-      params,
-    )
-    return WdrState(count, look(params, unknown, count, 0.0))
+    threshold = nonzero = ()
+    if isinstance(alpha, AtSparsity):
+      check_targets(alpha.sparsity, paths)
+      unknown = jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.zeros(
+          x.shape[: matches_any(stacked, path_str(path))]
+        ),
+        params,
+      )
+      threshold = look(params, unknown, count, 0.0)
+    if late is not None:
+      nonzero = beyond(params, alphas_of(params, threshold), count)
+    return WdrState(count, threshold, nonzero, jnp.ones(()))
 
   def update(
     updates: Any, state: Any, params: Any = None
@@ -437,23 +494,30 @@ def wdr_transform(
         "wdr_transform got no parameters, and WDR is a function of them:"
         " call tx.update(grads, opt_state, params)."
       )
-    count, threshold = state
+    count, threshold, nonzero, share = state
+    is_on, sets_in = _is_on(strength, count), _sets_in(strength, count)
+    is_before = late is not None and _sets_in(strength, count + late.ahead)
     if isinstance(alpha, AtSparsity):
-      sets_in = jnp.logical_not(_is_on(strength, count - 1))
-      due = _is_on(strength, count) & (sets_in | (count % alpha.every == 0))
+      due = is_before | sets_in | (is_on & (count % alpha.every == 0))
       threshold = jax.lax.cond(
         due,
         lambda old: look(params, old, count, TOLERANCE),
         lambda old: old,
         threshold,
       )
-      gain = alpha.gain
-      alphas = jax.tree.map(
-        lambda t: 2 * jnp.square(jnp.tanh(gain * t)), threshold
+    alphas = alphas_of(params, threshold)
+    if late is not None:
+      now = jax.lax.cond(
+        is_before | sets_in,
+        lambda: beyond(params, alphas, count),
+        lambda: nonzero,
       )
-    else:
-      gain = 1.0
-      alphas = jax.tree.broadcast(alpha, params)
+      share = jax.lax.cond(
+        sets_in,
+        lambda: jnp.minimum(_exchanged(nonzero, now) / late.churn, 1),
+        lambda: share,
+      )
+      nonzero = now
 
     def add(path: Any, u: Array | None, theta: Array, a: Any) -> Array | None:
       if u is None:
@@ -462,7 +526,7 @@ def wdr_transform(
       a = at(a, count, widen(theta).dtype)
 
       def add_one(u: Array, theta: Array, a: Array) -> Array:
-        return _add(u, theta, a, gain, strength, count, sharp)
+        return _add(u, theta, a, gain, strength, share, count, sharp)
 
       in_axes = (0, 0, 0 if a.ndim else None)
       return lift(path, add_one, in_axes)(u, theta, a)
@@ -471,7 +535,7 @@ def wdr_transform(
       add, updates, params, alphas, is_leaf=lambda x: x is None
     )
     count = jnp.asarray(optax.safe_increment(count))
-    return updates, WdrState(count, threshold)
+    return updates, WdrState(count, threshold, nonzero, share)
 
   transform = optax.GradientTransformation(init, update)
   return transform if mask is None else optax.masked(transform, mask)
@@ -483,10 +547,14 @@ def _add(
   a: Array,
   gain: float,
   strength: Any,
+  share: Array,
   count: Array,
   sharp: bool,
 ) -> Array:
-  """Returns u + strength * dR/dlatent in the dtype of u."""
+  """Returns u + strength * dR/dlatent in the dtype of u.
+
+  Of the kappa of a relative strength, only a share is used.
+  """
 
   def add(factor: Any) -> Array:
     r = gain * wdr_grad(gain * widen(latent), a, sharp)
@@ -500,7 +568,7 @@ def _add(
     # as if it were 1 by Theta, its bound, everywhere.
     size = gain * r.size**0.5 if sharp else _norm(r)
     size = jnp.maximum(size, jnp.finfo(r.dtype).tiny)
-    kappa = at(strength.kappa, count, r.dtype)
+    kappa = share.astype(r.dtype) * at(strength.kappa, count, r.dtype)
     return kappa * _norm(u.astype(r.dtype)) / size
 
   # A late WDR is off for most of a run, and must cost nothing then.
@@ -510,6 +578,23 @@ def _add(
 def _is_on(strength: Any, count: Array) -> Array | bool:
   """Says whether WDR does anything at a step."""
   return not isinstance(strength, Relative) or at(strength.kappa, count) > 0
+
+
+def _sets_in(strength: Any, count: Array) -> Array:
+  """Says whether WDR does something at a step, and nothing before."""
+  was_on = _is_on(strength, count - 1)
+  return _is_on(strength, count) & jnp.logical_not(was_on)
+
+
+def _exchanged(before: Any, now: Any) -> Array:
+  """Returns the share of the bits set now that were not so before."""
+
+  def count(words: Any) -> Array:
+    ones = (jnp.sum(jnp.bitwise_count(x)) for x in jax.tree.leaves(words))
+    return jnp.sum(jnp.stack([x.astype(jnp.float32) for x in ones]))
+
+  new = jax.tree.map(lambda x, y: y & ~x, before, now)
+  return count(new) / jnp.maximum(count(now), 1)
 
 
 def _norm(x: Array) -> Array:

@@ -242,7 +242,7 @@ def test_relative_strength_takes_sharp_wdr_as_it_is(gain):
 
 
 def test_a_late_strength_leaves_gradients_alone_before():
-  kappa = tern_jax.late_kappa(20, onset=0.65)
+  kappa = tern_jax.late_kappa(20, onset=0.65, churn=None)
   tx = tern_jax.wdr_transform(
     tern_jax.at_sparsity(0.6, every=10), tern_jax.relative(kappa)
   )
@@ -259,6 +259,74 @@ def test_a_late_strength_leaves_gradients_alone_before():
     # Nobody looks at the quantile before, then at once, then every 10 steps.
     seen = 1.0 if count < 13 else 2.3
     assert float(state.threshold["w"] / start) == pytest.approx(seen, rel=0.01)
+
+
+@pytest.mark.parametrize("gain", [1.0, 10.0])
+@pytest.mark.parametrize(("pairs", "share"), [(0, 0), (3, 0.5), (5, 5 / 6)])
+def test_a_late_strength_is_for_codes_that_change(gain, pairs, share):
+  kappa = tern_jax.late_kappa(400, onset=0.5, first=2.0, last=2.0, churn=0.4)
+  tx = tern_jax.wdr_transform(
+    tern_jax.at_sparsity(0.5, gain=gain),
+    tern_jax.relative(kappa),
+    stacked=("stack",),
+    sharp=True,
+  )
+  # Ten weights of two layers and ten of another, five zero of each.
+  r = np.random.default_rng(0)
+  theta = 0.1 * r.permutation(np.arange(1.0, 11.0))
+  start = {"stack": np.stack([theta, 2 * theta]), "w": theta[:, None]}
+  gradient = {name: r.normal(size=x.shape) for name, x in start.items()}
+  order = np.argsort(theta)
+  moved = {name: x.copy() for name, x in start.items()}
+  low, high = order[:pairs], order[9 : 9 - pairs : -1]
+  # In one layer, some nonzeros change places with zeros.
+  moved["stack"][1, low] = start["stack"][1, high]
+  moved["stack"][1, high] = start["stack"][1, low]
+  start, grads, moved = (
+    jax.tree.map(lambda x, s=s: jnp.float32(x / s), tree)
+    for tree, s in ((start, gain), (gradient, 1), (moved, gain))
+  )
+
+  update = jax.jit(tx.update)
+  state = tx.init(start)
+  # What is as before 1 % of the steps before the onset does not count.
+  for count, params in ((195, moved), (196, start), (199, moved)):
+    state = state._replace(count=jnp.int32(count))
+    updates, state = update(grads, state, params)
+    assert (updates["stack"] == grads["stack"]).all()
+  for count in (200, 300):
+    state = state._replace(count=jnp.int32(count))
+    updates, state = update(grads, state, moved)
+    assert float(state.share) == pytest.approx(share)
+    for scale, got, g, latent in (
+      (1, updates["stack"][0], gradient["stack"][0], moved["stack"][0]),
+      (2, updates["stack"][1], gradient["stack"][1], moved["stack"][1]),
+      (1, updates["w"], gradient["w"], moved["w"]),
+    ):
+      alpha = 2 * np.tanh(0.55 * scale) ** 2
+      rms = np.sqrt(np.mean(g**2))
+      r_wdr = reference.wdr_grad(
+        gain * np.asarray(latent, np.float64), alpha, sharp=True
+      )
+      expected = share * 2 * rms * r_wdr
+      np.testing.assert_allclose(got - g, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("onset", "churn"), [(0.5, None), (0.0, 0.15), (0.01, 0.15)]
+)
+def test_a_late_strength_that_nothing_is_seen_before(onset, churn):
+  kappa = tern_jax.late_kappa(100, onset=onset, churn=churn)
+  tx = tern_jax.wdr_transform(0.1, tern_jax.relative(kappa), sharp=True)
+  params = {"w": jnp.linspace(-1.0, 1.0, 30)}
+  grads = {"w": jnp.ones(30)}
+  state = tx.init(params)
+  assert state.nonzero == ()
+  for _ in range(round(100 * onset) + 1):
+    updates, state = tx.update(grads, state, params)
+  added = updates["w"] - grads["w"]
+  expected = 0.1 * reference.wdr_grad(np.linspace(-1, 1, 30), 0.1, sharp=True)
+  np.testing.assert_allclose(added, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_relative_strength_is_finite_at_zero_gradients_and_stationary_points():
@@ -496,7 +564,7 @@ def test_bad_input():
     tx.update(grads, state)
   ints = {"w": jnp.ones((2, 2), jnp.int32)}
   with pytest.raises(TypeError, match="w is int32"):
-    tx.update(ints, state, ints)
+    tx.update(ints, tx.init(ints), ints)
   with pytest.raises(TypeError, match="theta is int32"):
     tern_jax.wdr(jnp.ones(3, jnp.int32), 0.1)
   with pytest.raises(ValueError, match="'head' matches no leaf"):

@@ -96,13 +96,14 @@ class Program(alpha_sweep.Config):
   """Runs of one method at one rate."""
 
   method: Any = methods.Sca
+  across_layers: bool = False
   learning_rate: float = 1e-2
 
   def run(self, value: Any, seed: Any = 0) -> cli.Config:
     """Returns the config of one run, whose value and seed may be traced."""
     return dataclasses.replace(
       super().run(value, seed),
-      method=self.method(sparsity=value),
+      method=self.method(sparsity=value, across_layers=self.across_layers),
       learning_rate=self.learning_rate,
     )
 
@@ -124,10 +125,14 @@ class Options:
   """Network."""
   hidden: tuple[int, ...] = (32, 32)
   """Widths of the hidden layers of mlp, channels of convnet."""
+  norm: bool = True
+  """Batch norm after the hidden layers of mlp, instead of biases in them."""
   exclude: tuple[str, ...] = ()
   """Patterns of kernels that stay float, such as stem."""
   sparsities: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.98)
   """Shares of zeros, of each layer."""
+  across_layers: bool = False
+  """Whether they are those of all layers together instead."""
   seeds: int = 5
   """Runs of each."""
   epochs: int = 10
@@ -147,7 +152,10 @@ def main(options: Options) -> None:
   net = "" if options.model == "mlp" else f"{options.model}-"
   widths = "-".join(map(str, options.hidden))
   floats = "".join(f"-{name}" for name in options.exclude)
-  place = options.root / f"{options.data}-{net}{widths}{floats}"
+  bare = "" if options.norm else "-no-norm"
+  across = "-across" if options.across_layers else ""
+  run = f"{options.data}-{net}{widths}{floats}{bare}{across}"
+  place = options.root / run
   # What the names of directory and files do not tell.
   record = {
     "sparsities": list(options.sparsities),
@@ -168,10 +176,12 @@ def main(options: Options) -> None:
         data=options.data,
         model=options.model,
         hidden=options.hidden,
+        norm=options.norm,
         exclude=options.exclude,
         epochs=options.epochs,
         batch_size=options.batch_size,
         method=method,
+        across_layers=options.across_layers,
         learning_rate=rate,
       )
       path = place / f"{method.__name__}-{rate:g}.csv"
