@@ -33,10 +33,10 @@ def recipe(
 ) -> Recipe:
   """Makes SCA's training at an asked sparsity: all its schedules, agreed.
 
-  `SCA(sparsity=target)` with `target = ramp(sparsity, steps)`, and
+  `SCA(sparsity=target)` with `target = ramp(sparsity, steps, until=0.25)`, and
   `wdr_transform(at_sparsity(target), relative(late_kappa(steps)), sharp=True)`:
-  the barrier rises to the target in the first half of the run, the loss chooses
-  the codes there, and over the last 30 % WDR makes them settle.
+  the barrier rises to the target in the first quarter of the run, the loss
+  chooses the codes there, and over the last 30 % WDR makes them settle.
 
   It takes Adam at its usual rate of 1e-3, decayed to 5 % by a cosine, and no
   weight decay on the latents.
@@ -59,12 +59,12 @@ def recipe(
 
   >>> tern, wdr = recipe(0.9, steps=1000)
   >>> tern.method
-  SCA(sparsity=ramp(sparsity=0.9, steps=1000))
+  SCA(sparsity=ramp(sparsity=0.9, steps=1000, until=0.25))
   >>> tx = optax.chain(
   ...     wdr, optax.adam(optax.cosine_decay_schedule(1e-3, 1000, 0.05)))
   """
   where = Kernels() if where is None else where
-  target = ramp(sparsity, steps)
+  target = ramp(sparsity, steps, until=0.25)
   method = SCA(sparsity=target, channel_axis=channel_axis)
   kappa = relative(late_kappa(steps))
   wdr = wdr_transform(at_sparsity(target), kappa, where, stacked, sharp=True)

@@ -19,7 +19,8 @@ PARAMS = {
   [0.8, tern_jax.across_layers(0.8), tern_jax.per_layer({"*": 0.8})],
 )
 def test_it_is_the_parts_it_names(sparsity):
-  where, target = tern_jax.kernels(), tern_jax.ramp(sparsity, 20)
+  where = tern_jax.kernels()
+  target = tern_jax.ramp(sparsity, 20, until=0.25)
   tern, wdr = tern_jax.recipe(sparsity, 20)
   method = tern_jax.SCA(sparsity=target)
   assert tern == tern_jax.ParamTransform(method, where)

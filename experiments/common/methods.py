@@ -45,6 +45,9 @@ class Rates(NamedTuple):
 class Targeted:
   """What those methods share that can be asked for a sparsity or a size."""
 
+  until: ClassVar[float] = 0.5
+  """Share of the run in which a sparsity rises to what is asked."""
+
   sparsity: float | None = None
   """Asked share of zeros; None leaves it to the method."""
   bytes: int | None = None
@@ -70,7 +73,7 @@ class Targeted:
       return None
     if self.across_layers:
       share = tern_jax.across_layers(share)
-    return tern_jax.ramp(share, steps)
+    return tern_jax.ramp(share, steps, self.until)
 
   def fitted(
     self, params: Any, model_state: Any, where: tern_jax.select.Kernels
@@ -108,6 +111,7 @@ class Sca(Targeted):
   """SCA at an asked sparsity, or with the paper's alpha."""
 
   start: ClassVar[str] = "scratch"
+  until: ClassVar[float] = 0.25
 
   alpha: float | None = None
   """The paper's controller of sparsity, instead of an asked one."""
