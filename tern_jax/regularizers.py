@@ -333,6 +333,10 @@ def late_kappa(
      0.9    93.35    93.96   94.78   95.01   94.86   94.77   94.89
      0.95   91.37    92.67   92.78   93.25   93.06   92.76   93.03
 
+  Fashion-MNIST, 784-512-512-10 without norm, a net with capacity to spare, 75 %
+  zeros, validation accuracy, two rates and seeds: 89.73 without WDR, 89.41 with
+  all of kappa, 89.65 with the share that the codes there ask for, a tenth.
+
   Args:
     steps: training steps of the whole run.
     onset: share of the run at which WDR sets in.
