@@ -1,5 +1,7 @@
 """The recipe: the parts that it is made of, and what it makes of a net."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -31,8 +33,11 @@ def test_it_is_the_parts_it_names(sparsity):
   updates = jax.tree.map(jnp.ones_like, params)
   mine, theirs = wdr.init(params), parts.init(params)
   for step in range(20):
-    found, mine = jax.jit(wdr.update)(updates, mine, params)
-    expected, theirs = jax.jit(parts.update)(updates, theirs, params)
+    # Codes change at each step, or WDR would have nothing to do.
+    latent = jax.tree.map(lambda x, n=step: jnp.roll(x, n), params.latent)
+    moved = dataclasses.replace(params, latent=latent)
+    found, mine = jax.jit(wdr.update)(updates, mine, moved)
+    expected, theirs = jax.jit(parts.update)(updates, theirs, moved)
     chex.assert_trees_all_equal(found, expected)
     changed = bool(jnp.any(found.latent["body"]["kernel"] != 1))
     assert changed == (step >= 14)
@@ -47,7 +52,7 @@ def test_options_reach_both_parts():
   assert (tern.where, tern.stacked) == (where, ("body",))
   params, _ = tern.init(stack)
   assert params.scales["body/kernel"]["a"].shape == (2, 1, 20)
-  thresholds = [x for x in jax.tree.leaves(wdr.init(params)) if x.ndim]
+  thresholds = jax.tree.leaves(wdr.init(params).inner_state.threshold)
   assert [x.shape for x in thresholds] == [(2,)]
 
 
