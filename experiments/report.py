@@ -27,6 +27,7 @@ INTRODUCTION = (
   " run, at its end: mean ± standard deviation over seeds."
 )
 NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+NAMES |= {"fashion_mnist": "Fashion-MNIST"}
 NAMES |= {"lenet5": "LeNet-5", "vgg_small": "VGG-small"}
 NAMES |= {"imagenet2012": "ImageNet", "micronet": "MicroNet"}
 NAMES |= {
@@ -301,11 +302,12 @@ def same_sparsity(name: str, record: dict[str, Any], out: Path) -> page.Section:
     " is left: weights, and errors."
   )
   rows = page.cells(equal_sparsity.markdown(record, shares))
+  zeros = "all layers together" if "across" in net else "every layer"
   return page.Section(
     f"The same sparsity: {named(data)}, {network(*net)}",
     [
       "All methods from scratch, for the same epochs, with the same share of"
-      " zeros in every layer. Behind each figure is the learning rate, chosen"
+      f" zeros in {zeros}. Behind each figure is the learning rate, chosen"
       " by validation accuracy."
     ],
     [("Test accuracy", rows)],
@@ -329,12 +331,20 @@ def network(*parts: str) -> str:
   'MLP 32-32'
   >>> network("convnet", "16", "32", "stem", "head")
   'ConvNet 16-32, stem and head float'
+  >>> network("512", "512", "bare", "across")
+  'MLP 512-512, without norm'
   """
   widths = "-".join(part for part in parts if part.isdigit())
   words = [part for part in parts if not part.isdigit()]
   model = "ConvNet" if "convnet" in words else "MLP"
-  floats = " and ".join(word for word in words if word != "convnet")
-  return f"{model} {widths}, {floats} float" if floats else f"{model} {widths}"
+  others = {"convnet", "bare", "across"}
+  floats = " and ".join(word for word in words if word not in others)
+  told = [f"{model} {widths}"]
+  if floats:
+    told.append(f"{floats} float")
+  if "bare" in words:
+    told.append("without norm")
+  return ", ".join(told)
 
 
 def most_entropy(zeros: float) -> float:

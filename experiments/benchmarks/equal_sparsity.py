@@ -152,7 +152,7 @@ def main(options: Options) -> None:
   net = "" if options.model == "mlp" else f"{options.model}-"
   widths = "-".join(map(str, options.hidden))
   floats = "".join(f"-{name}" for name in options.exclude)
-  bare = "" if options.norm else "-no-norm"
+  bare = "" if options.norm else "-bare"
   across = "-across" if options.across_layers else ""
   run = f"{options.data}-{net}{widths}{floats}{bare}{across}"
   place = options.root / run
