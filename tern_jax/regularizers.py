@@ -297,6 +297,12 @@ class LateKappa:
     """Whether what changes before the onset matters, and can be seen."""
     return self.churn is not None and self.onset * self.steps > self.ahead
 
+  def share(self, exchanged: Array) -> Array:
+    """Returns the share of kappa for that share of nonzeros that are new."""
+    if self.churn is None:
+      return jnp.ones((), jnp.float32)
+    return jnp.minimum(exchanged / self.churn, 1)
+
   def __repr__(self) -> str:
     """Prints the call that made it."""
     return call_repr(self, "late_kappa")
@@ -481,14 +487,14 @@ def wdr_transform(
       check_targets(alpha.sparsity, paths)
       unknown = jax.tree_util.tree_map_with_path(
         lambda path, x: jnp.zeros(
-          x.shape[: matches_any(stacked, path_str(path))]
+          x.shape[: matches_any(stacked, path_str(path))], jnp.float32
         ),
         params,
       )
       threshold = look(params, unknown, count, 0.0)
     if late is not None:
       nonzero = beyond(params, alphas_of(params, threshold), count)
-    return WdrState(count, threshold, nonzero, jnp.ones(()))
+    return WdrState(count, threshold, nonzero, jnp.ones((), jnp.float32))
 
   def update(
     updates: Any, state: Any, params: Any = None
@@ -518,7 +524,7 @@ def wdr_transform(
       )
       share = jax.lax.cond(
         sets_in,
-        lambda: jnp.minimum(_exchanged(nonzero, now) / late.churn, 1),
+        lambda: late.share(_exchanged(nonzero, now)),
         lambda: share,
       )
       nonzero = now

@@ -312,7 +312,7 @@ def _magnitude_threshold(
 
   # The largest magnitude would be the natural bound, but finding a maximum is
   # several times as slow as counting.
-  zero, infinity = jnp.zeros((), jnp.int32), bits(jnp.array(jnp.inf))
+  zero, infinity = jnp.zeros((), jnp.int32), bits(jnp.float32(jnp.inf))
   zeros = count_under(jnp.zeros((), jnp.float32))
 
   def normal() -> Array:
@@ -326,7 +326,7 @@ def _magnitude_threshold(
   else:
     first = jax.lax.cond(guess > 0, lambda: bits(guess), normal)
   first = jnp.clip(first, 1, infinity - 1)
-  origin = jnp.zeros(()), jnp.zeros(())
+  origin = (jnp.zeros((), jnp.float32),) * 2
   start = (zero, first, zero, infinity, *origin, zero + n)
   _, at, _, high, _, _, missed = jax.lax.while_loop(proceed, narrow, start)
   least = jnp.where(zeros >= k, 0.0, value(high))

@@ -92,3 +92,24 @@ def test_a_net_learns_at_the_asked_sparsity():
   assert int(tern_jax.metrics.sparsity(codes) * 680) == 612
   answers = jnp.argmax(logits(tern_jax.unpack(tern_jax.pack(codes))), -1)
   assert float(jnp.mean(answers == labels)) > 0.8
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_latents_of_float64():
+  with jax.enable_x64(True):
+    weights = {"w": jax.random.normal(jax.random.key(0), (30, 20), jnp.float64)}
+    tern, wdr = tern_jax.recipe(0.8, 20)
+    params, state = tern.init(weights)
+    tx = optax.chain(wdr, optax.adam(0.01))
+    opt_state = tx.init(params)
+    step = jax.jit(tx.update)
+    for key in jax.random.split(jax.random.key(1), 20):
+      noise = jax.random.normal(key, (30, 20), jnp.float64)
+      grads = jax.tree.map(lambda x, r=noise: jnp.full_like(x, r[0, 0]), params)
+      grads = dataclasses.replace(grads, latent={"w": noise})
+      updates, opt_state = step(grads, opt_state, params)
+      params = optax.apply_updates(params, updates)
+      params, state = tern.after_step(params, state)
+    assert params.latent["w"].dtype == jnp.float64
+    codes = tern.discretize(params, state)["w"].codes
+    assert int((codes == 0).sum()) == 480
