@@ -467,15 +467,16 @@ def wdr_transform(
   def beyond(params: Any, alphas: Any, count: Array) -> Any:
     """Returns which weights are beyond the barrier, eight to a byte."""
 
-    def one(path: Any, theta: Array, a: Any) -> Array:
-      _check_floating(path_str(path), theta)
-      wide = jnp.abs(jnp.tanh(gain * widen(jnp.atleast_1d(theta))))
-      barrier = wdr_barrier(at(a, count, wide.dtype))
-      # Of stacked layers, each has a barrier of its own.
-      axes = range(barrier.ndim, wide.ndim)
-      return jnp.packbits(wide > jnp.expand_dims(barrier, axes), axis=-1)
+    def one(theta: Array, a: Array) -> Array:
+      w = jnp.abs(jnp.tanh(gain * widen(theta)))
+      return jnp.packbits(jnp.atleast_1d(w > wdr_barrier(a)), axis=-1)
 
-    return jax.tree_util.tree_map_with_path(one, params, alphas)
+    def of(path: Any, theta: Array, a: Any) -> Array:
+      _check_floating(path_str(path), theta)
+      a = at(a, count, widen(theta).dtype)
+      return lift(path, one, (0, 0 if a.ndim else None))(theta, a)
+
+    return jax.tree_util.tree_map_with_path(of, params, alphas)
 
   def init(params: Any) -> WdrState:
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -601,7 +602,7 @@ def _exchanged(before: Any, now: Any) -> Array:
 
   def count(words: Any) -> Array:
     ones = (jnp.sum(jnp.bitwise_count(x)) for x in jax.tree.leaves(words))
-    return jnp.sum(jnp.stack([x.astype(jnp.float32) for x in ones]))
+    return sum((x.astype(jnp.float32) for x in ones), jnp.float32(0))
 
   new = jax.tree.map(lambda x, y: y & ~x, before, now)
   return count(new) / jnp.maximum(count(now), 1)
