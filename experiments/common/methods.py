@@ -45,7 +45,7 @@ class Rates(NamedTuple):
 class Targeted:
   """What those methods share that can be asked for a sparsity or a size."""
 
-  until: ClassVar[float] = 0.5
+  until: ClassVar[float] = 0.25
   """Share of the run in which a sparsity rises to what is asked."""
 
   sparsity: float | None = None
@@ -111,7 +111,6 @@ class Sca(Targeted):
   """SCA at an asked sparsity, or with the paper's alpha."""
 
   start: ClassVar[str] = "scratch"
-  until: ClassVar[float] = 0.25
 
   alpha: float | None = None
   """The paper's controller of sparsity, instead of an asked one."""
