@@ -321,8 +321,9 @@ class Ec2t(TargetedStraightThrough):
   ) -> Recipe:
     """Returns training with codes free, then, from the best state, frozen.
 
-    The constraint, or a sparsity, rises in the first half of what is free; the
-    best state is one of the second half, where it is in full force.
+    The constraint rises in the first half of what is free, a sparsity in its
+    first quarter; the best state is one of the second half, where both are in
+    full force.
     """
     del stacked
     onset = round((1 - self.frozen) * steps)
