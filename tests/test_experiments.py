@@ -125,8 +125,8 @@ def test_weights_are_watched_by_layer(config, result):
     assert series["flip_rate"][0] > series["flip_rate"][-1]
     # The late WDR, from the seventh record on, brings weights to their codes;
     # in the last layer, at this rate, tanh has no slope left.
-    assert series["converged"][-1] >= series["converged"][6]
     if path != "Dense_1/kernel":
+      assert series["converged"][-1] >= series["converged"][6]
       assert series["converged"][-1] > min(series["converged"][1:])
     for rms, top in zip(series["zeros_rms"], series["barrier"], strict=True):
       assert 0 < rms < top < 1
