@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, ticker
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -450,6 +450,9 @@ def accuracy_over_sparsity(
   ):
     low, high = side.get_view_interval()
     shown = [s for s in (*rest, *upper) if low < 100 - s < high]
+    if len(shown) < 3:
+      ticks = ticker.MaxNLocator(5).tick_values(100 - high, 100 - low)
+      shown = [s for s in ticks if low < 100 - s < high]
     side.set_ticks([100 - s for s in shown], [f"{s:g}" for s in shown])
   axis.minorticks_off()
   axis.invert_xaxis()
