@@ -15,6 +15,9 @@ from tern_jax.select import Kernels
 from tern_jax.sparsity import Schedulable, ramp
 from tern_jax.transform import ParamTransform
 
+#: Share of the run in which the barrier rises to its target.
+UNTIL = 0.25
+
 
 class Recipe(NamedTuple):
   """What `recipe` makes: a lifted method, and its regularizer."""
@@ -67,7 +70,7 @@ def recipe(
   ...     wdr, optax.adam(optax.cosine_decay_schedule(1e-3, 1000, 0.05)))
   """
   where = Kernels() if where is None else where
-  target = ramp(sparsity, steps, until=0.25)
+  target = ramp(sparsity, steps, UNTIL)
   method = SCA(sparsity=target, channel_axis=channel_axis)
   kappa = relative(late_kappa(steps))
   wdr = wdr_transform(at_sparsity(target), kappa, where, stacked, sharp=True)

@@ -299,8 +299,7 @@ class LateKappa:
 
   def share(self, exchanged: Array) -> Array:
     """Returns the share of kappa for that share of nonzeros that are new."""
-    if self.churn is None:
-      return jnp.ones((), jnp.float32)
+    assert self.churn is not None
     return jnp.minimum(exchanged / self.churn, 1)
 
   def __repr__(self) -> str:

@@ -516,7 +516,7 @@ def test_an_asked_sparsity_is_reached_before_the_best_state_is_sought(name):
 @pytest.mark.parametrize("name", ["Sca", "Twn", "Ttq", "Ec2t", "Tga"])
 def test_a_sparsity_of_all_layers_together(name):
   config = methods.METHODS[name](sparsity=0.9, across_layers=True)
-  target = tern_jax.ramp(tern_jax.across_layers(0.9), 50, config.until)
+  target = tern_jax.ramp(tern_jax.across_layers(0.9), 50, until=0.25)
   assert config.target(50) == target
   method = config.recipe(50, largest=512).stages[-1].method
   assert isinstance(method.sparsity, type(target))

@@ -564,7 +564,7 @@ def test_bad_input():
     tx.update(grads, state)
   ints = {"w": jnp.ones((2, 2), jnp.int32)}
   with pytest.raises(TypeError, match="w is int32"):
-    tx.update(ints, tx.init(ints), ints)
+    tx.update(ints, state, ints)
   with pytest.raises(TypeError, match="theta is int32"):
     tern_jax.wdr(jnp.ones(3, jnp.int32), 0.1)
   with pytest.raises(ValueError, match="'head' matches no leaf"):

@@ -45,9 +45,6 @@ class Rates(NamedTuple):
 class Targeted:
   """What those methods share that can be asked for a sparsity or a size."""
 
-  until: ClassVar[float] = 0.25
-  """Share of the run in which a sparsity rises to what is asked."""
-
   sparsity: float | None = None
   """Asked share of zeros; None leaves it to the method."""
   bytes: int | None = None
@@ -73,7 +70,7 @@ class Targeted:
       return None
     if self.across_layers:
       share = tern_jax.across_layers(share)
-    return tern_jax.ramp(share, steps, self.until)
+    return tern_jax.ramp(share, steps, tern_jax.recipes.UNTIL)
 
   def fitted(
     self, params: Any, model_state: Any, where: tern_jax.select.Kernels
