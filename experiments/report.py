@@ -243,16 +243,12 @@ def side_by_side(name: str, record: dict[str, Any], out: Path) -> page.Section:
   table = {label: runs for label, runs in record.items() if runs}
   section = page.Section(
     f"Methods side by side: {named(data, *model)}",
-    ["Every method continues the float net of its seed, at its own sparsity."],
+    [
+      "Every method continues the float net of its seed, at its own sparsity."
+      " The float row is trained for the epochs of both."
+    ],
     [("Measured", page.cells(accuracy_table.markdown(table)))],
   )
-  _, config = accuracy_table.EXPERIMENTS.get(data, (None, None))
-  if config and model == [config.model]:
-    section.text[0] += (
-      f" Unless told otherwise, the benchmark trains {config.float_epochs}"
-      f" epochs of the float net, then {config.epochs} of each method; a float"
-      " row has all of them."
-    )
   panels: dict[str, Any] = {
     f"{named(*model)}, measured": {
       label: [(run["entropy"], 100 * run["test"]) for run in runs]
@@ -365,12 +361,6 @@ def provenance(records: dict[str, Any]) -> page.Section:
   table = []
   for name, record in records.items():
     row = {key: "; ".join(told(record, key)) for key in PROVENANCE}
-    kind, *parts = name.split("-")
-    if kind in EXPECTED and not row["command"]:
-      data = parts[:1] if kind == "accuracy_table" else []
-      row["command"] = " ".join(
-        [f"python -m experiments.benchmarks.{kind}", *data]
-      )
     table.append({"record": name, **row})
   known = [key for key in table[0] if any(row[key] for row in table)]
   rows = [tuple(row[key] or "-" for key in known) for row in table]
@@ -387,7 +377,7 @@ def told(record: Any, key: str) -> list[str]:
   """
   found = []
   if isinstance(record, dict):
-    found = [str(record[key])] if key in record else []
+    found = [str(record[key])] if record.get(key) is not None else []
     record = list(record.values())
   if isinstance(record, list):
     found += [value for part in record for value in told(part, key)]

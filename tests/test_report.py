@@ -62,7 +62,10 @@ RECORDS = {
   "charlm-sca-sparsity0.7-seed1": of_text(1),
   "accuracy_table-cifar10-resnet8": {
     "float": [],
-    "SCA, .5": [record(0.7, 0.5, 1.5), record(0.74, 0.5, 1.5)],
+    "SCA, .5": [
+      record(0.7, 0.5, 1.5, command="python -m x", commit="07"),
+      record(0.74, 0.5, 1.5, command="python -m x", commit="b5"),
+    ],
     "TWN <b>": [record(0.73, 0.4, 1.55)],
   },
   "equal_sparsity-mnist-32-32": {
@@ -185,9 +188,9 @@ def test_records_tell_where_they_come_from(invented):
     "SCA<script>alert(1)</script>",
     "0.10.2",
   ] in rows
-  command = "python -m experiments.benchmarks.accuracy_table cifar10"
   name = "accuracy_table-cifar10-resnet8"
-  assert [name, command, "-", "-", "-", "-"] in rows
+  assert [name, "python -m x", "07; b5", "-", "-", "-"] in rows
+  assert ["equal_sparsity-mnist-32-32", *["-"] * 5] in rows
 
 
 @pytest.mark.parametrize("which", ["invented", "committed"])

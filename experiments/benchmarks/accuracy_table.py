@@ -19,7 +19,7 @@ from typing import Any, Literal
 import tyro
 
 from experiments import cifar10, mnist
-from experiments.common import cli, data, evaluate, methods, run
+from experiments.common import cli, data, evaluate, log, methods, run
 
 #: Rates of Adam that suit all but SCA better than their own on MNIST.
 FAST = {"learning_rate": 3e-3, "scale_learning_rate": 3e-4}
@@ -63,7 +63,7 @@ COLUMNS = (
   ("zeros %", "sparsity", 100, ".1f"),
   ("entropy, bit/weight", "entropy", 1, ".2f"),
 )
-Record = dict[str, float | None]
+Record = dict[str, float | str | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +130,7 @@ def float_record(config: cli.Config, dataset: data.Dataset) -> Record:
     "test": score(variables, dataset.test).accuracy,
     "sparsity": None,
     "entropy": None,
+    **log.provenance(),
   }
 
 
@@ -140,6 +141,8 @@ def ternary_record(result: dict[str, Any]) -> Record:
     "test": result["accuracy"],
     "sparsity": result["sparsity"],
     "entropy": result["entropy_bits_per_weight"],
+    "command": result["command"],
+    "commit": result["commit"],
   }
 
 

@@ -184,10 +184,11 @@ def main(options: Options) -> None:
         across_layers=options.across_layers,
         learning_rate=rate,
       )
-      path = place / f"{method.__name__}-{rate:g}.csv"
+      path = place / f"{method.__name__}-{rate:g}.json"
       if not path.exists():
-        alpha_sweep.write(path, alpha_sweep.sweep(program, dataset))
-      tried[rate] = alpha_sweep.read(path)
+        done = {"rows": alpha_sweep.sweep(program, dataset), **log.provenance()}
+        path.write_text(json.dumps(done, indent=2) + "\n")
+      tried[rate] = json.loads(path.read_text())
     table[name] = {str(s): chosen(tried, s) for s in options.sparsities}
     text = markdown(table, options.sparsities)
     (place / "table.md").write_text(text + "\n")
@@ -198,17 +199,17 @@ def main(options: Options) -> None:
 def chosen(tried: dict[float, Any], sparsity: float) -> dict[str, Any]:
   """Returns the runs of a sparsity at the rate of best validation.
 
-  >>> def row(validation, test):
-  ...   return {"sparsity": .9, "validation_rounded": validation,
-  ...           "test_rounded": test, "zeros": .9}
-  >>> rates = {1e-3: [row(.8, .7)], 1e-2: [row(.9, .6)]}
-  >>> best = chosen(rates, .9)
-  >>> best["rate"], best["test"]
-  (0.01, [0.6])
+  >>> def done(validation, test, commit):
+  ...   row = {"sparsity": .9, "validation_rounded": validation,
+  ...          "test_rounded": test, "zeros": .9}
+  ...   return {"rows": [row], "command": "python", "commit": commit}
+  >>> best = chosen({1e-3: done(.8, .7, "07"), 1e-2: done(.9, .6, "b5")}, .9)
+  >>> best["rate"], best["test"], best["commit"]
+  (0.01, [0.6], 'b5')
   """
   runs = {
-    rate: [row for row in rows if row["sparsity"] == sparsity]
-    for rate, rows in tried.items()
+    rate: [row for row in done["rows"] if row["sparsity"] == sparsity]
+    for rate, done in tried.items()
   }
 
   def validation(rate: float) -> float:
@@ -220,6 +221,8 @@ def chosen(tried: dict[float, Any], sparsity: float) -> dict[str, Any]:
     "validation": [row["validation_rounded"] for row in runs[best]],
     "test": [row["test_rounded"] for row in runs[best]],
     "zeros": [row["zeros"] for row in runs[best]],
+    "command": tried[best]["command"],
+    "commit": tried[best]["commit"],
   }
 
 

@@ -175,6 +175,14 @@ def write_pictures(workdir: Path, step: int) -> None:
       events.add_image(path.stem, picture, step, dataformats="HWC")
 
 
+def provenance() -> dict[str, str | None]:
+  """Returns the command line that runs, and the commit of its code."""
+  return {
+    "command": " ".join(["python", *sys.orig_argv[1:]]),
+    "commit": commit(),
+  }
+
+
 def commit() -> str | None:
   """Returns the git commit of this code, with a + if files were changed since.
 

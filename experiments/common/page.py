@@ -168,7 +168,7 @@ def _picture(picture: Picture, directory: Path) -> str:
 def _table(caption: str, rows: Rows) -> str:
   """Returns a table in a box that scrolls by itself; words are set left."""
   columns = list(zip(*rows[1:], strict=True))
-  words = [any(re.search("[a-z]{5}", c) for c in column) for column in columns]
+  words = [any(re.match("[a-z]{5}", c, re.I) for c in col) for col in columns]
   lines = []
   for number, row in enumerate(rows):
     lines.append("<tr>")

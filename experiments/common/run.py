@@ -9,7 +9,6 @@ import dataclasses
 import fcntl
 import json
 import platform
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -181,8 +180,7 @@ def run(config: cli.Config) -> dict[str, Any]:
   result |= {
     "steps": steps,
     "seconds": round(time.time() - began, 1),
-    "command": " ".join(["python", *sys.orig_argv[1:]]),
-    "commit": log.commit(),
+    **log.provenance(),
     "versions": {"python": platform.python_version(), "jax": jax.__version__},
     "devices": f"{devices} x {jax.devices()[0].device_kind}",
   }
