@@ -63,6 +63,7 @@ import tern_jax
 from experiments.common import cli, data, evaluate, log, methods, plot, run
 from tern_jax import metrics
 from tern_jax.base import Array, Ternary
+from tern_jax.checkpoint import Place, absolute
 
 #: Where nothing else is asked for.
 VALUES = {
@@ -136,10 +137,10 @@ class Config:
         raise cli.UsageError(str(error)) from error
 
   @property
-  def directory(self) -> Path:
+  def directory(self) -> Place:
     """Where the sweep writes, absolute."""
     name = f"sweep-{self.data}-{self.by}"
-    return Path(self.workdir or Path("runs", name)).resolve()
+    return absolute(self.workdir or Path("runs", name))
 
   @property
   def grid(self) -> list[tuple[float, int]]:
@@ -400,17 +401,16 @@ def table(rows: list[Row], by: str) -> str:
   return log.aligned(lines)
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Place) -> list[Row]:
   """Reads the rows that `write` wrote."""
-  with path.open(newline="") as file:
-    rows = list(csv.DictReader(file))
+  rows = csv.DictReader(path.read_text().splitlines())
   return [{name: float(cell) for name, cell in row.items()} for row in rows]
 
 
-def write(path: Path, rows: list[Row]) -> None:
+def write(path: Place, rows: list[Row]) -> None:
   """Writes one line a run, after a line of names."""
-  with path.open("w", newline="") as file:
-    writer = csv.DictWriter(file, rows[0])
+  with path.open("w") as file:
+    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
 

@@ -14,6 +14,10 @@ keys, ", " and ": " as separators.
 
 With the codec "entropy", what `tern_jax.codec` makes of the planes of a leaf is
 stored as the array `coded` in their place; the crc32 stays that of the planes.
+
+A path may be a directory or, with `pip install '.[bucket]'`, a place in a
+bucket, such as gs://bucket/net. Nothing there can be renamed: a checkpoint is
+whole once orbax's `commit_success.txt` is in it, which is written last.
 """
 
 import contextlib
@@ -30,9 +34,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1
 
@@ -55,6 +61,8 @@ CODECS = ("planes", "entropy")
 _SPEC = Path("spec", "data.json")
 #: What orbax adds to the name of a folder until it is whole.
 _UNFINISHED = ".orbax-checkpoint-tmp"
+#: What it writes last in a bucket.
+_COMMITTED = "commit_success.txt"
 # Its own annotations refuse pathlib paths, and its own policies.
 ocp: Any = v1
 _number = "{:04d}".format
@@ -63,8 +71,28 @@ _TERNARY = ("nonzero", "sign", "w_p", "w_n")
 _DEPTH = 64
 
 
+#: A folder, or a place in a bucket.
+Place = Path | epath.Path
+
+
 class CheckpointError(ValueError):
   """A checkpoint cannot be written, is damaged, or does not fit the request."""
+
+
+def absolute(path: str | os.PathLike[str]) -> Place:
+  """Returns a path that means the same in every working directory.
+
+  >>> absolute("gs://bucket/runs/7")
+  PosixGPath('gs://bucket/runs/7')
+  >>> absolute("runs").is_absolute()
+  True
+  """
+  name = os.fspath(path)
+  if "://" not in name:
+    return Path(name).resolve()
+  # TensorStore and other hosts write there, too: nothing is as it was listed.
+  fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+  return epath.Path(name)
 
 
 def save_packed(
@@ -79,9 +107,10 @@ def save_packed(
 
   The directory appears whole or not at all. An old one that is overwritten
   stays until then: if the process is killed, loads find the one or the other.
+  In a bucket nothing keeps another process from saving to the same path.
 
   Args:
-    path: directory to make, parents included.
+    path: directory to make, parents included, or gs://bucket/path.
     tree: any pytree of arrays and `PackedTernary`.
     codec: how the planes are stored: "planes", two bits a weight; or "entropy",
       their entropy, for which constriction is needed, to load them too.
@@ -106,7 +135,7 @@ def save_packed(
   """
   if codec not in CODECS:
     raise ValueError(f"codec must be one of {CODECS}, got {codec!r}.")
-  path = Path(path).resolve()
+  path = absolute(path)
   parts = _parts({"packed": tree}, codec=codec, method=method)
   context = _context()
   context.array.saving.use_compression = _compressible(parts)
@@ -188,25 +217,38 @@ def examine(
   return found
 
 
-def locate(path: str | os.PathLike[str]) -> Path:
+def locate(path: str | os.PathLike[str]) -> Place:
   """Returns the folder of a checkpoint, which may be a run's latest step.
 
   Raises:
     CheckpointError: there is no checkpoint.
   """
-  path = Path(path).resolve()
-  old = _stage(path) / "old"
-  if not os.path.lexists(path) and (old / _SPEC).exists():
-    return old  # A save was killed while it replaced the checkpoint.
-  if not path.is_dir():
-    what = "is a file" if path.exists() else "does not exist"
-    raise CheckpointError(f"{path} {what}: give the folder of a checkpoint.")
-  steps = [] if (path / _SPEC).exists() else _steps(path)
-  if steps:
-    path = path / str(max(steps))
-  if not (path / _SPEC).exists():
-    raise CheckpointError(f"{path} holds no checkpoint: its spec is missing.")
-  return path
+  path = absolute(path)
+  with _explained("look at", path):
+    old = _stage(path) / "old"
+    if not _taken(path) and _is_whole(old):
+      return old  # A save was killed while it replaced the checkpoint.
+    if not path.is_dir():
+      what = "is a file" if path.exists() else "does not exist"
+      raise CheckpointError(f"{path} {what}: give the folder of a checkpoint.")
+    steps = [] if _is_whole(path) else _steps(path)
+    if steps:
+      path = path / str(max(steps))
+    if not _is_whole(path):
+      raise CheckpointError(f"{path} holds no checkpoint: its spec is missing.")
+    return path
+
+
+def disk_bytes(path: str | os.PathLike[str]) -> int:
+  """Returns the bytes of all files of a checkpoint, orbax's own included.
+
+  Args:
+    path: a checkpoint, a step of a training run, or a run: its latest step.
+
+  Raises:
+    CheckpointError: nothing there.
+  """
+  return sum(len(file.read_bytes()) for file in _files(locate(path)))
 
 
 def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -252,10 +294,12 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
   Every step carries the resumable state and the packed weights, so that any
   step can be deployed by `load_packed` without the training code. A step
   appears whole or not at all; an interrupted save is ignored. From its first
-  save until `close`, no other process can save to the directory.
+  save until `close`, no other process can save to the directory; in a bucket
+  nothing keeps it from that.
 
   Args:
-    directory: of the run, made if it does not exist; a step is a folder in it.
+    directory: of the run, made if it does not exist, or gs://bucket/path; a
+      step is a folder in it.
     save_interval: steps between saves; `save` skips the others.
     keep: number of latest steps to keep, None for all.
     keep_every: steps that are multiples of it are kept as well, for ever.
@@ -295,7 +339,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     keeping = [policies.LatestN(keep)]
     if keep_every is not None:
       keeping.append(policies.EveryNSteps(keep_every))
-    self.directory = Path(directory).resolve()
+    self.directory = absolute(directory)
     self._interval = save_interval
     self._open = functools.partial(
       ocp.training.Checkpointer,
@@ -306,7 +350,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     with _explained("open", self.directory):
       self._run = self._open()
     #: The step that is being saved, and what waits for it.
-    self._saving: tuple[Path, Any] | None = None
+    self._saving: tuple[Place, Any] | None = None
     self._lock = contextlib.ExitStack()
     self._locked = False
 
@@ -359,6 +403,8 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     parts = _parts(trees, codec="planes", method=method, extra=extra)
     with _explained("save", path):
       _lead(lambda: self._prepare(path))
+      if _in_bucket(path):
+        self._run.reload()  # It had counted the half of a step, now removed.
     with self._cleaned(path):
       saving = self._run.save_checkpointables_async(
         step, _lent(parts) if wait else parts, force=True
@@ -426,17 +472,18 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
   def __exit__(self, *_: object) -> None:
     self.close()
 
-  def _prepare(self, path: Path) -> None:
+  def _prepare(self, path: Place) -> None:
     """Makes sure that this is the only writer, and that it can write."""
     if not self._locked:
       self._lock.enter_context(_locked(self.directory, self.directory))
       self._locked = True
-      for leftover in self.directory.glob(f"*{_UNFINISHED}"):
-        shutil.rmtree(leftover, ignore_errors=True)
+      for leftover in self.directory.glob("*"):
+        if _is_unfinished(leftover):
+          _remove(leftover)
     _probe(path)
 
   @contextlib.contextmanager
-  def _cleaned(self, path: Path) -> Iterator[None]:
+  def _cleaned(self, path: Place) -> Iterator[None]:
     """Leaves nothing of a save that fails inside."""
     try:
       with _explained("save", path):
@@ -445,7 +492,9 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
       # The old one would report the same error for ever.
       with contextlib.suppress(Exception):
         self._run.close()
-      shutil.rmtree(f"{path}{_UNFINISHED}", ignore_errors=True)
+      for leftover in (path, path.with_name(f"{path.name}{_UNFINISHED}")):
+        if _is_unfinished(leftover):
+          _remove(leftover)
       with _explained("open", self.directory):
         self._run = self._open()
       raise
@@ -583,7 +632,7 @@ def _compressible(parts: Any) -> bool:
 
 
 def _load(
-  path: Path, part: str, spec: dict[str, Any], like: Any, partial: bool
+  path: Place, part: str, spec: dict[str, Any], like: Any, partial: bool
 ) -> Any:
   """Returns a part of a checkpoint, verified, in the structure of `like`."""
   with _explained("read", path):
@@ -599,7 +648,7 @@ def _load(
 
 
 def _entries(
-  path: Path, part: str, spec: dict[str, Any]
+  path: Place, part: str, spec: dict[str, Any]
 ) -> dict[tuple[str, ...], Any]:
   """Returns the leaves of a part, as the spec describes them, numbered."""
   if part not in spec["leaves"]:
@@ -618,7 +667,7 @@ def _entries(
   return entries
 
 
-def _check_fit(path: Path, entries: dict, wanted: dict) -> None:
+def _check_fit(path: Place, entries: dict, wanted: dict) -> None:
   """Raises unless the wanted leaves are the stored ones, shapes and all."""
   arrays = {k: x for k, x in wanted.items() if hasattr(x, "dtype")}
   wrong = [f"{_name(k)} is not stored" for k in arrays if k not in entries]
@@ -645,7 +694,7 @@ _WORTH_A_READ = 1 << 22
 _READS = 8
 
 
-def _read(path: Path, part: str, entries: dict, like: dict) -> dict[Any, Any]:
+def _read(path: Place, part: str, entries: dict, like: dict) -> dict[Any, Any]:
   """Returns the verified leaves of a part, on the devices of others."""
   index, leaves = _index(path, part), {}
   # In some reads, so that there is never a second copy of all leaves: memory
@@ -680,7 +729,7 @@ def stored_bytes(entry: dict[str, Any]) -> int:
   )
 
 
-def _index(path: Path, part: str) -> Any:
+def _index(path: Place, part: str) -> Any:
   """Returns what orbax knows of the arrays of a part, by their numbers."""
   if not (path / part).exists():
     return {}
@@ -694,7 +743,9 @@ def _index(path: Path, part: str) -> Any:
   return index
 
 
-def _stored(path: Path, part: str, entries: dict, index: Any) -> dict[str, Any]:
+def _stored(
+  path: Place, part: str, entries: dict, index: Any
+) -> dict[str, Any]:
   """Returns the arrays of leaves, by their numbers."""
   # The index must agree with the spec before any array is allocated.
   wanted = {}
@@ -719,7 +770,7 @@ def _stored(path: Path, part: str, entries: dict, index: Any) -> dict[str, Any]:
     return ocp.load(path, wanted, checkpointable_name=part)
 
 
-def _leaf(path: Path, entry: dict, stored: dict[str, Any]) -> Any:
+def _leaf(path: Place, entry: dict, stored: dict[str, Any]) -> Any:
   """Returns a verified leaf, on the host."""
   name, data = _name(entry["path"]), stored.pop(entry["number"], {})
   arrays = {
@@ -735,7 +786,7 @@ def _leaf(path: Path, entry: dict, stored: dict[str, Any]) -> Any:
   return leaf
 
 
-def _planes(path: Path, entry: dict, arrays: dict[str, Any]) -> dict[str, Any]:
+def _planes(path: Place, entry: dict, arrays: dict[str, Any]) -> dict[str, Any]:
   """Returns the arrays of a leaf with its planes in place of the coded ones."""
   scales = {k: arrays[k] for k in arrays if k != "coded"}
   try:
@@ -805,7 +856,7 @@ def _context() -> Any:
 
 
 @contextlib.contextmanager
-def _explained(task: str, path: Path) -> Iterator[None]:
+def _explained(task: str, path: Place) -> Iterator[None]:
   """Turns whatever fails inside into a CheckpointError that names the path."""
   try:
     yield
@@ -831,16 +882,21 @@ def _lead(task: Callable[[], None]) -> None:
     raise error or CheckpointError("the first process says what is wrong.")
 
 
-def _probe(path: Path) -> None:
+def _probe(path: Place) -> None:
   """Raises an OSError if no folder can be made there."""
   # A save that fails inside orbax leaves threads that wait for five minutes.
   probe = path.with_name(f".{path.name}.probe")
-  probe.mkdir(exist_ok=True)
-  probe.rmdir()
+  if _in_bucket(path):
+    # Folders are but parts of names there.
+    probe.write_text("")
+    probe.unlink()
+  else:
+    probe.mkdir(exist_ok=True)
+    probe.rmdir()
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, path: Path) -> Iterator[None]:
+def _locked(folder: Place, path: Place) -> Iterator[None]:
   """Makes this the only writer of a path, by a lock on a folder.
 
   The system releases the lock when the process ends, in whatever way.
@@ -849,7 +905,7 @@ def _locked(folder: Path, path: Path) -> Iterator[None]:
     f"{path}: another process is saving there, or a Checkpointer that was not "
     "closed: save to another directory."
   )
-  if fcntl is None:
+  if fcntl is None or _in_bucket(folder):
     yield
     return
   try:
@@ -872,13 +928,71 @@ def _locked(folder: Path, path: Path) -> Iterator[None]:
     os.close(file)
 
 
-def _stage(path: Path) -> Path:
+def _in_bucket(path: Place) -> bool:
+  return isinstance(path, epath.Path)
+
+
+def _is_whole(path: Place) -> bool:
+  """Says whether there is a checkpoint, written to its end."""
+  ended = not _in_bucket(path) or (path / _COMMITTED).exists()
+  return ended and (path / _SPEC).exists()
+
+
+def _is_unfinished(path: Place) -> bool:
+  """Says whether there is what a save left that did not come to its end."""
+  if _in_bucket(path):
+    return path.name.isdecimal() and not _is_whole(path)
+  return path.name.endswith(_UNFINISHED)
+
+
+def _taken(path: Place) -> bool:
+  """Says whether anything is at a path but the half of a checkpoint."""
+  if _in_bucket(path):
+    return path.exists() and (_is_whole(path) or not (path / _SPEC).exists())
+  return os.path.lexists(path)
+
+
+def _remove(path: Place) -> None:
+  """Deletes a folder; in a bucket a checkpoint is none before it is gone."""
+  if isinstance(path, epath.Path):
+    (path / _COMMITTED).unlink(missing_ok=True)
+    path.rmtree(missing_ok=True)
+  else:
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _files(folder: Any) -> Iterator[Any]:
+  # The walk of epath returns names without a scheme.
+  for path in folder.iterdir():
+    yield from _files(path) if path.is_dir() else [path]
+
+
+def _move(path: Place, target: Place) -> None:
+  """Moves a checkpoint, which appears there whole or not at all."""
+  if not isinstance(path, epath.Path):
+    # This fails if something else has appeared there.
+    path.rename(target)
+    return
+  if _taken(target):
+    raise FileExistsError(f"{target} exists")
+  _remove(target)
+  # By its spec the half of a copy is known as that.
+  first, last = path / _SPEC, path / _COMMITTED
+  between = [file for file in _files(path) if file not in (first, last)]
+  for file in (first, *between, last):
+    copy = target / file.relative_to(path)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    file.copy(copy, overwrite=True)
+  _remove(path)
+
+
+def _stage(path: Place) -> Place:
   """Returns the folder of what is saved to a path before it is whole."""
   return path.with_name(f".{path.name}.new")
 
 
 @contextlib.contextmanager
-def _staged(path: Path, overwrite: bool) -> Iterator[Path]:
+def _staged(path: Place, overwrite: bool) -> Iterator[Place]:
   """Yields where to save a checkpoint, which then appears at its path."""
   stage = _stage(path)
   with contextlib.ExitStack() as stack:
@@ -888,10 +1002,10 @@ def _staged(path: Path, overwrite: bool) -> Iterator[Path]:
       stack.enter_context(_locked(stage, path))
       stack.callback(_settle, stage, path, done=True)
       _settle(stage, path)
-      if os.path.lexists(path):
+      if _taken(path):
         if not overwrite:
           raise CheckpointError(f"{path} already exists: pass overwrite=True.")
-        if not (path / _SPEC).exists():
+        if not _is_whole(path):
           raise CheckpointError(
             f"{path} exists and is not a checkpoint: choose another path."
           )
@@ -899,30 +1013,35 @@ def _staged(path: Path, overwrite: bool) -> Iterator[Path]:
 
     def publish() -> None:
       if overwrite and path.exists():
-        path.rename(stage / "old")
-      # This fails if something else has appeared there.
-      (stage / "new").rename(path)
-      if (stage / "old").exists():
-        (stage / "old").rename(stage / "replaced")
+        _move(path, stage / "old")
+      _move(stage / "new", path)
 
     _lead(prepare)
     yield stage / "new"
     _lead(publish)
 
 
-def _settle(stage: Path, path: Path, done: bool = False) -> None:
+def _settle(stage: Place, path: Place, done: bool = False) -> None:
   """Undoes the half of a replacement, and deletes what is left over."""
-  if (stage / "old").exists():
-    (stage / "old").rename(path)
-  for leftover in stage.iterdir():
-    shutil.rmtree(leftover, ignore_errors=True)
-  if done:
+  old = stage / "old"
+  if _is_whole(old) and not _taken(path):
+    _move(old, path)
+  leftovers = stage.iterdir() if stage.exists() else ()
+  for leftover in leftovers:
+    # Something else may have appeared at the path: then the old one stays.
+    if leftover != old or _is_whole(path):
+      _remove(leftover)
+  if done and not _in_bucket(stage):
     with contextlib.suppress(OSError):
       stage.rmdir()
 
 
-def _steps(directory: Path) -> list[int]:
-  return [int(p.name) for p in directory.glob("*") if p.name.isdecimal()]
+def _steps(directory: Place) -> list[int]:
+  return [
+    int(path.name)
+    for path in directory.glob("*")
+    if path.name.isdecimal() and not _is_unfinished(path)
+  ]
 
 
 def _version(package: str) -> str:

@@ -328,6 +328,18 @@ def test_a_killed_replacement_is_undone(tmp_path):
   assert_same(load_packed(path), old)
 
 
+def test_what_a_replacement_that_is_killed_at_its_end_leaves_is_deleted(
+  tmp_path,
+):
+  path, old, new = tmp_path / "net", net((16, 8)), net((8, 8))
+  save_packed(path, new)
+  save_packed(tmp_path / ".net.new" / "old", old)
+  assert_same(load_packed(path), new)
+  save_packed(path, old, overwrite=True)
+  assert_same(load_packed(path), old)
+  assert [p.name for p in tmp_path.iterdir()] == ["net"]
+
+
 def test_a_link_is_followed(tmp_path):
   (tmp_path / "disk").mkdir()
   (tmp_path / "link").symlink_to(tmp_path / "disk" / "net")

@@ -11,6 +11,7 @@ import tyro
 
 import tern_jax
 from experiments.common import methods, supernet, text
+from tern_jax.checkpoint import Place, absolute
 
 Model = Literal[
   "mlp",
@@ -124,8 +125,9 @@ class Config:
   dry_run: bool = False
   """Only tell shapes, sizes, memory and steps a second; nothing is written."""
   workdir: str | None = None
-  """Directory of the run; None for one under runs/ named by the method. The
-  float net is kept in float/ beside it, for all runs that start from it."""
+  """Directory of the run, or gs://bucket/path; None for one under runs/ named
+  by the method. The float net is kept in float/ beside it, for all runs that
+  start from it."""
 
   def __post_init__(self):
     for name in (
@@ -162,10 +164,10 @@ class Config:
       raise UsageError(f"scaling: {error}") from error
 
   @property
-  def directory(self) -> Path:
+  def directory(self) -> Place:
     """Where the run writes, absolute."""
     if self.workdir is not None:
-      return Path(self.workdir).resolve()
+      return absolute(self.workdir)
     fields = {
       field.name: getattr(self.method, field.name)
       for field in dataclasses.fields(self.method)
@@ -182,7 +184,7 @@ class Config:
     given = [named(name, value) for name, value in fields.items()]
     name = type(self.method).__name__.lower()
     parts = [Path(self.data).name, self.model, name, *given, f"seed{self.seed}"]
-    return Path("runs", "-".join(parts)).resolve()
+    return absolute(Path("runs", "-".join(parts)))
 
   @property
   def stacked(self) -> tuple[str, ...]:
@@ -191,7 +193,7 @@ class Config:
     return supernet.STACKED if has_stacks else ()
 
   @property
-  def float_directory(self) -> Path:
+  def float_directory(self) -> Place:
     """Where the float net is kept, absolute; equal for equal float nets."""
     record = json.dumps(self.float_record(), sort_keys=True)
     digest = hashlib.sha256(record.encode()).hexdigest()[:8]

@@ -118,9 +118,19 @@ def resolve_data_dir(data_dir: str | os.PathLike | None = None) -> Path:
 
   Returns:
     The path, with `~` expanded.
+
+  Raises:
+    DataNotPreparedError: It is in a bucket.
   """
   default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-  return Path(default if data_dir is None else data_dir).expanduser()
+  place = os.fspath(default if data_dir is None else data_dir)
+  if "://" in place:
+    raise DataNotPreparedError(
+      f"{place} is in a bucket, but array_record reads files only: copy it to"
+      " a directory, or mount the bucket as one, and give that as"
+      " TFDS_DATA_DIR or data_dir."
+    )
+  return Path(place).expanduser()
 
 
 def load(

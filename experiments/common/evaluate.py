@@ -36,7 +36,14 @@ from experiments.common import (
   text,
 )
 from tern_jax import metrics, training
-from tern_jax.checkpoint import CheckpointError, load_packed, save_packed
+from tern_jax.checkpoint import (
+  CheckpointError,
+  Place,
+  absolute,
+  disk_bytes,
+  load_packed,
+  save_packed,
+)
 from tern_jax.packed import pack, unpack
 from tern_jax.sparsity import PerLayer
 
@@ -217,7 +224,7 @@ def _score_batch(
   )
 
 
-def evaluate(workdir: Path) -> dict[str, Any]:
+def evaluate(workdir: Place) -> dict[str, Any]:
   """Evaluates the packed checkpoint of a run on the test split.
 
   Args:
@@ -299,7 +306,6 @@ def judge(
   predicted = None
   if None not in shares:
     predicted = float(np.average(np.array(shares), weights=weights))
-  files = [f for f in (config.directory / "packed").rglob("*") if f.is_file()]
   return {
     **({"text_sha256": dataset.sha256} if dataset.sha256 else {}),
     "method": repr(method),
@@ -321,7 +327,7 @@ def judge(
     # Both are whole models: planes and scales, biases, norms, statistics.
     "packed_bytes": sum(x.nbytes for x in jax.tree.leaves(packed)),
     "entropy_bytes": metrics.entropy_bytes(packed),
-    "disk_bytes": sum(f.stat().st_size for f in files),
+    "disk_bytes": disk_bytes(config.directory / "packed"),
     "float_bytes": sum(4 * x.size for x in jax.tree.leaves(floats)),
   }
 
@@ -350,7 +356,7 @@ def reestimated(
   return {"params": ternary["params"], **state}
 
 
-def in_fresh_process(workdir: Path) -> dict[str, Any]:
+def in_fresh_process(workdir: Place) -> dict[str, Any]:
   """Returns what `evaluate` finds in a process of its own."""
   paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
   environment = {
@@ -371,14 +377,14 @@ def in_fresh_process(workdir: Path) -> dict[str, Any]:
   return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(workdir: tyro.conf.Positional[Path]) -> None:
+def main(workdir: tyro.conf.Positional[str]) -> None:
   """Prints what a run's packed checkpoint is worth as JSON.
 
   Args:
     workdir: directory of the run.
   """
   with explained_errors():
-    print(json.dumps(evaluate(workdir)))
+    print(json.dumps(evaluate(absolute(workdir))))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
 from tern_jax.base import path_str
+from tern_jax.checkpoint import Place
 
 #: Exit status of a run that was asked to end.
 INTERRUPTED = 128 + signal.SIGTERM
@@ -82,7 +82,7 @@ def where_it_arose(
   state: Any,
   batches: Iterable[Any],
   steps: Iterable[int],
-  saved: Path,
+  saved: Place,
 ) -> str:
   """Repeats steps from the last good state, and tells what went wrong first.
 

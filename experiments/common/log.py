@@ -3,6 +3,7 @@
 Only process 0 writes.
 """
 
+import io
 import json
 import math
 import subprocess
@@ -16,11 +17,12 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from experiments.common import cli, methods, processes
+from tern_jax.checkpoint import Place
 
 Rows = list[tuple[str, ...]]
 
 
-def read_config(workdir: Path) -> cli.Config:
+def read_config(workdir: Place) -> cli.Config:
   """Reads the config of a run.
 
   Raises:
@@ -39,7 +41,7 @@ def read_config(workdir: Path) -> cli.Config:
   return cli.Config(method=method, workdir=str(workdir), **record)
 
 
-def claim(directory: Path, record: dict[str, Any]) -> None:
+def claim(directory: Place, record: dict[str, Any]) -> None:
   """Makes a directory, or finds the same run there to be resumed.
 
   Args:
@@ -73,23 +75,25 @@ def claim(directory: Path, record: dict[str, Any]) -> None:
     path.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+def read_metrics(workdir: Place) -> list[dict[str, Any]]:
   """Returns the lines of metrics.jsonl, without one that a kill cut short."""
   path = workdir / "metrics.jsonl"
   lines = path.read_text().splitlines(keepends=True) if path.exists() else []
   return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def save_latents(workdir: Path, step: int, latents: dict[str, Any]) -> None:
+def save_latents(workdir: Place, step: int, latents: dict[str, Any]) -> None:
   """Keeps {path: latents} of a step."""
   if processes.leads():
     (workdir / "latents").mkdir(exist_ok=True)
-    np.savez(workdir / "latents" / f"{step}.npz", **latents)
+    with (workdir / "latents" / f"{step}.npz").open("wb") as file:
+      np.savez(file, **latents)
 
 
-def load_latents(workdir: Path, step: int) -> dict[str, np.ndarray]:
+def load_latents(workdir: Place, step: int) -> dict[str, np.ndarray]:
   """Returns {path: latents} of a step that was kept."""
-  with np.load(workdir / "latents" / f"{step}.npz") as kept:
+  content = (workdir / "latents" / f"{step}.npz").read_bytes()
+  with np.load(io.BytesIO(content)) as kept:
     return dict(kept)
 
 
@@ -106,7 +110,7 @@ class Log:
     steps: last step.
   """
 
-  def __init__(self, workdir: Path, phase: str, start: int, steps: int):
+  def __init__(self, workdir: Place, phase: str, start: int, steps: int):
     self.phase, self._steps = phase, steps
     self._writes = processes.leads()
     self._printed = start
@@ -117,9 +121,12 @@ class Log:
       for record in read_metrics(workdir)
       if record["phase"] != phase or record["step"] <= start
     ]
-    self._file = (workdir / "metrics.jsonl").open("w", buffering=1)
-    for record in kept:
-      self._write_line(record)
+    self._path, self._lines = workdir / "metrics.jsonl", []
+    # Nothing is appended in a bucket: there, each line writes them all.
+    self._file = None
+    if isinstance(self._path, Path):
+      self._file = self._path.open("w", buffering=1)
+    self._write_lines(kept)
     self._events = SummaryWriter(
       str(workdir / "tensorboard" / phase), purge_step=start + 1
     )
@@ -136,7 +143,8 @@ class Log:
 
   def __exit__(self, *error: object) -> None:
     if self._writes:
-      self._file.close()
+      if self._file:
+        self._file.close()
       self._events.close()
       self._bar.close()
 
@@ -144,7 +152,7 @@ class Log:
     """Writes the metrics of a step; those by layer have a slash."""
     if not self._writes:
       return
-    self._write_line({"phase": self.phase, "step": step, **metrics})
+    self._write_lines([{"phase": self.phase, "step": step, **metrics}])
     for name, value in metrics.items():
       self._events.add_scalar(name, value, step)
     shown = {name: value for name, value in metrics.items() if "/" not in name}
@@ -163,15 +171,20 @@ class Log:
       for path, values in weights.items():
         self._events.add_histogram(f"weights/{path}", values, step)
 
-  def _write_line(self, record: dict[str, Any]) -> None:
-    self._file.write(json.dumps(record) + "\n")
+  def _write_lines(self, records: list[dict[str, Any]]) -> None:
+    lines = [json.dumps(record) + "\n" for record in records]
+    if self._file:
+      self._file.writelines(lines)
+    else:
+      self._lines += lines
+      self._path.write_text("".join(self._lines))
 
 
-def write_pictures(workdir: Path, step: int) -> None:
+def write_pictures(workdir: Place, step: int) -> None:
   """Shows the pictures of a run in TensorBoard, too."""
   with SummaryWriter(str(workdir / "tensorboard" / "pictures")) as events:
     for path in sorted(workdir.glob("*.png")):
-      picture = image.imread(path)
+      picture = image.imread(io.BytesIO(path.read_bytes()))
       events.add_image(path.stem, picture, step, dataformats="HWC")
 
 

@@ -7,7 +7,6 @@ import functools
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from matplotlib.figure import Figure
 
 from experiments.common import cli, log
 from tern_jax import metrics
-from tern_jax.checkpoint import load_packed
+from tern_jax.checkpoint import Place, load_packed
 from tern_jax.select import matches_any
 
 # Okabe and Ito's colors, told apart by all eyes.
@@ -91,7 +90,7 @@ def shown(config: cli.Config, path: str, latent: jax.Array) -> jax.Array:
   return (jax.vmap(unit) if stacked else unit)(latent)
 
 
-def curves(records: Sequence[dict[str, Any]], path: Path) -> None:
+def curves(records: Sequence[dict[str, Any]], path: Place) -> None:
   """Draws loss, validation accuracy and sparsity over the steps.
 
   Args:
@@ -124,7 +123,7 @@ def diagnostics(
   records: Sequence[dict[str, Any]],
   layers: Sequence[str],
   label: str,
-  path: Path,
+  path: Place,
 ) -> None:
   """Draws how the weights of each layer come to their codes.
 
@@ -172,7 +171,7 @@ def histograms(
   snapshots: dict[str, dict[str, np.ndarray]],
   codes: dict[str, np.ndarray],
   label: str,
-  path: Path,
+  path: Place,
 ) -> None:
   """Draws how the weights of each layer come to -1, 0 and 1.
 
@@ -221,7 +220,7 @@ def histograms(
   _save(figure, path)
 
 
-def layers(result: dict[str, Any], path: Path) -> None:
+def layers(result: dict[str, Any], path: Place) -> None:
   """Draws the sparsity of each layer: reached, asked and predicted.
 
   Args:
@@ -256,7 +255,7 @@ def layers(result: dict[str, Any], path: Path) -> None:
 
 
 def sweep_sparsity(
-  rows: Sequence[dict[str, float]], by: str, path: Path
+  rows: Sequence[dict[str, float]], by: str, path: Place
 ) -> None:
   """Draws predicted and measured sparsity over what was swept.
 
@@ -303,7 +302,7 @@ def sweep_sparsity(
   _save(figure, path)
 
 
-def sweep_accuracy(rows: Sequence[dict[str, float]], path: Path) -> None:
+def sweep_accuracy(rows: Sequence[dict[str, float]], path: Place) -> None:
   """Draws accuracy before and after rounding, and bits, over the zeros.
 
   Args:
@@ -339,7 +338,7 @@ def sweep_accuracy(rows: Sequence[dict[str, float]], path: Path) -> None:
 
 def accuracy_over_bits(
   panels: Mapping[str, Mapping[str, Sequence[tuple[float | None, float]]]],
-  path: Path,
+  path: Place,
 ) -> None:
   """Draws what each method pays in accuracy for fewer bits.
 
@@ -419,7 +418,7 @@ def accuracy_over_bits(
 
 
 def accuracy_over_sparsity(
-  methods: Mapping[str, Mapping[float, Sequence[float]]], path: Path
+  methods: Mapping[str, Mapping[float, Sequence[float]]], path: Place
 ) -> None:
   """Draws mean and standard deviation of accuracies over the sparsity.
 
@@ -462,7 +461,7 @@ def accuracy_over_sparsity(
   _save(figure, path)
 
 
-def step_times(times: Mapping[str, float], path: Path) -> None:
+def step_times(times: Mapping[str, float], path: Place) -> None:
   """Draws the time of a step on several layouts of devices.
 
   Args:
@@ -504,6 +503,7 @@ def _figure(
   return figure, panels
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Place) -> None:
   FigureCanvasAgg(figure)
-  figure.savefig(path, dpi=120)
+  with path.open("wb") as file:
+    figure.savefig(file, format=path.suffix[1:], dpi=120)

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 
 from experiments.common import cli
 from tern_jax.base import path_str
-from tern_jax.checkpoint import Checkpointer
+from tern_jax.checkpoint import Checkpointer, absolute
 
 #: What torchvision calls the parts of `models.ImageNetResNet`.
 _NAMES = {
@@ -42,9 +41,10 @@ def load(path: str, like: Any) -> Any:
     UsageError: there is no such net, or it does not fit.
     CheckpointError: the checkpoint is damaged, or does not fit.
   """
-  if Path(path).is_file():
+  place = absolute(path)
+  if place.is_file():
     return from_torchvision(_read(path), like)
-  record, kept = Path(path, "config.json"), Path(path, "checkpoints", "float")
+  record, kept = place / "config.json", place / "checkpoints" / "float"
   if not (record.is_file() and kept.is_dir()):
     raise cli.UsageError(
       f"float_from={path} is neither a file nor the directory of a float net,"

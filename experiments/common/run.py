@@ -35,7 +35,7 @@ from experiments.common import (
 )
 from tern_jax import metrics, training
 from tern_jax.base import Array, path_str
-from tern_jax.checkpoint import Checkpointer
+from tern_jax.checkpoint import Checkpointer, Place
 from tern_jax.packed import pack
 
 
@@ -118,7 +118,7 @@ class Phase:
   """
 
   name: str
-  directory: Path
+  directory: Place
   state: training.TrainState
   stages: tuple[Stage, ...]
   snapshots: tuple[int, ...] = ()
@@ -235,7 +235,7 @@ def train_float(config: cli.Config, dataset: data.Dataset) -> Any:
   stage = Stage(None, tx, steps)
   phase = Phase("float", directory, state, (stage,))
   with contextlib.ExitStack() as stack:
-    if processes.leads():
+    if processes.leads() and isinstance(directory, Path):
       # Runs that start together share one training: the first one does it.
       directory.parent.mkdir(parents=True, exist_ok=True)
       lock = directory.with_suffix(".lock").open("w")
@@ -501,7 +501,7 @@ class Best:
     like: a state.
   """
 
-  def __init__(self, directory: Path, like: training.TrainState):
+  def __init__(self, directory: Place, like: training.TrainState):
     self.state, self._accuracy = like, -1.0
     self._saved = Checkpointer(directory, keep=1)
     if self._saved.latest_step() is not None:

@@ -1,0 +1,196 @@
+"""Checkpoints and runs in a bucket, served on this machine by `gcs`.
+
+A kill is played by taking away what the process would not have written yet.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX import record_writer
+
+from experiments.common import cli, data, evaluate, run
+from tern_jax import checkpoint
+from tern_jax.base import Ternary
+from tern_jax.packed import pack
+from tests import gcs
+
+# Writers of events are closed, but as they go they would look for the server
+# once more, for two minutes each.
+del record_writer.GCSRecordWriter.__del__
+
+pytestmark = pytest.mark.usefixtures("standard_promotion_throughout")
+
+MARK = "commit_success.txt"
+
+
+@pytest.fixture(scope="module")
+def objects():
+  with gcs.serving() as (variables, objects), pytest.MonkeyPatch.context() as m:
+    for name, value in variables.items():
+      m.setenv(name, value)
+    yield objects
+
+
+@pytest.fixture
+def place(objects, request):
+  # Brackets would be taken for a pattern.
+  name = request.node.name.translate(str.maketrans("[]", "__"))
+  return f"gs://bucket/{name}"
+
+
+def net(seed):
+  codes = jax.random.randint(jax.random.key(seed), (16, 8), -1, 2, jnp.int8)
+  scale = jnp.float32(seed)
+  return {"kernel": pack(Ternary(codes, scale, scale)), "bias": jnp.ones(seed)}
+
+
+def assert_same(got, expected):
+  jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def under(objects, place):
+  """Returns the names of what lies at a place, relative to it."""
+  prefix = place.removeprefix("gs://bucket/") + "/"
+  return {n.removeprefix(prefix) for _, n in objects if n.startswith(prefix)}
+
+
+def move(objects, place, target):
+  """Moves all objects at a place."""
+  for name in under(objects, place):
+    old, new = (
+      ("bucket", f"{x.removeprefix('gs://bucket/')}/{name}")
+      for x in (place, target)
+    )
+    objects[new] = objects.pop(old)
+
+
+def test_packed_weights_are_saved_and_replaced(place, objects):
+  checkpoint.save_packed(place, net(1))
+  assert_same(checkpoint.load_packed(place), net(1))
+  with pytest.raises(checkpoint.CheckpointError, match=f"{place} already"):
+    checkpoint.save_packed(place, net(2))
+  checkpoint.save_packed(place, net(2), overwrite=True)
+  assert_same(checkpoint.load_packed(place), net(2))
+  assert not under(objects, place.replace("/test", "/.test") + ".new")
+  stored = sum(
+    len(content)
+    for (_, name), (_, content) in objects.items()
+    if f"gs://bucket/{name}".startswith(f"{place}/")
+  )
+  assert checkpoint.disk_bytes(place) == stored
+
+
+def test_what_is_not_whole_is_no_checkpoint(place, objects):
+  with pytest.raises(checkpoint.CheckpointError, match="does not exist"):
+    checkpoint.load_packed(place)
+  checkpoint.save_packed(place, net(1))
+  del objects["bucket", f"{place.removeprefix('gs://bucket/')}/{MARK}"]
+  with pytest.raises(checkpoint.CheckpointError, match="holds no checkpoint"):
+    checkpoint.load_packed(place)
+  checkpoint.save_packed(place, net(2))
+  assert_same(checkpoint.load_packed(place), net(2))
+
+
+def test_what_is_no_checkpoint_stays(place, objects):
+  name = place.removeprefix("gs://bucket/")
+  objects["bucket", f"{name}/notes.txt"] = 1, b"mine"
+  with pytest.raises(checkpoint.CheckpointError, match="is not a checkpoint"):
+    checkpoint.save_packed(place, net(1), overwrite=True)
+  assert under(objects, place) == {"notes.txt"}
+
+
+@pytest.mark.parametrize("copied", [0, 1, 3])
+def test_a_killed_replacement_is_undone(place, objects, copied):
+  stage = place.replace("/test", "/.test") + ".new"
+  checkpoint.save_packed(f"{stage}/old", net(1))
+  checkpoint.save_packed(f"{stage}/new", net(2))
+  # The spec comes first, the mark last.
+  names = sorted(under(objects, f"{stage}/new") - {MARK}, reverse=True)
+  assert names[0] == "spec/data.json"
+  for name in names[:copied]:
+    head = f"{stage.removeprefix('gs://bucket/')}/new/{name}"
+    tail = f"{place.removeprefix('gs://bucket/')}/{name}"
+    objects["bucket", tail] = objects["bucket", head]
+  assert_same(checkpoint.load_packed(place), net(1))
+  with pytest.raises(checkpoint.CheckpointError, match="already exists"):
+    checkpoint.save_packed(place, net(2))
+  assert_same(checkpoint.load_packed(place), net(1))
+  assert not under(objects, stage)
+
+
+def test_steps_of_a_run(place, objects):
+  def state(step):
+    return {"w": jnp.arange(3.0) + step, "key": jax.random.key(step)}
+
+  with checkpoint.Checkpointer(place, save_interval=10, keep=2) as saved:
+    due = [
+      n for n in range(41) if saved.save(n, state(n), net(1), wait=n != 20)
+    ]
+    assert due == [0, 10, 20, 30, 40]
+  steps = {name.split("/")[0] for name in under(objects, place)}
+  assert steps == {"30", "40"}
+  assert_same(checkpoint.load_packed(place), net(1))
+  # A kill before the last step was whole.
+  del objects["bucket", f"{place.removeprefix('gs://bucket/')}/40/{MARK}"]
+  with checkpoint.Checkpointer(place, keep=2) as saved:
+    assert saved.latest_step() == 30
+    restored, _, step = saved.restore(like=state(0))
+    assert step == 30
+    assert restored["w"].tolist() == [30, 31, 32]
+    saved.save(40, state(41), net(2))
+    assert saved.restore(like=state(0))[0]["w"].tolist() == [41, 42, 43]
+  assert_same(checkpoint.load_packed(place), net(2))
+
+
+def test_a_run_goes_on_where_it_was_killed(
+  place, objects, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(evaluate, "in_fresh_process", evaluate.evaluate)
+
+  def train(workdir):
+    return run.run(
+      cli.Config(
+        data="digits",
+        data_dir=str(tmp_path),
+        epochs=2,
+        hidden=(16,),
+        parallel="jit",
+        log_every=10,
+        checkpoint_every=15,
+        workdir=workdir,
+      )
+    )
+
+  here, there = train(str(tmp_path / "run")), train(f"{place}/run")
+  for name in ("seconds", "disk_bytes"):
+    del here[name], there[name]
+  assert there == here
+  metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+  name = place.removeprefix("gs://bucket/") + "/run"
+  assert objects["bucket", f"{name}/metrics.jsonl"][1] == metrics
+  assert objects["bucket", f"{name}/curves.png"][1].startswith(b"\x89PNG")
+  assert any("tensorboard/ternary" in n for n in under(objects, f"{place}/run"))
+
+  last = max(
+    int(n.split("/")[2])
+    for n in under(objects, f"{place}/run")
+    if n.startswith("checkpoints/ternary/")
+  )
+  killed = ("result.json", "packed/", f"checkpoints/ternary/{last}/{MARK}")
+  for lost in under(objects, f"{place}/run"):
+    if lost.startswith(killed):
+      del objects["bucket", f"{name}/{lost}"]
+  again = train(f"{place}/run")
+  for key in ("seconds", "disk_bytes"):
+    del again[key]
+  assert again == here
+  assert objects["bucket", f"{name}/metrics.jsonl"][1] == metrics
+  assert json.loads(objects["bucket", f"{name}/result.json"][1])["seed"] == 0
+
+
+def test_data_sets_in_a_bucket_are_refused():
+  with pytest.raises(data.DataNotPreparedError, match="reads files only"):
+    data.load("digits", "train", "gs://bucket/tfds")
