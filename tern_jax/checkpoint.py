@@ -939,10 +939,12 @@ def _is_whole(path: Place) -> bool:
 
 
 def _is_unfinished(path: Place) -> bool:
-  """Says whether there is what a save left that did not come to its end."""
-  if _in_bucket(path):
-    return path.name.isdecimal() and not _is_whole(path)
-  return path.name.endswith(_UNFINISHED)
+  """Says whether it is a step whose save did not come to its end."""
+  if not _in_bucket(path):
+    return path.name.endswith(_UNFINISHED)
+  parts = "packed", "state", _SPEC.parts[0]
+  begun = path.name.isdecimal() and any((path / x).exists() for x in parts)
+  return begun and not _is_whole(path)
 
 
 def _taken(path: Place) -> bool:
@@ -980,9 +982,7 @@ def _move(path: Place, target: Place) -> None:
   first, last = path / _SPEC, path / _COMMITTED
   between = [file for file in _files(path) if file not in (first, last)]
   for file in (first, *between, last):
-    copy = target / file.relative_to(path)
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    file.copy(copy, overwrite=True)
+    file.copy(target / file.relative_to(path), overwrite=True)
   _remove(path)
 
 
@@ -1040,7 +1040,7 @@ def _steps(directory: Place) -> list[int]:
   return [
     int(path.name)
     for path in directory.glob("*")
-    if path.name.isdecimal() and not _is_unfinished(path)
+    if path.name.isdecimal() and (not _in_bucket(path) or _is_whole(path))
   ]
 
 

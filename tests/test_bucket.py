@@ -134,7 +134,9 @@ def test_steps_of_a_run(place, objects):
   assert steps == {"30", "40"}
   assert_same(checkpoint.load_packed(place), net(1))
   # A kill before the last step was whole.
-  del objects["bucket", f"{place.removeprefix('gs://bucket/')}/40/{MARK}"]
+  name = place.removeprefix("gs://bucket/")
+  del objects["bucket", f"{name}/40/{MARK}"]
+  objects["bucket", f"{name}/2024/notes.txt"] = 1, b"mine"
   with checkpoint.Checkpointer(place, keep=2) as saved:
     assert saved.latest_step() == 30
     restored, _, step = saved.restore(like=state(0))
@@ -143,6 +145,7 @@ def test_steps_of_a_run(place, objects):
     saved.save(40, state(41), net(2))
     assert saved.restore(like=state(0))[0]["w"].tolist() == [41, 42, 43]
   assert_same(checkpoint.load_packed(place), net(2))
+  assert "2024/notes.txt" in under(objects, place)
 
 
 def test_a_run_goes_on_where_it_was_killed(
