@@ -1,6 +1,7 @@
 """The sweep: one program is many runs, and a run is that of the experiments."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import tern_jax
 from experiments import alpha_sweep
 from experiments.benchmarks import equal_sparsity
-from experiments.common import cli, data, evaluate, run
+from experiments.common import cli, data, evaluate, log, run
 from tern_jax import metrics
 
 pytestmark = pytest.mark.usefixtures("standard_promotion_throughout")
@@ -188,7 +189,10 @@ def test_equal_sparsity_keeps_runs_with_other_options_apart(
   equal_sparsity.main(options)
   assert "| TWN | 75.00 (0.001) |" in capsys.readouterr().out
   files = {path.name for path in (tmp_path / "digits-32-32").iterdir()}
-  assert files >= {"Sca-0.001.csv", "Twn-0.001.csv", "table.md", "table.json"}
+  assert files >= {"Sca-0.001.json", "Twn-0.001.json", "table.md", "table.json"}
+  table = json.loads((tmp_path / "digits-32-32" / "table.json").read_text())
+  where = {name: table["TWN"]["0.9"][name] for name in ("command", "commit")}
+  assert where == log.provenance()
   monkeypatch.delattr(alpha_sweep, "sweep")
   equal_sparsity.main(options)  # what is done is not done again
   with pytest.raises(cli.UsageError, match="epochs=10 there, 5 now"):
