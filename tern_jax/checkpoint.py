@@ -248,7 +248,8 @@ def disk_bytes(path: str | os.PathLike[str]) -> int:
   Raises:
     CheckpointError: nothing there.
   """
-  return sum(len(file.read_bytes()) for file in _files(locate(path)))
+  files = _files(locate(path))
+  return sum(epath.Path(file).stat().length for file in files)
 
 
 def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -1012,7 +1013,7 @@ def _staged(path: Place, overwrite: bool) -> Iterator[Place]:
       _probe(stage / "new")
 
     def publish() -> None:
-      if overwrite and path.exists():
+      if overwrite and _taken(path):
         _move(path, stage / "old")
       _move(stage / "new", path)
 

@@ -83,14 +83,15 @@ def test_packed_weights_are_saved_and_replaced(place, objects):
   assert checkpoint.disk_bytes(place) == stored
 
 
-def test_what_is_not_whole_is_no_checkpoint(place, objects):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_not_whole_is_no_checkpoint(place, objects, overwrite):
   with pytest.raises(checkpoint.CheckpointError, match="does not exist"):
     checkpoint.load_packed(place)
   checkpoint.save_packed(place, net(1))
   del objects["bucket", f"{place.removeprefix('gs://bucket/')}/{MARK}"]
   with pytest.raises(checkpoint.CheckpointError, match="holds no checkpoint"):
     checkpoint.load_packed(place)
-  checkpoint.save_packed(place, net(2))
+  checkpoint.save_packed(place, net(2), overwrite=overwrite)
   assert_same(checkpoint.load_packed(place), net(2))
 
 
