@@ -62,8 +62,8 @@ import tyro
 import tern_jax
 from experiments.common import cli, data, evaluate, log, methods, plot, run
 from tern_jax import metrics
-from tern_jax.base import Array, Ternary
 from tern_jax.checkpoint import Place, absolute
+from tern_jax.core.containers import Array, Ternary
 
 #: Where nothing else is asked for.
 VALUES = {

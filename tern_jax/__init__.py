@@ -7,14 +7,14 @@ from tern_jax import linen as linen
 from tern_jax import metrics as metrics
 from tern_jax import nnx as nnx
 from tern_jax import training as training
-from tern_jax.base import LABELS as LABELS
-from tern_jax.base import Ternarizer as Ternarizer
-from tern_jax.base import Ternary as Ternary
-from tern_jax.base import TernParams as TernParams
-from tern_jax.budget import fit_budget as fit_budget
 from tern_jax.checkpoint import CheckpointError as CheckpointError
 from tern_jax.checkpoint import load_packed as load_packed
 from tern_jax.checkpoint import save_packed as save_packed
+from tern_jax.core.containers import LABELS as LABELS
+from tern_jax.core.containers import Ternary as Ternary
+from tern_jax.core.containers import TernParams as TernParams
+from tern_jax.core.method import Ternarizer as Ternarizer
+from tern_jax.core.select import kernels as kernels
 from tern_jax.methods import EC2T as EC2T
 from tern_jax.methods import SCA as SCA
 from tern_jax.methods import TGA as TGA
@@ -29,23 +29,27 @@ from tern_jax.methods import inverse_mills as inverse_mills
 from tern_jax.methods import (
   truncated_gaussian_scale as truncated_gaussian_scale,
 )
-from tern_jax.packed import PackedTernary as PackedTernary
-from tern_jax.packed import pack as pack
-from tern_jax.packed import unpack as unpack
-from tern_jax.packed import validate as validate
 from tern_jax.recipes import recipe as recipe
-from tern_jax.regularizers import alpha_for_sparsity as alpha_for_sparsity
-from tern_jax.regularizers import at_sparsity as at_sparsity
-from tern_jax.regularizers import late_kappa as late_kappa
-from tern_jax.regularizers import predicted_sparsity as predicted_sparsity
-from tern_jax.regularizers import relative as relative
-from tern_jax.regularizers import wdr as wdr
-from tern_jax.regularizers import wdr_barrier as wdr_barrier
-from tern_jax.regularizers import wdr_grad as wdr_grad
-from tern_jax.regularizers import wdr_transform as wdr_transform
+from tern_jax.regularizers.barriers import at_sparsity as at_sparsity
+from tern_jax.regularizers.formulas import (
+  alpha_for_sparsity as alpha_for_sparsity,
+)
+from tern_jax.regularizers.formulas import (
+  predicted_sparsity as predicted_sparsity,
+)
+from tern_jax.regularizers.formulas import wdr as wdr
+from tern_jax.regularizers.formulas import wdr_barrier as wdr_barrier
+from tern_jax.regularizers.formulas import wdr_grad as wdr_grad
+from tern_jax.regularizers.strengths import late_kappa as late_kappa
+from tern_jax.regularizers.strengths import relative as relative
+from tern_jax.regularizers.transform import wdr_transform as wdr_transform
 from tern_jax.resume import from_packed as from_packed
-from tern_jax.select import kernels as kernels
-from tern_jax.sparsity import across_layers as across_layers
-from tern_jax.sparsity import per_layer as per_layer
-from tern_jax.sparsity import ramp as ramp
-from tern_jax.transform import ParamTransform as ParamTransform
+from tern_jax.storage.packed import PackedTernary as PackedTernary
+from tern_jax.storage.packed import pack as pack
+from tern_jax.storage.packed import unpack as unpack
+from tern_jax.storage.packed import validate as validate
+from tern_jax.targets.budget import fit_budget as fit_budget
+from tern_jax.targets.schedules import across_layers as across_layers
+from tern_jax.targets.schedules import per_layer as per_layer
+from tern_jax.targets.schedules import ramp as ramp
+from tern_jax.trees.transform import ParamTransform as ParamTransform

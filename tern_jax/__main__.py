@@ -23,7 +23,7 @@ from tern_jax.checkpoint import (
   read_spec,
   stored_bytes,
 )
-from tern_jax.packed import PackedTernary, to_ternary
+from tern_jax.storage.packed import PackedTernary, to_ternary
 
 Leaves = dict[tuple[str, ...], Any]
 PATH = "a checkpoint, a step of a training run, or a run: its latest step"

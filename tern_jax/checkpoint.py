@@ -43,8 +43,9 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1
 
 from tern_jax import codec as entropy_codec
-from tern_jax.base import Ternary, key_str
-from tern_jax.packed import PackedTernary, validate
+from tern_jax.core.containers import Ternary
+from tern_jax.core.paths import key_str
+from tern_jax.storage.packed import PackedTernary, validate
 
 try:
   import fcntl
@@ -125,7 +126,7 @@ def save_packed(
       it cannot be written.
 
   >>> import tempfile
-  >>> from tern_jax.packed import pack
+  >>> from tern_jax.storage.packed import pack
   >>> t = Ternary(jnp.eye(8, dtype=jnp.int8), jnp.array(2.0), jnp.array(2.0))
   >>> with tempfile.TemporaryDirectory() as directory:
   ...   save_packed(directory + "/net", {"Dense_0": {"kernel": pack(t)}})

@@ -63,7 +63,12 @@ from typing import Any
 
 import numpy as np
 
-from tern_jax.packed import PackedTernary, packed_axis, plane_shape, validate
+from tern_jax.storage.packed import (
+  PackedTernary,
+  packed_axis,
+  plane_shape,
+  validate,
+)
 
 #: Version of the bytes that this module writes, and the only one it reads.
 VERSION = 1
@@ -113,8 +118,8 @@ def encode(packed: PackedTernary) -> bytes:
     ImportError: constriction is not installed.
 
   >>> import jax.numpy as jnp
-  >>> from tern_jax.base import Ternary
-  >>> from tern_jax.packed import pack
+  >>> from tern_jax.core.containers import Ternary
+  >>> from tern_jax.storage.packed import pack
   >>> codes = jnp.eye(64, dtype=jnp.int8)
   >>> packed = pack(Ternary(codes, jnp.ones(()), jnp.ones(())))
   >>> data = encode(packed)

@@ -28,9 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tern_jax import codec as entropy_codec
-from tern_jax.base import Ternary, key_str, path_str
-from tern_jax.packed import PackedTernary, to_ternary, validate
-from tern_jax.select import KERNEL_NAMES
+from tern_jax.core.containers import Ternary
+from tern_jax.core.paths import key_str, path_str
+from tern_jax.core.select import KERNEL_NAMES
+from tern_jax.storage.packed import PackedTernary, to_ternary, validate
 
 #: Version of the layout that `to_safetensors` writes, the newest that is read.
 FORMAT = 1
@@ -111,7 +112,7 @@ def to_safetensors(
     FileExistsError: the path is taken.
 
   >>> import tempfile
-  >>> from tern_jax.packed import pack
+  >>> from tern_jax.storage.packed import pack
   >>> t = Ternary(jnp.eye(8, dtype=jnp.int8), jnp.array(2.0), jnp.array(2.0))
   >>> with tempfile.TemporaryDirectory() as folder:
   ...   to_safetensors(folder + "/net.safetensors", {"kernel": pack(t)})
@@ -218,7 +219,7 @@ def to_stablehlo(
     TypeError: the tree has unpacked ternary weights.
     FileExistsError: the path is taken.
 
-  >>> from tern_jax.packed import pack
+  >>> from tern_jax.storage.packed import pack
   >>> t = Ternary(jnp.eye(8, dtype=jnp.int8), jnp.array(2.0), jnp.array(2.0))
   >>> net = to_stablehlo(None, lambda w, x: x @ w, pack(t), jnp.ones((1, 8)))
   >>> jax.export.deserialize(bytearray(net)).call(jnp.ones((3, 8))).shape
@@ -307,7 +308,7 @@ def to_gguf(
     FileExistsError: the path is taken.
 
   >>> import tempfile
-  >>> from tern_jax.packed import pack
+  >>> from tern_jax.storage.packed import pack
   >>> codes = jnp.ones((256, 3), jnp.int8)
   >>> tree = {"kernel": pack(Ternary(codes, jnp.array(0.5), jnp.array(0.5)))}
   >>> with tempfile.TemporaryDirectory() as folder:

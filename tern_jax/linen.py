@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from tern_jax.transform import ParamTransform
+from tern_jax.trees.transform import ParamTransform
 
 
 def init(tern: ParamTransform, variables: dict[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tern_jax.base import Array, Ternary, path_str, reduced_axes, widen
-from tern_jax.packed import PackedTernary, to_ternary
+from tern_jax.core.containers import Array, Ternary
+from tern_jax.core.numerics import reduced_axes, widen
+from tern_jax.core.paths import path_str
+from tern_jax.storage.packed import PackedTernary, to_ternary
 
 #: Last path component of a shift: Flax, NNX and Equinox; Haiku.
 SHIFT_NAMES = ("bias", "offset")
@@ -145,7 +147,7 @@ def entropy_bytes(tree: Any) -> float:
   Raises:
     ValueError: the tree holds no ternary leaf.
 
-  >>> from tern_jax.packed import pack
+  >>> from tern_jax.storage.packed import pack
   >>> codes, one = jnp.array([0, 1, 0, -1] * 20, jnp.int8), jnp.ones(())
   >>> round(entropy_bytes({"w": pack(Ternary(codes, one, one)), "b": one}), 3)
   27.0

@@ -4,8 +4,8 @@ from typing import Any
 
 from flax import nnx
 
-from tern_jax.base import TernParams
-from tern_jax.transform import ParamTransform
+from tern_jax.core.containers import TernParams
+from tern_jax.trees.transform import ParamTransform
 
 
 def split(

@@ -4,16 +4,13 @@ from typing import NamedTuple
 
 import optax
 
+from tern_jax.core.select import Kernels
 from tern_jax.methods import SCA
-from tern_jax.regularizers import (
-  at_sparsity,
-  late_kappa,
-  relative,
-  wdr_transform,
-)
-from tern_jax.select import Kernels
-from tern_jax.sparsity import Schedulable, ramp
-from tern_jax.transform import ParamTransform
+from tern_jax.regularizers.barriers import at_sparsity
+from tern_jax.regularizers.strengths import late_kappa, relative
+from tern_jax.regularizers.transform import wdr_transform
+from tern_jax.targets.schedules import Schedulable, ramp
+from tern_jax.trees.transform import ParamTransform
 
 #: Share of the run in which the barrier rises to its target.
 UNTIL = 0.25

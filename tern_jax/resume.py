@@ -4,9 +4,10 @@ from typing import Any
 
 import jax
 
-from tern_jax.base import Ternarizer, TernParams
-from tern_jax.packed import PackedTernary, to_ternary
-from tern_jax.transform import ParamTransform
+from tern_jax.core.containers import TernParams
+from tern_jax.core.method import Ternarizer
+from tern_jax.storage.packed import PackedTernary, to_ternary
+from tern_jax.trees.transform import ParamTransform
 
 
 def from_packed(

@@ -18,8 +18,8 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tern_jax.base import Array
-from tern_jax.transform import ParamTransform
+from tern_jax.core.containers import Array
+from tern_jax.trees.transform import ParamTransform
 
 #: loss_fn(weights, model_state, batch, key) -> (loss, (model_state, metrics)).
 LossFn = Callable[

@@ -1,4 +1,4 @@
-"""The README's table of allowed imports is the truth; the modules follow it."""
+"""CONTRIBUTING's table of allowed imports is the truth; modules follow it."""
 
 import ast
 import pathlib
@@ -10,9 +10,9 @@ PACKAGE = ROOT / "tern_jax"
 
 
 def table() -> dict[str, set[str]]:
-  """Reads {module: modules it may import} from the README."""
+  """Reads {module: modules it may import} from CONTRIBUTING.md."""
   rows = {}
-  lines = iter((ROOT / "README.md").read_text().splitlines())
+  lines = iter((ROOT / "CONTRIBUTING.md").read_text().splitlines())
   for line in lines:
     if line.startswith("| module | may import |"):
       next(lines)
@@ -59,8 +59,8 @@ FILES = sorted(
 def test_a_module_imports_what_the_table_allows(path):
   allowed = table()
   module = module_of(path)
-  assert module in allowed, f"{module} has no row in the README's table"
-  assert imports(path) <= allowed[module]
+  assert module in allowed, f"{module} has no row in CONTRIBUTING's table"
+  assert imports(path) <= allowed[module] | {module}
 
 
 def test_every_row_of_the_table_is_a_module():

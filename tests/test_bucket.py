@@ -13,8 +13,8 @@ from tensorboardX import record_writer
 
 from experiments.common import cli, data, evaluate, run
 from tern_jax import checkpoint
-from tern_jax.base import Ternary
-from tern_jax.packed import pack
+from tern_jax.core.containers import Ternary
+from tern_jax.storage.packed import pack
 from tests import gcs
 
 # Writers of events are closed, but as they go they would look for the server

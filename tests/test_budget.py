@@ -189,7 +189,7 @@ def test_targets_are_followed_in_training(target, standard_promotion):
   met = zeros(tern, *tern.refresh(params, state))
   want = (
     {k: v for k, v in target.targets}
-    if isinstance(target, tern_jax.sparsity.PerLayer)
+    if isinstance(target, tern_jax.targets.schedules.PerLayer)
     else None
   )
   if want:

@@ -12,7 +12,7 @@ import pytest
 import tern_jax
 from experiments import charlm
 from experiments.common import cli, data, evaluate, log, run, text
-from tern_jax.base import path_str
+from tern_jax.core.paths import path_str
 
 TOKENS = jax.random.randint(jax.random.key(0), (2, text.CONTEXT), 0, 256)
 

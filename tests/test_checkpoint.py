@@ -21,7 +21,6 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tern_jax import checkpoint
-from tern_jax.base import Ternary, TernParams
 from tern_jax.checkpoint import (
   Checkpointer,
   CheckpointError,
@@ -29,7 +28,8 @@ from tern_jax.checkpoint import (
   read_spec,
   save_packed,
 )
-from tern_jax.packed import pack
+from tern_jax.core.containers import Ternary, TernParams
+from tern_jax.storage.packed import pack
 
 
 def ternary(shape, dtype=jnp.float32, scale_shape=(), seed=0):
@@ -720,9 +720,9 @@ PROCESSES = """
 import sys
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from tern_jax.base import Ternary
+from tern_jax.core.containers import Ternary
 from tern_jax.checkpoint import *
-from tern_jax.packed import pack
+from tern_jax.storage.packed import pack
 
 port, i, folder = sys.argv[1:]
 jax.distributed.initialize(f"localhost:{port}", 2, int(i))

@@ -14,14 +14,14 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tern_jax import codec
-from tern_jax.base import Ternary
 from tern_jax.checkpoint import (
   CheckpointError,
   load_packed,
   read_spec,
   save_packed,
 )
-from tern_jax.packed import PackedTernary, pack, packed_axis
+from tern_jax.core.containers import Ternary
+from tern_jax.storage.packed import PackedTernary, pack, packed_axis
 
 SETTINGS = hypothesis.settings(
   max_examples=60, deadline=None, derandomize=True, database=None

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from experiments.common.models import LeNet5
 from tern_jax import codec as entropy_codec
-from tern_jax.base import Ternary
 from tern_jax.checkpoint import read_spec, save_packed
+from tern_jax.core.containers import Ternary
 from tern_jax.export import (
   CODECS,
   GGUF_TYPES,
@@ -27,7 +27,7 @@ from tern_jax.export import (
   to_safetensors,
   to_stablehlo,
 )
-from tern_jax.packed import PackedTernary, unpack
+from tern_jax.storage.packed import PackedTernary, unpack
 
 # Packages that a runtime without JAX, or without this one, does not have.
 OURS = ("tern_jax", "flax", "optax", "orbax", "experiments")

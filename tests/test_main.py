@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tern_jax import __main__, export, metrics
-from tern_jax.base import Ternary
 from tern_jax.checkpoint import Checkpointer, load_packed, save_packed
-from tern_jax.packed import pack
+from tern_jax.core.containers import Ternary
+from tern_jax.storage.packed import pack
 from tests.test_checkpoint import assert_same, reseal
 
 

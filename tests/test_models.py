@@ -12,7 +12,7 @@ from flax import linen as nn
 import tern_jax
 from experiments import cifar10, imagenet
 from experiments.common import cli, evaluate, models, pretrained
-from tern_jax.base import path_str
+from tern_jax.core.paths import path_str
 
 
 def shapes(config, classes, size):

@@ -9,7 +9,7 @@ import optax
 
 import tern_jax
 from tern_jax import Ternarizer, Ternary, training
-from tern_jax.estimators import straight_through
+from tern_jax.core.estimators import straight_through
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -9,8 +9,14 @@ import pytest
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tern_jax.base import Ternary
-from tern_jax.packed import PackedTernary, pack, to_ternary, unpack, validate
+from tern_jax.core.containers import Ternary
+from tern_jax.storage.packed import (
+  PackedTernary,
+  pack,
+  to_ternary,
+  unpack,
+  validate,
+)
 
 SHAPES = [
   (), (0,), (1,), (7,), (8,), (9,), (64,), (0, 8), (8, 0), (3, 5), (5, 16),

@@ -22,8 +22,8 @@ from tern_jax import (
   kernels,
   training,
 )
-from tern_jax.packed import to_ternary
-from tern_jax.sparsity import magnitude_threshold
+from tern_jax.storage.packed import to_ternary
+from tern_jax.targets.quantile import magnitude_threshold
 from tests import reference
 from tests.test_contract import METHODS, weights
 from tests.test_new_method import Halves

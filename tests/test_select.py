@@ -9,7 +9,8 @@ from flax import linen as nn
 from flax import nnx
 
 import tern_jax
-from tern_jax.select import check_weights, matches
+from tern_jax.core.checks import check_weights
+from tern_jax.core.paths import matches
 
 
 class _Block(nn.Module):

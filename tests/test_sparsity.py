@@ -9,7 +9,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import tern_jax
-from tern_jax.sparsity import follow_target, init_target, magnitude_threshold
+from tern_jax.targets.follow import follow_target, init_target
+from tern_jax.targets.quantile import magnitude_threshold
 from tern_jax.training import data_mesh
 
 threshold = jax.jit(magnitude_threshold)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import tern_jax
 from experiments.common import supernet
-from tern_jax.base import path_str
+from tern_jax.core.paths import path_str
 
 WHERE = tern_jax.kernels(exclude=("stem", "head", "shortcut"))
 #: Two blocks a stage with 8, 16 and 32 channels.

@@ -55,7 +55,7 @@ import numpy as np
 import tyro
 
 from tern_jax.checkpoint import CODECS, load_packed, save_packed
-from tern_jax.packed import PackedTernary
+from tern_jax.storage.packed import PackedTernary
 
 #: Weights of a leaf, but the last, which has the rest.
 LEAF = 4_000_000

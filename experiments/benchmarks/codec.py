@@ -86,8 +86,8 @@ import numpy as np
 import tyro
 
 from tern_jax import checkpoint, codec, metrics
-from tern_jax.base import Ternary
-from tern_jax.packed import PackedTernary, pack, unpack
+from tern_jax.core.containers import Ternary
+from tern_jax.storage.packed import PackedTernary, pack, unpack
 
 SHAPES = ((100, 100), (250, 400), (250, 4000), (1000, 1000), (2500, 4000))
 ZEROS = (0.3, 0.5, 0.7, 0.9, 0.95, 0.99)

@@ -60,7 +60,6 @@ import numpy as np
 import tyro
 
 from tern_jax import codec, export
-from tern_jax.base import Ternary
 from tern_jax.checkpoint import (
   Checkpointer,
   CheckpointError,
@@ -69,7 +68,8 @@ from tern_jax.checkpoint import (
   read_spec,
   save_packed,
 )
-from tern_jax.packed import pack
+from tern_jax.core.containers import Ternary
+from tern_jax.storage.packed import pack
 
 #: Most memory that a loader may take, in bytes, and most seconds.
 MEMORY, SECONDS = 1 << 30, 10.0

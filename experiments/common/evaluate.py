@@ -44,8 +44,8 @@ from tern_jax.checkpoint import (
   load_packed,
   save_packed,
 )
-from tern_jax.packed import pack, unpack
-from tern_jax.sparsity import PerLayer
+from tern_jax.storage.packed import pack, unpack
+from tern_jax.targets.schedules import PerLayer
 
 #: Batches after which batch-norm statistics have forgotten the old weights.
 REESTIMATION_BATCHES = 50

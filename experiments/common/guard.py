@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from tern_jax.base import path_str
 from tern_jax.checkpoint import Place
+from tern_jax.core.paths import path_str
 
 #: Exit status of a run that was asked to end.
 INTERRUPTED = 128 + signal.SIGTERM

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 import tern_jax
-from tern_jax.base import Ternarizer
-from tern_jax.sparsity import target_of
+from tern_jax.core.method import Ternarizer
+from tern_jax.targets.schedules import target_of
 
 
 class Stage(NamedTuple):
@@ -73,7 +73,7 @@ class Targeted:
     return tern_jax.ramp(share, steps, tern_jax.recipes.UNTIL)
 
   def fitted(
-    self, params: Any, model_state: Any, where: tern_jax.select.Kernels
+    self, params: Any, model_state: Any, where: tern_jax.core.select.Kernels
   ) -> Self:
     """Returns the method with the sparsity of each layer that fits the bytes.
 
@@ -211,7 +211,7 @@ class StraightThrough(abc.ABC):
     return None
 
   def fitted(
-    self, params: Any, model_state: Any, where: tern_jax.select.Kernels
+    self, params: Any, model_state: Any, where: tern_jax.core.select.Kernels
   ) -> Self:
     """Returns the method itself: it asks for no bytes."""
     del params, model_state, where

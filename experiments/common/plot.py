@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from experiments.common import cli, log
 from tern_jax import metrics
 from tern_jax.checkpoint import Place, load_packed
-from tern_jax.select import matches_any
+from tern_jax.core.paths import matches_any
 
 # Okabe and Ito's colors, told apart by all eyes.
 FLOAT, TERNARY, ACCENT = "#0072B2", "#D55E00", "#666666"

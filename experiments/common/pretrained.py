@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from experiments.common import cli
-from tern_jax.base import path_str
 from tern_jax.checkpoint import Checkpointer, absolute
+from tern_jax.core.paths import path_str
 
 #: What torchvision calls the parts of `models.ImageNetResNet`.
 _NAMES = {

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from experiments.common import cli, evaluate, log, run
-from tern_jax.base import path_str
+from tern_jax.core.paths import path_str
 
 #: Steps whose time is taken, after one that compiles.
 TIMED_STEPS = 10

@@ -34,9 +34,10 @@ from experiments.common import (
   processes,
 )
 from tern_jax import metrics, training
-from tern_jax.base import Array, path_str
 from tern_jax.checkpoint import Checkpointer, Place
-from tern_jax.packed import pack
+from tern_jax.core.containers import Array
+from tern_jax.core.paths import path_str
+from tern_jax.storage.packed import pack
 
 
 @dataclasses.dataclass(frozen=True)

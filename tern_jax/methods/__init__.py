@@ -1,4 +1,4 @@
-"""The methods, one file each behind the contract of `tern_jax.base`.
+"""The methods, one file each behind the contract of `tern_jax.core.method`.
 
 To add one: write `methods/<name>.py` with a frozen dataclass that subclasses
 `Ternarizer`, export it below, and add a row to `tests/test_contract.py`.

@@ -4,18 +4,10 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from tern_jax.base import (
-  Array,
-  Arrays,
-  Ternarizer,
-  Ternary,
-  dense,
-  one_magnitude,
-  reduced_axes,
-  widen,
-  with_mean,
-)
-from tern_jax.estimators import straight_through
+from tern_jax.core.containers import Array, Arrays, Ternary, dense
+from tern_jax.core.estimators import straight_through
+from tern_jax.core.method import Ternarizer
+from tern_jax.core.numerics import one_magnitude, reduced_axes, widen, with_mean
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

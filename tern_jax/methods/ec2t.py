@@ -12,28 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tern_jax.base import (
-  Array,
-  Arrays,
-  Ternarizer,
-  Ternary,
-  alive,
-  check_range,
-  concrete,
-  dense,
-  least_scale,
-  reduced_axes,
-  widen,
-)
-from tern_jax.estimators import straight_through, trained_scales
-from tern_jax.sparsity import (
-  Schedulable,
-  at,
-  check_sparsity,
-  check_zeros,
-  look_at,
-  magnitude_threshold,
-)
+from tern_jax.core.checks import check_range, concrete
+from tern_jax.core.containers import Array, Arrays, Ternary, dense
+from tern_jax.core.estimators import straight_through, trained_scales
+from tern_jax.core.method import Ternarizer
+from tern_jax.core.numerics import alive, least_scale, reduced_axes, widen
+from tern_jax.targets.follow import check_zeros
+from tern_jax.targets.quantile import magnitude_threshold
+from tern_jax.targets.schedules import Schedulable, at, check_sparsity, look_at
 
 #: Bits that + and - cost more than 0, at the least, where lambda is solved for.
 _LEAST_RATE = 1e-3

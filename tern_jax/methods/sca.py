@@ -5,29 +5,20 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tern_jax.base import (
-  Array,
-  Arrays,
-  Ternarizer,
-  Ternary,
-  alive,
-  check_range,
-  concrete,
-  one_magnitude,
-  rms,
-  scale_floor,
-  widen,
-)
-from tern_jax.estimators import trained_scale
-from tern_jax.regularizers import GAIN, check_alpha, check_gain, wdr_barrier
-from tern_jax.sparsity import (
-  Schedulable,
-  check_sparsity,
+from tern_jax.core.checks import check_range, concrete
+from tern_jax.core.containers import Array, Arrays, Ternary
+from tern_jax.core.estimators import trained_scale
+from tern_jax.core.method import Ternarizer
+from tern_jax.core.numerics import alive, one_magnitude, rms, scale_floor, widen
+from tern_jax.regularizers.barriers import GAIN, check_gain
+from tern_jax.regularizers.formulas import check_alpha, wdr_barrier
+from tern_jax.targets.follow import (
   check_zeros,
   follow_target,
   init_target,
   meet_target,
 )
+from tern_jax.targets.schedules import Schedulable, check_sparsity
 
 #: |W| of weights that have settled at -1 or 1: beyond it gradients vanish.
 _SETTLED = 0.99

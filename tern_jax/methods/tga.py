@@ -6,26 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from tern_jax.base import (
-  Array,
-  Arrays,
-  Ternarizer,
-  Ternary,
-  check_range,
-  concrete,
-  one_magnitude,
-  reduced_axes,
-  widen,
-)
-from tern_jax.estimators import straight_through, trained_scale
-from tern_jax.sparsity import (
-  Schedulable,
-  at,
-  check_sparsity,
-  check_zeros,
-  look_at,
-  magnitude_threshold,
-)
+from tern_jax.core.checks import check_range, concrete
+from tern_jax.core.containers import Array, Arrays, Ternary
+from tern_jax.core.estimators import straight_through, trained_scale
+from tern_jax.core.method import Ternarizer
+from tern_jax.core.numerics import one_magnitude, reduced_axes, widen
+from tern_jax.targets.follow import check_zeros
+from tern_jax.targets.quantile import magnitude_threshold
+from tern_jax.targets.schedules import Schedulable, at, check_sparsity, look_at
 
 
 def inverse_mills(t: Array | float) -> Array:

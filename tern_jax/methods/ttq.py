@@ -6,27 +6,18 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from tern_jax.base import (
-  Array,
-  Arrays,
-  Ternarizer,
-  Ternary,
-  alive,
-  check_range,
-  dense,
-  least_scale,
-  reduced_axes,
-  widen,
-)
-from tern_jax.estimators import trained_scales
-from tern_jax.sparsity import (
-  Schedulable,
-  check_sparsity,
+from tern_jax.core.checks import check_range
+from tern_jax.core.containers import Array, Arrays, Ternary, dense
+from tern_jax.core.estimators import trained_scales
+from tern_jax.core.method import Ternarizer
+from tern_jax.core.numerics import alive, least_scale, reduced_axes, widen
+from tern_jax.targets.follow import (
   check_zeros,
   follow_target,
   init_target,
   meet_target,
 )
+from tern_jax.targets.schedules import Schedulable, check_sparsity
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -5,27 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from tern_jax.base import (
-  Array,
-  Arrays,
-  Ternarizer,
-  Ternary,
-  check_range,
-  dense,
-  one_magnitude,
-  reduced_axes,
-  widen,
-  with_mean,
-)
-from tern_jax.estimators import straight_through
-from tern_jax.sparsity import (
-  Schedulable,
-  at,
-  check_sparsity,
-  check_zeros,
-  look_at,
-  magnitude_threshold,
-)
+from tern_jax.core.checks import check_range
+from tern_jax.core.containers import Array, Arrays, Ternary, dense
+from tern_jax.core.estimators import straight_through
+from tern_jax.core.method import Ternarizer
+from tern_jax.core.numerics import one_magnitude, reduced_axes, widen, with_mean
+from tern_jax.targets.follow import check_zeros
+from tern_jax.targets.quantile import magnitude_threshold
+from tern_jax.targets.schedules import Schedulable, at, check_sparsity, look_at
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

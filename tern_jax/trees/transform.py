@@ -11,23 +11,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tern_jax.base import (
-  Ternarizer,
-  Ternary,
-  TernParams,
-  call_repr,
-  check_range,
-  concrete,
-  path_str,
-)
-from tern_jax.select import Kernels, check_patterns, check_weights, matches_any
-from tern_jax.sparsity import (
+from tern_jax.core.checks import call_repr, check_range, check_weights, concrete
+from tern_jax.core.containers import Ternary, TernParams
+from tern_jax.core.method import Ternarizer
+from tern_jax.core.paths import check_patterns, matches_any, path_str
+from tern_jax.core.select import Kernels
+from tern_jax.targets.quantile import magnitude_threshold
+from tern_jax.targets.schedules import (
   AcrossLayers,
   at,
   check_targets,
   every_at,
   look_at,
-  magnitude_threshold,
   target_of,
 )
 

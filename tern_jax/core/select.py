@@ -1,16 +1,16 @@
 """Which leaves are ternarized: printable path predicates, also optax masks."""
 
 import dataclasses
-import fnmatch
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from tern_jax.base import TernParams, call_repr, path_str
+from tern_jax.core.checks import call_repr
+from tern_jax.core.containers import TernParams
+from tern_jax.core.paths import check_patterns, matches_any, path_str
 
 #: Last path component of weight matrices: Linen, NNX; Equinox; Haiku.
 KERNEL_NAMES = ("kernel", "weight", "w")
@@ -137,59 +137,6 @@ def kernels(
   ['Dense_0/kernel']
   """
   return Kernels(_as_tuple(include), _as_tuple(exclude))
-
-
-def matches(pattern: str, path: str) -> bool:
-  """Says whether a pattern matches whole components anywhere in a path.
-
-  >>> matches("Dense_*/kernel", "net/Dense_0/kernel"), matches("Den", "Dense")
-  (True, False)
-  """
-  wanted, parts = pattern.split("/"), path.split("/")
-  return any(
-    all(
-      fnmatch.fnmatchcase(part, w)
-      for part, w in zip(parts[i:], wanted, strict=False)
-    )
-    for i in range(len(parts) - len(wanted) + 1)
-  )
-
-
-def matches_any(patterns: Sequence[str], path: str) -> bool:
-  """Says whether one of the patterns matches a path."""
-  return any(matches(pattern, path) for pattern in patterns)
-
-
-def check_patterns(patterns: Sequence[str], paths: Sequence[str]) -> None:
-  """Raises a ValueError if a pattern matches none of the paths."""
-  for pattern in patterns:
-    if not any(matches(pattern, path) for path in paths):
-      raise ValueError(
-        f"The pattern {pattern!r} matches no leaf; a pattern is made of whole"
-        f" path components. The leaves are: {', '.join(paths) or 'none'}."
-      )
-
-
-def check_weights(path: str, w: Any) -> None:
-  """Raises unless a leaf is a floating array without NaN or infinity.
-
-  Raises:
-    TypeError: the leaf is not a floating-point array.
-    ValueError: a concrete leaf holds NaN or infinity.
-  """
-  if not jnp.issubdtype(w.dtype, jnp.floating):
-    raise TypeError(
-      f"{path} is {w.dtype}, but only floating-point weights can be trained"
-      " ternary: convert it, or exclude it in kernels(exclude=...)."
-    )
-  if isinstance(w, jax.core.Tracer | jax.ShapeDtypeStruct):
-    return
-  bad = int(jnp.sum(~jnp.isfinite(w)))
-  if bad:
-    raise ValueError(
-      f"{path} holds {bad} NaN or infinite values of {w.size}: start from"
-      " finite weights."
-    )
 
 
 def _as_tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tern_jax.base import path_str
-from tern_jax.select import Kernels, check_weights
-from tern_jax.sparsity import PerLayer
+from tern_jax.core.checks import check_weights
+from tern_jax.core.paths import path_str
+from tern_jax.core.select import Kernels
+from tern_jax.targets.schedules import PerLayer
 
 #: Sparsities that are tried: denser towards 1, where bits change fastest.
 _GRID = 1 - np.geomspace(1, 1e-3, 2001)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from tern_jax.base import Array, dense
+from tern_jax.core.containers import Array, dense
 
 
 @jax.custom_jvp

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tern_jax.base import Array, Ternary, concrete, path_str
+from tern_jax.core.checks import concrete
+from tern_jax.core.containers import Array, Ternary
+from tern_jax.core.paths import path_str
 
 
 @jax.tree_util.register_dataclass

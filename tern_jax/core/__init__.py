@@ -1,0 +1,1 @@
+"""What everything else is built on: containers, the contract, paths, checks."""

@@ -1,0 +1,93 @@
+"""What every module asks of its arguments, and how objects print."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def concrete(x: Any) -> bool:
+  """Says whether a value can be looked at now, that is, is not traced."""
+  return not isinstance(x, jax.core.Tracer)
+
+
+def check_range(
+  name: str, value: Any, low: float, high: float, hint: str
+) -> None:
+  """Raises a ValueError unless low <= value < high; traced values pass.
+
+  Args:
+    name: what the value is called where the caller gave it.
+    value: number or array; None, callables and traced arrays are not checked.
+    low: least admissible value.
+    high: first value that is too large.
+    hint: what to do instead.
+
+  Raises:
+    ValueError: a concrete value lies outside the range or is not a number.
+
+  >>> check_range("alpha", 3.0, 0, 2, "use alpha=0.1")
+  Traceback (most recent call last):
+  ValueError: alpha must lie in [0, 2), got 3.0: use alpha=0.1.
+  """
+  if value is None or callable(value) or not concrete(value):
+    return
+  v = np.asarray(value, dtype=np.float64)
+  if not bool(np.all((v >= low) & (v < high))):
+    raise ValueError(
+      f"{name} must lie in [{low:g}, {high:g}), got {value}: {hint}."
+    )
+
+
+def check_weights(path: str, w: Any) -> None:
+  """Raises unless a leaf is a floating array without NaN or infinity.
+
+  Raises:
+    TypeError: the leaf is not a floating-point array.
+    ValueError: a concrete leaf holds NaN or infinity.
+  """
+  if not jnp.issubdtype(w.dtype, jnp.floating):
+    raise TypeError(
+      f"{path} is {w.dtype}, but only floating-point weights can be trained"
+      " ternary: convert it, or exclude it in kernels(exclude=...)."
+    )
+  if isinstance(w, jax.core.Tracer | jax.ShapeDtypeStruct):
+    return
+  bad = int(jnp.sum(~jnp.isfinite(w)))
+  if bad:
+    raise ValueError(
+      f"{path} holds {bad} NaN or infinite values of {w.size}: start from"
+      " finite weights."
+    )
+
+
+def call_repr(obj: Any, name: str | None = None) -> str:
+  """Returns the shortest call that makes a dataclass instance again.
+
+  Args:
+    obj: dataclass instance.
+    name: of the function that makes it, if that is not its class.
+
+  >>> @dataclasses.dataclass(repr=False)
+  ... class Point:
+  ...   x: int = 0
+  ...   y: int = 0
+  >>> call_repr(Point(y=3))
+  'Point(y=3)'
+  """
+
+  def differs(field: dataclasses.Field) -> bool:
+    value = getattr(obj, field.name)
+    if field.default is dataclasses.MISSING:
+      return True
+    same_kind = type(value) is type(field.default)
+    return not (same_kind and value == field.default)
+
+  shown = [
+    f"{f.name}={getattr(obj, f.name)!r}"
+    for f in dataclasses.fields(obj)
+    if f.init and differs(f)
+  ]
+  return f"{name or type(obj).__name__}({', '.join(shown)})"

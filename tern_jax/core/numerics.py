@@ -1,0 +1,169 @@
+"""Statistics of arrays and of their channels, in float32 or wider."""
+
+import math
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from tern_jax.core.checks import concrete
+from tern_jax.core.containers import Array, Ternary
+from tern_jax.core.method import Ternarizer
+
+
+def widen(x: Array) -> Array:
+  """Returns an array in the precision of the maths: float32, or its float64.
+
+  >>> widen(jnp.ones(2, jnp.bfloat16)).dtype
+  dtype('float32')
+  """
+  return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+
+
+def reduced_axes(
+  x: Array, channel_axis: int | tuple[int, ...] | None
+) -> tuple[int, ...] | None:
+  """Axes over which a statistic of each channel is taken; None for all.
+
+  A statistic over None is 0-d; one over a tuple of axes keeps them as ones.
+
+  >>> reduced_axes(jnp.ones((3, 3, 8, 16)), -1)
+  (0, 1, 2)
+  >>> reduced_axes(jnp.ones((3, 3, 8, 16)), (0, -1))
+  (1, 2)
+  """
+  if channel_axis is None:
+    return None
+  kept = channel_axis if isinstance(channel_axis, tuple) else (channel_axis,)
+  if not all(-x.ndim <= axis < x.ndim for axis in kept):
+    raise ValueError(
+      f"channel_axis={channel_axis} is no axis of an array of shape"
+      f" {x.shape}: use -1 for the output channels of Flax kernels, 0 for"
+      " Equinox weights, None for one scale a tensor."
+    )
+  return tuple(
+    i for i in range(x.ndim) if i not in kept and i - x.ndim not in kept
+  )
+
+
+def rms(x: Array, channel_axis: int | tuple[int, ...] | None = None) -> Array:
+  """Root mean square of an array, or of each of its channels.
+
+  Args:
+    x: float, any shape.
+    channel_axis: None for one value; else one for each index of this axis, or
+      of these axes.
+
+  Returns:
+    float32 or wider, 0-d, or of the rank of x with ones beside the channels.
+
+  >>> float(rms(jnp.array([3., 4.]))), rms(jnp.ones((2, 3)), -1).shape
+  (3.535533905029297, (1, 3))
+  """
+  axes = reduced_axes(x, channel_axis)
+  squares = jnp.square(widen(x))
+  return jnp.sqrt(jnp.mean(squares, axes, keepdims=axes is not None))
+
+
+def least_scale(dtype: DTypeLike) -> float:
+  """Where trained magnitudes stop shrinking.
+
+  Not the least number of the dtype: products of gradients with weights of that
+  size would vanish, and the magnitude could never grow again.
+
+  >>> least_scale(jnp.float32)
+  1e-12
+  """
+  return max(1e-12, float(jnp.finfo(dtype).tiny))
+
+
+def scale_floor(start: Array) -> Array:
+  """Where a trained magnitude stops shrinking: a tenth of where it starts.
+
+  Behind a normalization layer the loss does not depend on a magnitude, so Adam
+  lets it wander; close to 0 its layer would give nothing and learn nothing.
+
+  >>> float(scale_floor(jnp.array(2.0)))
+  0.20000000298023224
+  """
+  floor = start * jnp.asarray(0.1, start.dtype)
+  return jnp.maximum(floor, jnp.asarray(least_scale(start.dtype), start.dtype))
+
+
+def alive(scale: Array) -> Array:
+  """Magnitudes to train, where those that no weight has may be 0.
+
+  A trained magnitude must not be 0; the largest of the array takes its place.
+
+  >>> alive(jnp.array([[0.0, 0.5, 2.0]])).tolist(), float(alive(jnp.zeros(())))
+  ([[2.0, 0.5, 2.0]], 1.0)
+  """
+  top = jnp.max(scale, initial=0)
+  one = jnp.ones((), scale.dtype)
+  return jnp.where(scale > 0, scale, jnp.where(top > 0, top, one))
+
+
+def one_magnitude(ternary: Ternary, method: Ternarizer) -> Array:
+  """Returns the magnitude of both signs, for a method that has only one.
+
+  Raises:
+    ValueError: the two magnitudes differ; traced ones are not looked at.
+
+  >>> one = jnp.ones(())
+  >>> float(one_magnitude(Ternary(jnp.ones(2, jnp.int8), one, one), None))
+  1.0
+  """
+  w_p, w_n = ternary.w_p, ternary.w_n
+  if concrete(w_p) and not jnp.array_equal(w_p, w_n):
+    raise ValueError(
+      f"{method!r} has one magnitude for both signs, but these weights have"
+      f" two, up to {jnp.max(w_p):.6g} and {jnp.max(w_n):.6g}: take a method"
+      " with two, such as TTQ."
+    )
+  return w_p
+
+
+def with_mean(
+  codes: Array,
+  mean: Array,
+  dtype: DTypeLike,
+  channel_axis: int | tuple[int, ...] | None = None,
+) -> Array:
+  """Latents of given codes and of a given mean magnitude of the nonzeros.
+
+  The magnitudes are two neighboring multiples of a power of two, so coarse that
+  sums of them are exact: a mean of many equal floats, summed one by one, would
+  be off by more than its rounding, and differently in every order.
+
+  Args:
+    codes: int8, any shape, in {-1, 0, 1}.
+    mean: float32 or wider, >= 0, 0-d or one for each channel.
+    dtype: of the latents.
+    channel_axis: as in `reduced_axes`.
+
+  Returns:
+    Shape of codes; exact for up to 2^13 nonzeros, else equal to within 2^-10.
+
+  >>> codes = jnp.ones(6, jnp.int8)
+  >>> w = with_mean(codes, jnp.array(1 + 2**-8), jnp.bfloat16)
+  >>> w.tolist()
+  [1.0078125, 1.0078125, 1.0078125, 1.0, 1.0, 1.0]
+  """
+  axes = reduced_axes(codes, channel_axis)
+  keep, axes = axes is not None, axes or tuple(range(codes.ndim))
+  nonzero = codes != 0
+  count = jnp.sum(nonzero, axes, mean.dtype, keepdims=keep)
+  exponent, size = jnp.frexp(mean)[1], jnp.frexp(count)[1]
+  bits = jnp.maximum(jnp.finfo(mean.dtype).nmant - size, 10)
+  bits = jnp.minimum(bits, jnp.finfo(dtype).nmant)
+  unit = jnp.ldexp(jnp.ones_like(mean), exponent - 1 - bits)
+  total = jnp.round(count * (mean / unit))
+  low = jnp.floor(total / jnp.maximum(count, 1))
+  # As many as make up the sum are one unit larger: the first of a channel.
+  front = tuple(range(len(axes)))
+  moved = jnp.moveaxis(nonzero, axes, front)
+  n, rest = math.prod(moved.shape[: len(axes)]), moved.shape[len(axes) :]
+  flat = moved.reshape(n, *rest)
+  rank = jnp.cumsum(flat, 0, mean.dtype).reshape(moved.shape)
+  larger = jnp.moveaxis(rank, front, axes) <= total - low * count
+  magnitude = unit * (low + larger.astype(mean.dtype))
+  return codes.astype(dtype) * magnitude.astype(dtype)

@@ -1,0 +1,1 @@
+"""WDR, the weight discretization regularizer of SCA."""

@@ -1,0 +1,1 @@
+"""Ternary weights in memory and on disk, packed."""

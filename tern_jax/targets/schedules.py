@@ -1,0 +1,247 @@
+"""Targets: a sparsity as a number, on a ramp, per layer or across layers."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from tern_jax.core.checks import call_repr, check_range
+from tern_jax.core.containers import Array
+from tern_jax.core.paths import check_patterns, matches
+
+#: Share of the weights by which a target may be missed while it is followed.
+TOLERANCE = 1e-3
+#: Share of a run, its last, in which a target on a ramp is met at each step.
+_LAST = 0.05
+#: A number, an array, or a schedule from the step count to one. A sparsity may
+#: also be made by `per_layer` or `across_layers`, which whoever walks a tree
+#: resolves to the target of each leaf.
+Schedulable = Any
+
+
+def at(
+  value: Schedulable, count: Array, dtype: DTypeLike = jnp.float32
+) -> Array:
+  """Returns a scheduled value at a step.
+
+  >>> float(at(0.5, 0)), float(at(lambda count: 2. * count, 3))
+  (0.5, 6.0)
+  """
+  if isinstance(value, PerLayer | AcrossLayers):
+    raise TypeError(
+      f"{value!r} is the target of a tree, and this is one array: use"
+      " ParamTransform, or give the array a number."
+    )
+  return jnp.asarray(value(count) if callable(value) else value).astype(dtype)
+
+
+def check_sparsity(sparsity: Schedulable) -> None:
+  """Raises a ValueError unless a concrete sparsity lies in [0, 1)."""
+  if isinstance(sparsity, Mapping):
+    raise ValueError(
+      f"sparsity is a dict: give tern_jax.per_layer({sparsity}) instead."
+    )
+  if isinstance(sparsity, PerLayer | AcrossLayers):
+    return
+  check_range(
+    "sparsity", sparsity, 0, 1, "it is the share of zeros, for example 0.8"
+  )
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Ramp:
+  """Schedule made by `ramp`."""
+
+  sparsity: float
+  steps: int
+  until: float = 0.5
+
+  def __post_init__(self):
+    check_sparsity(self.sparsity)
+    check_range("until", self.until, 1e-9, 1 + 1e-9, "it is a share of steps")
+    check_range("steps", self.steps, 1, float("inf"), "count training steps")
+
+  def __call__(self, count: Array) -> Array:
+    """Returns the sparsity asked for at a step."""
+    done = jnp.asarray(count, jnp.float32) / (self.until * self.steps)
+    return self.sparsity * (1.0 - (1.0 - jnp.minimum(done, 1.0)) ** 3)
+
+  def __repr__(self) -> str:
+    """Prints the call that made it."""
+    return call_repr(self, "ramp")
+
+
+def ramp(sparsity: Any, steps: int, until: float = 0.5) -> Any:
+  """Makes a cubic schedule of sparsity from 0 to the target, then flat.
+
+  `s(n) = sparsity * (1 - (1 - n / (until * steps))^3)`. As it tells where the
+  run ends, methods with such a target look at each of the last 5 % of its
+  steps, and meet it to the weight there.
+
+  Args:
+    sparsity: share of zeros in [0, 1) at the end; or shares `per_layer` or
+      `across_layers`, which then all are on such a ramp.
+    steps: training steps of the whole run.
+    until: share of the run after which the target is reached.
+
+  Returns:
+    A schedule, printable as this call.
+
+  >>> s = ramp(0.8, steps=1000)
+  >>> [round(float(s(n)), 4) for n in (0, 250, 500, 1000)]
+  [0.0, 0.7, 0.8, 0.8]
+
+  Source: Zhu & Gupta, arXiv 1710.01878, equation 1.
+  """
+
+  def rise(share: Any) -> Ramp:
+    return Ramp(share, steps, until)
+
+  if isinstance(sparsity, PerLayer | AcrossLayers):
+    return sparsity.map(rise)
+  return rise(sparsity)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class PerLayer:
+  """Targets made by `per_layer`."""
+
+  targets: tuple[tuple[str, Schedulable], ...]
+
+  def __post_init__(self):
+    for _, target in self.targets:
+      check_sparsity(target)
+
+  def map(self, fn: Callable[[Any], Any]) -> "PerLayer":
+    """Returns the targets that a function makes of these."""
+    return PerLayer(tuple((k, fn(target)) for k, target in self.targets))
+
+  def of(self, path: str) -> Schedulable:
+    """Returns the target of a leaf: that of the first pattern that matches.
+
+    Raises:
+      ValueError: none does.
+    """
+    for pattern, target in self.targets:
+      if matches(pattern, path):
+        return target
+    raise ValueError(f"{self!r} has no target for {path}: add one.")
+
+  def __repr__(self) -> str:
+    """Prints the call that made it."""
+    return f"per_layer({dict(self.targets)})"
+
+
+def per_layer(targets: Mapping[str, Schedulable]) -> PerLayer:
+  """Makes a sparsity that is another one for each layer.
+
+  Takes the place of a number in `SCA(sparsity=...)`, that of any other method,
+  `at_sparsity` and `ramp`.
+
+  Args:
+    targets: {pattern: share of zeros in [0, 1), or a schedule of it}; patterns
+      are those of `kernels`, a whole path among them, and the first that
+      matches counts. `fit_budget` returns the like.
+
+  Returns:
+    Hashable, printable as this call.
+
+  Raises:
+    ValueError: a concrete share lies outside [0, 1).
+
+  >>> per_layer({"head": 0.5, "*": 0.9}).of("Dense_0/kernel")
+  0.9
+  """
+  return PerLayer(tuple(targets.items()))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class AcrossLayers:
+  """A target made by `across_layers`."""
+
+  sparsity: Schedulable
+
+  def __post_init__(self):
+    check_sparsity(self.sparsity)
+
+  def map(self, fn: Callable[[Any], Any]) -> "AcrossLayers":
+    """Returns the target that a function makes of this."""
+    return AcrossLayers(fn(self.sparsity))
+
+  def __repr__(self) -> str:
+    """Prints the call that made it."""
+    return call_repr(self, "across_layers")
+
+
+def across_layers(sparsity: Schedulable) -> AcrossLayers:
+  """Makes a sparsity that all layers together have: one threshold for all.
+
+  Takes the place of a number in `SCA(sparsity=...)`, that of any other method,
+  `at_sparsity` and `ramp`. Which share of a layer is zero then follows from the
+  magnitudes of its latents beside those of the others: `SCA` gives all layers
+  latents of one spread, elsewhere they are those of the initialization.
+
+  Args:
+    sparsity: share of zeros of all selected weights in [0, 1), or a schedule.
+
+  Returns:
+    Hashable, printable as this call.
+
+  Raises:
+    ValueError: a concrete share lies outside [0, 1).
+
+  >>> across_layers(0.9)
+  across_layers(sparsity=0.9)
+  """
+  return AcrossLayers(sparsity)
+
+
+def target_of(sparsity: Schedulable, path: str) -> Schedulable:
+  """Returns the target of a leaf, where there is one of its own."""
+  return sparsity.of(path) if isinstance(sparsity, PerLayer) else sparsity
+
+
+def check_targets(sparsity: Schedulable, paths: Sequence[str]) -> None:
+  """Raises a ValueError unless each leaf has a target, and each a leaf."""
+  if isinstance(sparsity, PerLayer):
+    check_patterns([pattern for pattern, _ in sparsity.targets], paths)
+    for path in paths:
+      sparsity.of(path)
+
+
+def every_at(
+  every: Array | int, sparsity: Schedulable, count: Array
+) -> Array | int:
+  """Returns the steps between two looks at a target, as they are at a step.
+
+  Those given, and 1 over the last 5 % of the run of a `ramp`: the network does
+  not get used to the codes that the last look of all flips. After ten steps
+  they are several, which with few weights a layer costs percents of accuracy;
+  after one step they are few.
+
+  >>> [int(every_at(10, ramp(0.8, 1000), n)) for n in (949, 950)]
+  [10, 1]
+  """
+  if not isinstance(sparsity, Ramp):
+    return every
+  return jnp.where(count >= round((1 - _LAST) * sparsity.steps), 1, every)
+
+
+def look_at(
+  every: Array | int, sparsity: Schedulable, count: Array
+) -> tuple[Array, Array]:
+  """Returns whether a step looks at the latents, and how closely.
+
+  Args:
+    every: steps between two looks.
+    sparsity: share of zeros, a schedule of it, or None.
+    count: int32, 0-d, step.
+
+  Returns:
+    (due, tolerance): bool, and the share of the weights by which a target may
+    be missed, which is 0 where each step looks.
+  """
+  every = every_at(every, sparsity, count)
+  return count % every == 0, jnp.where(every == 1, 0.0, TOLERANCE)

@@ -1,0 +1,1 @@
+"""Methods lifted from arrays to parameter trees."""
