@@ -1,4 +1,4 @@
-"""Eight devices, strict promotion, a cache; set before JAX starts."""
+"""Eight devices, no promotion, a cache; set before JAX starts."""
 
 import os
 import shutil
@@ -19,6 +19,7 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_unconfigure():

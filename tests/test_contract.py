@@ -1,4 +1,4 @@
-"""Every method keeps the contract. A new method is one row in METHODS."""
+"""Every method keeps the contract. A new one is a row in helpers.METHODS."""
 
 import dataclasses
 import pickle
@@ -11,34 +11,9 @@ import pytest
 import tern_jax
 from tern_jax import EC2T, SCA, TGA, TTQ, TWN, AbsMean
 from tests import reference
+from tests.helpers import DTYPES, METHODS, weights
 
 NAMESPACE = vars(tern_jax)
-METHODS = [
-  SCA(alpha=0.1),
-  SCA(alpha=0.5, sigma=None, scaled=False),
-  SCA(sparsity=0.7),
-  SCA(sparsity=tern_jax.ramp(0.9, 1000), every=5),
-  TWN(),
-  TWN(threshold=1.2),
-  TWN(sparsity=0.6),
-  TTQ(),
-  TTQ(threshold=0.3, start="one"),
-  TTQ(sparsity=0.6),
-  AbsMean(),
-  EC2T(),
-  EC2T(gamma=0.6, s=0.4, largest=10_000),
-  EC2T(sparsity=0.7),
-  TGA(),
-  TGA(surrogate=0.5),
-  TGA(delta=0.05, of_max=True, detach=False),
-  TGA(sparsity=0.6),
-]
-DTYPES = [jnp.float32, jnp.bfloat16]
-
-
-def weights(shape=(48, 32), dtype=jnp.float32, seed=0):
-  w = np.random.default_rng(seed).normal(0, 0.1, shape)
-  return jnp.asarray(w, jnp.float32).astype(dtype)
 
 
 def granular(method, channel_axis):
@@ -182,11 +157,10 @@ def test_after_step_keeps_structure_dtypes_and_positive_scales(method):
   negative = jax.tree.map(lambda x: -x, scales)
   after = jax.jit(method.after_step)(method.latent(w), negative, state)
   assert jax.tree.structure(after) == jax.tree.structure((scales, state))
-  jax.tree.map(
-    lambda a, b: (a.dtype, a.shape) == (b.dtype, b.shape),
-    after,
-    (scales, state),
-  )
+  for new, old in zip(
+    jax.tree.leaves(after), jax.tree.leaves((scales, state)), strict=True
+  ):
+    assert (new.dtype, new.shape) == (old.dtype, old.shape)
   assert all(bool((s > 0).all()) for s in jax.tree.leaves(after[0]))
 
 
@@ -334,7 +308,7 @@ class TestSca:
     assert rows.tolist() == [[0.5]] * 16
 
   def test_a_channel_without_a_code_starts_at_the_ratio_of_all(self):
-    w = weights((16, 4)) * jnp.array([1.0, 1.0, 1.0, 1e-6])
+    w = weights((16, 4)) * jnp.array([[1.0, 1.0, 1.0, 1e-6]])
     a = SCA(sparsity=0.5, channel_axis=-1).init(w)[0]["a"]
     whole = SCA(sparsity=0.5).init(w)[0]["a"]
     assert float(a[0, 3]) == pytest.approx(float(whole))

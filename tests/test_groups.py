@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import tern_jax
 from tern_jax import EC2T, SCA, TGA, TTQ, TWN, AbsMean, ParamTransform, metrics
 from tests import reference
+from tests.helpers import weights
 
 METHODS = [
   SCA(alpha=0.1),
@@ -35,11 +36,6 @@ LAYOUTS = {
 }
 LAYOUT = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 METHOD = pytest.mark.parametrize("method", METHODS, ids=repr)
-
-
-def weights(shape, seed=0, dtype=jnp.float32):
-  w = np.random.default_rng(seed).normal(0, 0.1, shape)
-  return jnp.asarray(w, dtype)
 
 
 def by_group(x, layout):
@@ -209,7 +205,7 @@ def test_gradients_of_ttq_in_closed_form(layout):
 )
 def test_stacked_layers_are_divided_one_by_one(method, layout):
   shape = layout[0]
-  stack = jnp.stack([weights(shape, i) * 10.0**-i for i in range(2)])
+  stack = jnp.stack([weights(shape, seed=i) * 10.0**-i for i in range(2)])
   tern = grouped(method, layout, stacked=("blocks",))
   params, state = tern.init({"blocks": {"w": stack}, "out": {"w": stack[0]}})
   params, state = tern.after_step(params, state)

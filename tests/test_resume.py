@@ -25,8 +25,7 @@ from tern_jax import (
 from tern_jax.storage.packed import to_ternary
 from tern_jax.targets.quantile import magnitude_threshold
 from tests import reference
-from tests.test_contract import METHODS, weights
-from tests.test_new_method import Halves
+from tests.helpers import METHODS, Halves, weights
 
 STEPS = 12
 #: Whose magnitudes are kept, bit for bit, and not derived from latents.
@@ -52,7 +51,7 @@ def trained(tern, dtype=jnp.float32, shape=(48, 32), bias=0.0):
   def loss(tree, model_state, batch, key):
     del key
     x, y = batch
-    error = jnp.einsum(axes, x, tree["w"]) + tree["bias"] - y
+    error = jnp.einsum(axes, x, tree["w"]) + tree["bias"][None] - y
     return jnp.mean(jnp.square(error)), (model_state, {})
 
   tree = {"w": weights(shape, dtype), "bias": jnp.full(shape[-1], bias, dtype)}
@@ -117,7 +116,7 @@ def test_training_goes_on_where_the_file_ended(method):
 
   x, y = batch
   dense = tern_jax.unpack(packed)
-  loss = jnp.mean(jnp.square(x @ dense["w"] + dense["bias"] - y))
+  loss = jnp.mean(jnp.square(x @ dense["w"] + dense["bias"][None] - y))
   resumed = dataclasses.replace(trained_state, params=params, tern_state=state)
   after, metrics = step(resumed, batch)
   rel = 0.05 if method.soft else 1e-5

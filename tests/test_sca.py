@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from tern_jax import SCA, ParamTransform
-from tests.test_contract import weights
+from tests.helpers import weights
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -46,8 +46,8 @@ def test_a_layer_behind_a_norm_survives_fast_scales(standard_promotion):
 
   def loss(params):
     out = x @ tern(params, state)["kernel"]
-    out -= jnp.mean(out, 0)
-    out /= jnp.sqrt(jnp.var(out, 0) + 1e-5)
+    out -= jnp.mean(out, 0, keepdims=True)
+    out /= jnp.sqrt(jnp.var(out, 0, keepdims=True) + 1e-5)
     return jnp.mean(jnp.square(2 * out - y))
 
   @jax.jit

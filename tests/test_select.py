@@ -11,6 +11,9 @@ from flax import nnx
 import tern_jax
 from tern_jax.core.checks import check_weights
 from tern_jax.core.paths import matches
+from tests.helpers import NnxNet
+
+NNX_PATHS = ["layers/0/kernel", "layers/1/kernel"]
 
 
 class _Block(nn.Module):
@@ -19,12 +22,6 @@ class _Block(nn.Module):
     x = nn.Conv(4, (3, 3))(x)
     x = nn.BatchNorm(use_running_average=True)(x)
     return nn.Dense(3, name="head")(x.mean((1, 2)))
-
-
-class _NnxNet(nnx.Module):
-  def __init__(self, rngs):
-    self.layers = nnx.List([nnx.Linear(3, 4, rngs=rngs)])
-    self.norm = nnx.LayerNorm(4, rngs=rngs)
 
 
 def linen():
@@ -52,7 +49,7 @@ def haiku():
   [
     (linen, ["Conv_0/kernel", "head/kernel"]),
     (linen_boxed, ["kernel"]),
-    (lambda: nnx.state(_NnxNet(nnx.Rngs(0))), ["layers/0/kernel"]),
+    (lambda: nnx.state(NnxNet(nnx.Rngs(0))), NNX_PATHS),
     (equinox, ["layers/0/weight", "layers/1/weight"]),
     (haiku, ["mlp/~/linear_0/w", "mlp/~/linear_1/w"]),
   ],

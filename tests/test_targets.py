@@ -16,7 +16,7 @@ import tern_jax
 from tern_jax import EC2T, TGA, TTQ, ParamTransform
 from tern_jax.methods.ec2t import ec2t_at_sparsity
 from tern_jax.training import data_mesh
-from tests import reference
+from tests import helpers, reference
 
 CLASSES = [TTQ, TGA, EC2T]
 SHARES = [0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99]
@@ -35,11 +35,7 @@ GROUP = (0, -1)
 
 
 at_sparsity = jax.jit(ec2t_at_sparsity)
-
-
-def weights(shape=(48, 32), dtype=jnp.float32, seed=0):
-  w = np.random.default_rng(seed).normal(0.01, 0.1, shape)
-  return jnp.asarray(w, jnp.float32).astype(dtype)
+weights = functools.partial(helpers.weights, mu=0.01)
 
 
 def zeros(method, w, scales, state):

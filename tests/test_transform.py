@@ -12,6 +12,7 @@ import tern_jax
 import tern_jax.linen
 import tern_jax.nnx
 from tern_jax import SCA, TWN, ParamTransform, TernParams
+from tests.helpers import NnxNet
 
 
 def user_tree(seed=0):
@@ -85,7 +86,7 @@ def test_the_whole_readme_chain_compiles(standard_promotion):
   def step(params, state, opt_state, x):
     def loss(params):
       w = tern(params, state)
-      h = jnp.tanh(x @ w["body"]["kernel"] + w["body"]["bias"])
+      h = jnp.tanh(x @ w["body"]["kernel"] + w["body"]["bias"][None])
       return jnp.mean((h @ w["head"]["kernel"]) ** 2)
 
     value, grads = jax.value_and_grad(loss)(params)
@@ -169,21 +170,11 @@ def test_linen_apply_fn_replaces_the_model_s():
   jax.tree.map(np.testing.assert_array_equal, new, stats)
 
 
-class _NnxNet(nnx.Module):
-  def __init__(self, rngs):
-    self.a = nnx.Linear(4, 8, rngs=rngs)
-    self.norm = nnx.BatchNorm(8, rngs=rngs)
-    self.b = nnx.Linear(8, 2, rngs=rngs)
-
-  def __call__(self, x):
-    return self.b(self.norm(self.a(x)))
-
-
 def test_nnx_split_and_merge_inside_grad(standard_promotion):
-  model = _NnxNet(nnx.Rngs(0))
+  model = NnxNet(nnx.Rngs(0))
   tern = ParamTransform(SCA(sparsity=0.5))
   graphdef, params, state, rest = tern_jax.nnx.split(tern, model)
-  assert list(params.scales) == ["a/kernel", "b/kernel"]
+  assert list(params.scales) == ["layers/0/kernel", "layers/1/kernel"]
   r = np.random.default_rng(0)
   x = jnp.asarray(r.normal(size=(16, 4)), jnp.float32)
 
@@ -193,7 +184,9 @@ def test_nnx_split_and_merge_inside_grad(standard_promotion):
     return value, nnx.state(net, nnx.BatchStat)
 
   (_, stats), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-  assert float(jnp.abs(grads.latent["a"]["kernel"].get_value()).max()) > 0
+  assert (
+    float(jnp.abs(grads.latent["layers"][0]["kernel"].get_value()).max()) > 0
+  )
   assert float(jnp.abs(stats["norm"]["mean"].get_value()).max()) > 0
 
 
