@@ -1,10 +1,12 @@
 """What several test modules share; none of them imports another."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 import tern_jax
@@ -33,6 +35,9 @@ METHODS = [
   TGA(sparsity=0.6),
 ]
 DTYPES = [jnp.float32, jnp.bfloat16]
+
+#: A row of `parametrize` that only `pytest -m long` runs.
+long = functools.partial(pytest.param, marks=pytest.mark.long)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -68,6 +73,27 @@ class NnxNet(nnx.Module):
 
   def __call__(self, x):
     return self.layers[1](self.norm(self.layers[0](x)))
+
+
+def _compiled(name):
+  """A method of a `Ternarizer` or `ParamTransform`, compiled once a process.
+
+  Most of the suite's time is compilation: operations that run one by one are
+  compiled one by one.
+  """
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def call(owner, *args):
+    return getattr(owner, name)(*args)
+
+  return call
+
+
+init = _compiled("init")
+forward = _compiled("__call__")
+discretize = _compiled("discretize")
+after_step = _compiled("after_step")
+refresh = _compiled("refresh")
 
 
 def weights(shape=(48, 32), dtype=jnp.float32, seed=0, mu=0.0):

@@ -104,7 +104,7 @@ def test_odd_symmetry(lifted):
 
 @pytest.mark.parametrize("value", [0.0, 0.25])
 def test_constant_weights_are_finite(lifted, value):
-  w = jnp.full((8, 4), value)
+  w = jnp.full((48, 32), value)
   scales, state = lifted.init(w)
   theta = lifted.latent(w)
   effective = lifted(theta, scales, state)

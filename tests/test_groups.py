@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import tern_jax
 from tern_jax import EC2T, SCA, TGA, TTQ, TWN, AbsMean, ParamTransform, metrics
-from tests import reference
+from tests import helpers, reference
 from tests.helpers import weights
 
 METHODS = [
@@ -59,8 +59,7 @@ def grouped(method, layout, **kwargs):
 
 def discretized(method, layout, w):
   tern = grouped(method, layout)
-  params, state = tern.init({"w": w})
-  return tern.discretize(params, state)["w"]
+  return helpers.discretize(tern, *helpers.init(tern, {"w": w}))["w"]
 
 
 @pytest.mark.parametrize(
@@ -73,8 +72,8 @@ def test_groups_are_the_columns_of_a_matrix(method, layout):
   got = discretized(method, layout, w)
   columns = jnp.asarray(by_group(w, layout))
   method = dataclasses.replace(method, channel_axis=-1)
-  scales, state = method.init(columns)
-  expected = method.discretize(method.latent(columns), scales, state)
+  moment = jax.jit(lambda w: (method.latent(w), *method.init(w)))(columns)
+  expected = helpers.discretize(method, *moment)
   assert got.shape == layout[0]
   np.testing.assert_array_equal(by_group(got.codes, layout), expected.codes)
   for ours, theirs in ((got.w_p, expected.w_p), (got.w_n, expected.w_n)):
@@ -115,7 +114,8 @@ def test_magnitudes_of_ttq_are_the_means_of_each_group_s_clusters(layout):
 
 @LAYOUT
 def test_a_sparsity_is_that_of_the_whole_leaf(layout):
-  w = weights(layout[0]) * jnp.linspace(0.1, 3.0, layout[0][-1])
+  spread = jnp.broadcast_to(jnp.linspace(0.1, 3.0, layout[0][-1]), layout[0])
+  w = weights(layout[0]) * spread
   for method_class in (SCA, TWN, TTQ, TGA):
     method = method_class(sparsity=0.5)
     codes = discretized(method, layout, w).codes
@@ -145,8 +145,8 @@ def test_forward_is_the_discretization_bit_for_bit(method, layout, dtype):
 @LAYOUT
 def test_packed_saved_and_loaded_bit_for_bit(layout, tmp_path):
   tern = grouped(EC2T(gamma=0.3), layout)
-  params, state = tern.init({"w": weights(layout[0])})
-  ternary = tern.discretize(params, state)
+  params, state = helpers.init(tern, {"w": weights(layout[0])})
+  ternary = helpers.discretize(tern, params, state)
   dense = np.asarray(ternary["w"].dequantize())
   packed = tern_jax.pack(ternary)
   tern_jax.validate(packed)
@@ -181,9 +181,10 @@ def test_bits_per_weight_count_every_scale():
 def test_gradients_of_ttq_in_closed_form(layout):
   w, g = weights(layout[0]), weights(layout[0], seed=1)
   tern = grouped(TTQ(threshold=0.3), layout)
-  params, state = tern.init({"w": w})
-  ternary = tern.discretize(params, state)["w"]
-  grads = jax.grad(lambda p: jnp.sum(tern(p, state)["w"] * g))(params)
+  params, state = helpers.init(tern, {"w": w})
+  ternary = helpers.discretize(tern, params, state)["w"]
+  slopes = jax.jit(jax.grad(lambda p: jnp.sum(tern(p, state)["w"] * g)))
+  grads = slopes(params)
   codes, by = by_group(ternary.codes, layout), by_group(g, layout)
   for name, sign in (("w_p", 1), ("w_n", -1)):
     total = sign * np.sum(by * (codes == sign), 0)
@@ -207,10 +208,12 @@ def test_stacked_layers_are_divided_one_by_one(method, layout):
   shape = layout[0]
   stack = jnp.stack([weights(shape, seed=i) * 10.0**-i for i in range(2)])
   tern = grouped(method, layout, stacked=("blocks",))
-  params, state = tern.init({"blocks": {"w": stack}, "out": {"w": stack[0]}})
-  params, state = tern.after_step(params, state)
-  got = tern.discretize(params, state)
-  dense, effective = got["blocks"]["w"].dequantize(), tern(params, state)
+  tree = {"blocks": {"w": stack}, "out": {"w": stack[0]}}
+  start = jax.jit(lambda tree: tern.after_step(*tern.init(tree)))
+  params, state = start(tree)
+  got = helpers.discretize(tern, params, state)
+  effective = helpers.forward(tern, params, state)
+  dense = got["blocks"]["w"].dequantize()
   if not method.soft:
     np.testing.assert_array_equal(dense, effective["blocks"]["w"])
   for i in range(2):
