@@ -69,7 +69,7 @@ def storage_score(tree: PyTree, channel_axis: int = -1) -> int:
       " with what ParamTransform.discretize or tern_jax.pack returned."
     )
 
-  def folds(path: str, leaf: Array | Ternary | PackedTernary) -> bool:
+  def folds(path: str, leaf: PyTree) -> bool:
     folder, slash, name = path.rpartition("/")
     if is_ternary(leaf) or leaf.ndim != 1 or name in SHIFT_NAMES:
       return False
