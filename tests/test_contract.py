@@ -141,7 +141,7 @@ def test_one_trace_as_a_static_argument(method):
   w = weights()
   args = (method.latent(w), *method.init(w))
   for copy in (method, dataclasses.replace(method)):
-    compiled(copy, *args)
+    compiled.trace(copy, *args)
   assert len(traces) == 1
 
 

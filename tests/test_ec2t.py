@@ -285,7 +285,7 @@ def test_contract_of_values(method):
 
   compiled = jax.jit(forward, static_argnums=0)
   for copy in (method, dataclasses.replace(method)):
-    compiled(copy, weights(), *method.init(weights()))
+    compiled.trace(copy, weights(), *method.init(weights()))
   assert len(traces) == 1
 
 

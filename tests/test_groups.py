@@ -35,7 +35,6 @@ LAYOUTS = {
   "equinox": ((6, 16, 3, 3), 0, 8),
 }
 LAYOUT = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-METHOD = pytest.mark.parametrize("method", METHODS, ids=repr)
 
 
 def by_group(x, layout):
@@ -59,7 +58,8 @@ def grouped(method, layout, **kwargs):
 
 def discretized(method, layout, w):
   tern = grouped(method, layout)
-  return helpers.discretize(tern, *helpers.init(tern, {"w": w}))["w"]
+  params, state = tern.init({"w": w})
+  return tern.discretize(params, state)["w"]
 
 
 @pytest.mark.parametrize(
@@ -72,8 +72,8 @@ def test_groups_are_the_columns_of_a_matrix(method, layout):
   got = discretized(method, layout, w)
   columns = jnp.asarray(by_group(w, layout))
   method = dataclasses.replace(method, channel_axis=-1)
-  moment = jax.jit(lambda w: (method.latent(w), *method.init(w)))(columns)
-  expected = helpers.discretize(method, *moment)
+  scales, state = method.init(columns)
+  expected = method.discretize(method.latent(columns), scales, state)
   assert got.shape == layout[0]
   np.testing.assert_array_equal(by_group(got.codes, layout), expected.codes)
   for ours, theirs in ((got.w_p, expected.w_p), (got.w_n, expected.w_n)):
@@ -124,10 +124,20 @@ def test_a_sparsity_is_that_of_the_whole_leaf(layout):
 
 
 @pytest.mark.parametrize(
-  ("layout", "dtype"),
-  [(LAYOUTS["equinox"], jnp.float32), (LAYOUTS["conv"], jnp.bfloat16)],
+  ("method", "layout", "dtype"),
+  [
+    *((method, LAYOUTS["equinox"], jnp.float32) for method in METHODS[1::2]),
+    *((method, LAYOUTS["conv"], jnp.bfloat16) for method in METHODS[::2]),
+    *(
+      helpers.long(method, LAYOUTS["equinox"], jnp.float32)
+      for method in METHODS[::2]
+    ),
+    *(
+      helpers.long(method, LAYOUTS["conv"], jnp.bfloat16)
+      for method in METHODS[1::2]
+    ),
+  ],
 )
-@METHOD
 def test_forward_is_the_discretization_bit_for_bit(method, layout, dtype):
   tern = grouped(method, layout)
   params, state = tern.init({"w": weights(layout[0], dtype=dtype)})
@@ -145,8 +155,8 @@ def test_forward_is_the_discretization_bit_for_bit(method, layout, dtype):
 @LAYOUT
 def test_packed_saved_and_loaded_bit_for_bit(layout, tmp_path):
   tern = grouped(EC2T(gamma=0.3), layout)
-  params, state = helpers.init(tern, {"w": weights(layout[0])})
-  ternary = helpers.discretize(tern, params, state)
+  params, state = tern.init({"w": weights(layout[0])})
+  ternary = tern.discretize(params, state)
   dense = np.asarray(ternary["w"].dequantize())
   packed = tern_jax.pack(ternary)
   tern_jax.validate(packed)
@@ -181,8 +191,8 @@ def test_bits_per_weight_count_every_scale():
 def test_gradients_of_ttq_in_closed_form(layout):
   w, g = weights(layout[0]), weights(layout[0], seed=1)
   tern = grouped(TTQ(threshold=0.3), layout)
-  params, state = helpers.init(tern, {"w": w})
-  ternary = helpers.discretize(tern, params, state)["w"]
+  params, state = tern.init({"w": w})
+  ternary = tern.discretize(params, state)["w"]
   slopes = jax.jit(jax.grad(lambda p: jnp.sum(tern(p, state)["w"] * g)))
   grads = slopes(params)
   codes, by = by_group(ternary.codes, layout), by_group(g, layout)

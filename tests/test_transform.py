@@ -56,7 +56,7 @@ def test_partition_trains_latents_and_scales_at_their_own_rates(
     {"latent": optax.sgd(0.5), "scales": optax.sgd(0.125)}, tern_jax.LABELS
   )
   grads = jax.tree.map(jnp.ones_like, params)
-  updates, _ = tx.update(grads, tx.init(params), params)
+  updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
   assert isinstance(updates, TernParams)
   assert {float(u.max()) for u in jax.tree.leaves(updates.latent)} == {-0.5}
   assert {float(u.max()) for u in jax.tree.leaves(updates.scales)} == {-0.125}
@@ -142,7 +142,7 @@ def test_equinox_and_haiku_models_run_with_ternary_weights():
   assert float(jnp.mean(ternary.layers[1].weight == 0)) == 0.5
 
   net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([8, 2])(x)))
-  tree = net.init(jax.random.key(0), jnp.ones((1, 4)))
+  tree = jax.jit(net.init)(jax.random.key(0), jnp.ones((1, 4)))
   params, state = tern.init(tree)
   assert net.apply(tern(params, state), jnp.ones((1, 4))).shape == (1, 2)
 
@@ -157,7 +157,9 @@ class _Net(nn.Module):
 
 def test_linen_apply_fn_replaces_the_model_s():
   model, x = _Net(), jnp.ones((3, 4))
-  variables = model.init(jax.random.key(0), x, train=False)
+  variables = jax.jit(lambda key: model.init(key, x, train=False))(
+    jax.random.key(0)
+  )
   tern = ParamTransform(SCA(sparsity=0.5))
   ternary = tern_jax.linen.init(tern, variables)
   apply = tern_jax.linen.apply_fn(model, tern)
