@@ -152,12 +152,16 @@ def test_stacked_layers_share_a_target_across():
 
 
 @pytest.mark.parametrize(
-  "target",
-  [per_layer({"a": 0.8, "b": 0.6, "c": 0.4}), across_layers(0.7)],
-  ids=["per_layer", "across_layers"],
+  ("target", "layers"),
+  [
+    (per_layer({"a": 0.8, "c": 0.4}), "ac"),
+    (across_layers(0.7), "ac"),
+    helpers.long(per_layer({"a": 0.8, "b": 0.6, "c": 0.4}), "abc"),
+    helpers.long(across_layers(0.7), "abc"),
+  ],
 )
-def test_targets_are_followed_in_training(target, standard_promotion):
-  tree = net()
+def test_targets_are_followed_in_training(target, layers, standard_promotion):
+  tree = {k: layer for k, layer in net().items() if k in layers}
   steps = 60
   risen = ramp(target, steps)
   tern = ParamTransform(SCA(sparsity=risen))
@@ -205,13 +209,14 @@ def test_targets_are_followed_in_training(target, standard_promotion):
 @pytest.mark.parametrize(
   ("method_class", "target", "layers"),
   [
-    (SCA, per_layer({"a": 0.5, "*": 0.8}), "abc"),
-    (TWN, across_layers(0.8), "abc"),
+    (SCA, per_layer({"a": 0.5, "*": 0.8}), "ab"),
+    (TWN, across_layers(0.8), "ac"),
     (TTQ, 0.8, "a"),
     (TGA, 0.8, "b"),
     (EC2T, 0.8, "c"),
     helpers.long(SCA, 0.8, "abc"),
-    helpers.long(SCA, across_layers(0.8), "abc"),
+    helpers.long(SCA, per_layer({"a": 0.5, "*": 0.8}), "abc"),
+    *(helpers.long(m, across_layers(0.8), "abc") for m in (SCA, TWN)),
     *(helpers.long(m, 0.8, "abc") for m in (TWN, TTQ, TGA, EC2T)),
   ],
 )

@@ -147,12 +147,13 @@ METHODS_OF_FILES = [
   ("method", "layout"),
   [
     *((method, "channel") for method in METHODS_OF_FILES[1::2]),
-    *((method, "stacked groups") for method in METHODS_OF_FILES[::2]),
+    *((method, "stacked groups") for method in METHODS_OF_FILES[::3]),
     *(helpers.long(method, "channel") for method in METHODS_OF_FILES[::2]),
     *(helpers.long(method, "stacked") for method in METHODS_OF_FILES[1::4]),
     *(
       helpers.long(method, "stacked groups")
-      for method in METHODS_OF_FILES[1::2]
+      for i, method in enumerate(METHODS_OF_FILES)
+      if i % 3
     ),
   ],
 )
