@@ -338,7 +338,12 @@ def _print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     print("  ".join(cells).rstrip())
 
 
-if __name__ == "__main__":
+def run() -> int:
+  """Runs the command for a process of its own, and returns its exit status."""
   # Looking at a file must not take the accelerator of a training beside it.
   jax.config.update("jax_platforms", "cpu")
-  sys.exit(main())
+  return main()
+
+
+if __name__ == "__main__":
+  sys.exit(run())
