@@ -74,12 +74,13 @@ def _parser() -> argparse.ArgumentParser:
   add("diff", _diff, "Counts the codes that flipped, by layer.", "a", "b")
   command = add("export", _export, "Writes a file for other runtimes.", "path")
   command.add_argument("out", help="file to write")
-  command.add_argument(
-    "--to", choices=("safetensors", "gguf", "stablehlo"), required=True
-  )
-  command.add_argument("--codec", choices=export.CODECS, default="planes")
-  command.add_argument("--type", choices=export.GGUF_TYPES, default="TQ2_0")
-  command.add_argument("--channel-axis", type=int, default=-1)
+  command.add_argument("--to", choices=export.FORMATS, required=True)
+  formats = export.FORMATS.values()
+  for name, facts in {
+    k: v for f in formats for k, v in f.options.items()
+  }.items():
+    flag = f"--{name.replace('_', '-')}"
+    command.add_argument(flag, **{"default": argparse.SUPPRESS, **facts})
   command.add_argument("--overwrite", action="store_true")
   return parser
 
@@ -305,25 +306,13 @@ def _print_diff(report: dict[str, Any]) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-  if options.to == "stablehlo":
-    raise ValueError(
-      "a StableHLO artefact has the model in it, which no checkpoint holds:"
-      " call tern_jax.export.to_stablehlo in Python."
-    )
+  writer = export.FORMATS[options.to]
+  if writer.write is None:
+    raise ValueError(writer.refusal)
+  given = {k: v for k, v in vars(options).items() if k in writer.options}
   tree = load_packed(options.path)
-  if options.to == "safetensors":
-    export.to_safetensors(
-      options.out, tree, codec=options.codec, overwrite=options.overwrite
-    )
-    return 0
-  errors = export.to_gguf(
-    options.out,
-    tree,
-    options.type,
-    channel_axis=options.channel_axis,
-    overwrite=options.overwrite,
-  )
-  for name, error in errors.items():
+  errors = writer.write(options.out, tree, overwrite=options.overwrite, **given)
+  for name, error in (errors or {}).items():
     print(f"{name}: relative RMS error {error:.1e}")
   return 0
 
