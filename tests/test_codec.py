@@ -20,7 +20,7 @@ from tern_jax.checkpoint import (
   save_packed,
 )
 from tern_jax.core.containers import Ternary
-from tern_jax.storage.entropy import coder, layout
+from tern_jax.storage.entropy import coding, layout
 from tern_jax.storage.packed import PackedTernary, pack, packed_axis
 
 SETTINGS = hypothesis.settings(
@@ -299,9 +299,9 @@ def test_the_bytes_are_a_function_of_the_weights():
 
 def test_probabilities_are_those_that_the_library_takes():
   """A symbol costs log2(total / weight), and its weight is what was asked."""
-  stream = coder.stream()
+  stream = coding.stream()
   weights = (1, 1000, 2**23, 77)
-  model = coder.categorical(weights)
+  model = coding.categorical(weights)
   for symbol, weight in enumerate(weights):
     encoder = stream.queue.RangeEncoder()
     encoder.encode(np.full(50_000, symbol, np.int32), model)
@@ -417,7 +417,7 @@ def test_weights_are_validated():
 
 def test_constriction_is_optional(monkeypatch):
   monkeypatch.setitem(sys.modules, "constriction", None)
-  coder.stream.cache_clear()
+  coding.stream.cache_clear()
   for run in (
     lambda: codec.encode(packed_of(np.zeros(8))),
     lambda: codec.decode(TENSOR, (8,)),

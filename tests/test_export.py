@@ -26,7 +26,7 @@ from tern_jax.export import (
   to_safetensors,
   to_stablehlo,
 )
-from tern_jax.storage.entropy import coder
+from tern_jax.storage.entropy import coding
 from tern_jax.storage.packed import PackedTernary, unpack
 
 # Packages that a runtime without JAX, or without this one, does not have.
@@ -264,7 +264,7 @@ def test_codecs_that_are_not_there(path, monkeypatch):
     to_safetensors(path, NET, codec="zip")
   to_safetensors(path, {"w": packed((16, 3))}, codec="entropy")
   monkeypatch.setitem(sys.modules, "constriction", None)
-  coder.stream.cache_clear()
+  coding.stream.cache_clear()
   with pytest.raises(ImportError, match="needs constriction"):
     from_safetensors(path)
   with pytest.raises(ImportError, match="needs constriction"):

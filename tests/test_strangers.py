@@ -10,14 +10,11 @@ import pytest
 import tern_jax
 from tern_jax import __main__, export
 from tern_jax.storage.codecs import CODECS, Codec
+from tern_jax.storage.packed import plane_shape
 
 
-class Deflate(Codec):
+class Deflate:
   """Both planes by zlib."""
-
-  name = "deflate"
-  arrays = ("deflated",)
-  incompressible = True
 
   def encode(self, packed):
     planes = b"".join(np.asarray(x) for x in (packed.nonzero, packed.sign))
@@ -28,16 +25,18 @@ class Deflate(Codec):
       both = np.frombuffer(zlib.decompress(arrays["deflated"]), np.uint8)
     except zlib.error as e:
       raise ValueError(f"{e}.") from e
-    like = tern_jax.pack(
-      tern_jax.Ternary(jnp.zeros(shape, jnp.int8), jnp.ones(()), jnp.ones(()))
-    )
-    return both.reshape(2, *like.nonzero.shape)
+    return both.reshape(2, *plane_shape(shape))
+
+
+def codec_of(coder):
+  return Codec("deflate", ("deflated",), coder.encode, coder.decode)
 
 
 @pytest.fixture
 def codec(monkeypatch):
-  monkeypatch.setitem(CODECS, Deflate.name, Deflate())
-  return Deflate.name
+  added = codec_of(Deflate())
+  monkeypatch.setitem(CODECS, added.name, added)
+  return added.name
 
 
 def net():
@@ -93,7 +92,7 @@ def test_damage_is_noticed_whatever_the_codec(codec, tmp_path, monkeypatch):
       return nonzero ^ 1, sign
 
   tern_jax.save_packed(tmp_path / "net", net(), codec=codec)
-  monkeypatch.setitem(CODECS, codec, Wrong())
+  monkeypatch.setitem(CODECS, codec, codec_of(Wrong()))
   with pytest.raises(tern_jax.CheckpointError, match="crc32 differs"):
     tern_jax.load_packed(tmp_path / "net")
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import math
 import os
 import secrets
 from collections import Counter
@@ -97,7 +98,7 @@ def checked_leaves(tree: Any) -> dict[leaves.Path, Any]:
     TypeError: a leaf is neither packed nor an array of numbers.
     ValueError: a packed leaf breaks an invariant.
   """
-  found, _ = leaves.flatten(tree)
+  found, _ = leaves.flatten(tree, depth=math.inf)
   for path, x in found.items():
     name = path_str(path) or "the leaf"
     if leaves.kind_of(name, x) == "ternary":

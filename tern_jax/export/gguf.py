@@ -9,15 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tern_jax.core.select import KERNEL_NAMES
-from tern_jax.export.files import (
-  FORMAT,
-  Writer,
-  check_unique,
-  checked_leaves,
-  fresh_file,
-  require,
-  tensor_name,
-)
+from tern_jax.export import files
 from tern_jax.storage.packed import PackedTernary, to_ternary
 from tern_jax.storage.version import version
 
@@ -87,7 +79,7 @@ def to_gguf(
   ...   to_gguf(folder + "/net.gguf", tree)
   {'kernel': 0.0}
   """
-  gguf = require("gguf", "to_gguf")
+  gguf = files.require("gguf", "to_gguf")
   if type not in GGUF_TYPES:
     raise ValueError(f"type must be one of {GGUF_TYPES}, got {type!r}.")
   if channel_axis not in (-1, 0):
@@ -95,9 +87,9 @@ def to_gguf(
       f"channel_axis must be -1 (Flax, Haiku) or 0 (Equinox), got"
       f" {channel_axis}."
     )
-  found = checked_leaves(tree)
-  check_unique(map(tensor_name, found))
-  leaves = {tensor_name(path): x for path, x in found.items()}
+  found = files.checked_leaves(tree)
+  files.check_unique(map(files.tensor_name, found))
+  leaves = {files.tensor_name(keys): x for keys, x in found.items()}
   ggml_type = gguf.GGMLQuantizationType[type]
   tensors, errors, faults = {}, {}, []
   for name, x in leaves.items():
@@ -119,7 +111,7 @@ def to_gguf(
       f" row, and these leaves do not fit. {'. '.join(faults)}. Unpack"
       " weights to store them as F32."
     )
-  with fresh_file(path, overwrite) as fresh:
+  with files.fresh_file(path, overwrite) as fresh:
     _write(gguf, fresh, type, tensors, list(errors))
     written = {t.name: t for t in gguf.GGUFReader(fresh).tensors}
     for name, x in leaves.items():
@@ -132,7 +124,7 @@ def to_gguf(
   return errors
 
 
-GGUF = Writer(
+GGUF = files.Writer(
   to_gguf,
   {
     "type": {"choices": GGUF_TYPES, "default": "TQ2_0"},
@@ -153,7 +145,7 @@ def _write(
   try:
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{ggml_name}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_uint32("tern_jax.format", FORMAT)
+    writer.add_uint32("tern_jax.format", files.FORMAT)
     writer.add_string("tern_jax.version", version())
     writer.add_array("tern_jax.ternary", ternary)
     for name, (data, raw_dtype) in tensors.items():

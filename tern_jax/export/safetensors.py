@@ -8,25 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from tern_jax.export.files import (
-  FORMAT,
-  Writer,
-  check_unique,
-  checked_leaves,
-  fresh_file,
-  require,
-  tensor_name,
-)
-from tern_jax.storage import codecs
-from tern_jax.storage.leaves import (
-  DEPTH,
-  clash,
-  crc_of,
-  describe,
-  host,
-  nest,
-  place,
-)
+from tern_jax.export import files
+from tern_jax.storage import codecs, leaves
 from tern_jax.storage.packed import PackedTernary, validate
 from tern_jax.storage.version import version
 
@@ -105,18 +88,18 @@ def to_safetensors(
   >>> net["kernel"].dequantize()[0].tolist()
   [2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
   """
-  numpy_api = require("safetensors.numpy", "to_safetensors")
-  stored_by = codecs.codec_of(codec)
-  leaves, tensors = [], {}
-  for path_in_tree, x in checked_leaves(tree).items():
-    leaf, arrays = _encode(path_in_tree, x, stored_by)
-    leaves.append(leaf)
+  numpy_api = files.require("safetensors.numpy", "to_safetensors")
+  stored_by = codecs.named(codec)
+  entries, tensors = [], {}
+  for keys, x in files.checked_leaves(tree).items():
+    entry, arrays = _encode(keys, x, stored_by)
+    entries.append(entry)
     tensors |= arrays
-  facts = {"format": FORMAT, "version": version(), "leaves": leaves}
+  facts = {"format": files.FORMAT, "version": version(), "leaves": entries}
   text = json.dumps(facts)
   _check_facts(json.loads(text))
   metadata = {"tern_jax": text, "crc32": str(zlib.crc32(text.encode()))}
-  with fresh_file(path, overwrite) as fresh:
+  with files.fresh_file(path, overwrite) as fresh:
     numpy_api.save_file(tensors, fresh, metadata)
 
 
@@ -139,15 +122,15 @@ def from_safetensors(path: str | os.PathLike[str]) -> Any:
     OSError: the file cannot be read.
     ImportError: safetensors is missing, or constriction for coded weights.
   """
-  safetensors = require("safetensors", "from_safetensors")
+  safetensors = files.require("safetensors", "from_safetensors")
   try:
     with safetensors.safe_open(path, "numpy") as file:
-      leaves = _read_facts(file.metadata() or {})
-      described = {k: t for leaf in leaves for k, t in leaf["tensors"].items()}
+      entries = _read_facts(file.metadata() or {})
+      described = {k: t for e in entries for k, t in e["tensors"].items()}
       shapes = {k: file.get_slice(k).get_shape() for k in file.offset_keys()}
       if shapes != {k: t["shape"] for k, t in described.items()}:
         raise ValueError("its tensors are not those of its metadata")
-      return nest({tuple(x["path"]): _decode(file, x) for x in leaves})
+      return leaves.nest({tuple(e["path"]): _decode(file, e) for e in entries})
   except (OSError, ImportError):
     raise
   # The package raises errors of its own, and of NumPy on shapes of size 0.
@@ -155,7 +138,7 @@ def from_safetensors(path: str | os.PathLike[str]) -> Any:
     raise ValueError(f"cannot load {os.fspath(path)}: {e}.") from e
 
 
-SAFETENSORS = Writer(
+SAFETENSORS = files.Writer(
   to_safetensors, {"codec": {"choices": codecs.CODECS, "default": "planes"}}
 )
 
@@ -164,12 +147,12 @@ def _encode(
   path: tuple[str, ...], x: Any, codec: codecs.Codec
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """Returns what the metadata says of a leaf, and its tensors."""
-  name = tensor_name(path)
+  name = files.tensor_name(path)
   if isinstance(x, PackedTernary):
     kind, extra = codec.kind or codec.name, {"shape": x.shape, "axis": x.axis}
-    arrays = codecs.encode(codec, jax.tree.map(host, x))
+    arrays = codecs.encode(codec, jax.tree.map(leaves.host, x))
   else:
-    kind, extra, arrays = "dense", {}, {"": host(x)}
+    kind, extra, arrays = "dense", {}, {"": leaves.host(x)}
   for a in arrays.values():
     if a.dtype.name not in _DTYPES:
       raise TypeError(f"{name}: safetensors has no arrays of {a.dtype}.")
@@ -179,8 +162,8 @@ def _encode(
     "path": list(path),
     "name": name,
     "kind": kind,
-    "tensors": describe(tensors),
-    "crc32": crc_of(tensors),
+    "tensors": leaves.describe(tensors),
+    "crc32": leaves.crc_of(tensors),
   }
   return leaf | extra, tensors
 
@@ -189,7 +172,7 @@ def _names(name: str, kind: str) -> dict[str, str]:
   """Returns the names of a leaf's tensors, by the parts of the leaf."""
   if kind == "dense":
     return {"": name}
-  parts = (*codecs.kinds()[kind].arrays, "w_p", "w_n")
+  parts = (*codecs.by_kind()[kind].arrays, "w_p", "w_n")
   return {part: f"{name}.{part}" for part in parts}
 
 
@@ -210,21 +193,21 @@ def _read_facts(metadata: dict[str, str]) -> list[dict[str, Any]]:
 def _check_facts(facts: Any) -> list[dict[str, Any]]:
   """Returns the leaves of metadata, of which nothing is taken on trust."""
   match facts:
-    case {"format": int(version)} if version > FORMAT:
+    case {"format": int(version)} if version > files.FORMAT:
       raise ValueError(
-        f"it has format {version}, but this tern_jax reads up to {FORMAT}:"
-        " upgrade tern_jax"
+        f"it has format {version}, but this tern_jax reads up to"
+        f" {files.FORMAT}: upgrade tern_jax"
       )
-    case {"format": 1, "leaves": list(leaves)}:
+    case {"format": 1, "leaves": list(entries)}:
       pass
     case _:
       raise ValueError("its metadata has no format or no leaves")
-  for leaf in leaves:
-    _check_leaf(leaf)
-  check_unique(name for leaf in leaves for name in leaf["tensors"])
-  if clash([tuple(leaf["path"]) for leaf in leaves]):
+  for entry in entries:
+    _check_leaf(entry)
+  files.check_unique(name for e in entries for name in e["tensors"])
+  if leaves.clash([tuple(e["path"]) for e in entries]):
     raise ValueError("two leaves have one path")
-  return leaves
+  return entries
 
 
 def _check_leaf(leaf: Any) -> None:
@@ -235,12 +218,14 @@ def _check_leaf(leaf: Any) -> None:
       "name": str(name),
       "tensors": dict(tensors),
       "crc32": int(),
-    } if kind in {"dense", *codecs.kinds()}:
+    } if kind in {"dense", *codecs.by_kind()}:
       pass
     case _:
       raise ValueError("its metadata has a leaf that lacks a field")
-  if len(path) > DEPTH or not all(isinstance(key, str) for key in path):
-    raise ValueError(f"{name}: a path is up to {DEPTH} strings, got {path}")
+  if len(path) > leaves.DEPTH or not all(isinstance(key, str) for key in path):
+    raise ValueError(
+      f"{name}: a path is up to {leaves.DEPTH} strings, got {path}"
+    )
   names = list(_names(name, kind).values())
   if set(tensors) != set(names):
     raise ValueError(f"{name}: the tensors must be {names}")
@@ -269,15 +254,15 @@ def _decode(file: Any, leaf: dict[str, Any]) -> Any:
   """Returns a verified leaf."""
   name, kind = leaf["name"], leaf["kind"]
   tensors = {k: file.get_tensor(k) for k in leaf["tensors"]}
-  if describe(tensors) != leaf["tensors"]:
+  if leaves.describe(tensors) != leaf["tensors"]:
     raise ValueError(f"{name}: its dtypes are not those of the metadata")
-  if crc_of(tensors) != leaf["crc32"]:
+  if leaves.crc_of(tensors) != leaf["crc32"]:
     raise ValueError(f"{name} is damaged: its crc32 differs")
   arrays = {part: tensors[k] for part, k in _names(name, kind).items()}
   if kind == "dense":
-    return place(arrays[""])
+    return leaves.place(arrays[""])
   shape = tuple(leaf["shape"])
-  fields = codecs.decode(codecs.kinds()[kind], arrays, shape)
+  fields = codecs.decode(codecs.by_kind()[kind], arrays, shape)
   x = PackedTernary(**fields, shape=shape, axis=leaf["axis"])
   validate({name: x})
-  return place(x)
+  return leaves.place(x)

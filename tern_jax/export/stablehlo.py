@@ -9,7 +9,7 @@ import jax.export as jax_export
 import jax.numpy as jnp
 
 from tern_jax.core.containers import Ternary
-from tern_jax.export.files import Writer, fresh_file, require
+from tern_jax.export import files
 from tern_jax.storage.leaves import is_whole
 from tern_jax.storage.packed import PackedTernary
 
@@ -57,7 +57,7 @@ def to_stablehlo(
   >>> jax.export.deserialize(bytearray(net)).call(jnp.ones((3, 8))).shape
   (3, 8)
   """
-  require("flatbuffers", "to_stablehlo")
+  files.require("flatbuffers", "to_stablehlo")
 
   def dense_weights(x: Any) -> Any:
     if isinstance(x, Ternary):
@@ -85,12 +85,12 @@ def to_stablehlo(
   exported = jax_export.export(jax.jit(call), platforms=platforms)
   data = bytes(exported(*jax.tree.map(shape_of, inputs)).serialize())
   if path is not None:
-    with fresh_file(path, overwrite) as fresh:
+    with files.fresh_file(path, overwrite) as fresh:
       fresh.write_bytes(data)
   return data
 
 
-STABLEHLO = Writer(
+STABLEHLO = files.Writer(
   write=None,
   refusal="a StableHLO artefact has the model in it, which no checkpoint holds:"
   " call tern_jax.export.to_stablehlo in Python.",

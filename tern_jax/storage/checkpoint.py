@@ -25,38 +25,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from tern_jax.storage import codecs
-from tern_jax.storage.arrays import (
-  context,
-  groups,
-  index_of,
-  lent,
-  ocp,
-  read,
-)
+from tern_jax.storage import codecs, leaves, tensors
 from tern_jax.storage.codecs import Codec
-from tern_jax.storage.leaves import (
-  DEPTH,
-  FIELDS,
-  CheckpointError,
-  Path,
-  crc_of,
-  describe,
-  flatten,
-  host,
-  kind_of,
-  name_of,
-  nest,
-  place,
-)
+from tern_jax.storage.leaves import CheckpointError, Path, crc_of, name_of
 from tern_jax.storage.packed import PackedTernary, validate
-from tern_jax.storage.places import (
-  Place,
-  absolute,
-  explained,
-  locate,
-  staged,
-)
+from tern_jax.storage.places import Place, absolute, explained, locate, staged
 from tern_jax.storage.spec import (
   Entries,
   Entry,
@@ -109,13 +82,13 @@ def save_packed(
   >>> net["Dense_0"]["kernel"].dequantize()[0].tolist()
   [2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
   """
-  stored_by = codecs.codec_of(codec)
+  stored_by = codecs.named(codec)
   path = absolute(path)
   parts = parts_of({"packed": tree}, stored_by, method)
-  saving = context()
+  saving = tensors.context()
   saving.array.saving.use_compression = _compressible(parts, stored_by)
   with explained("save", path), staged(path, overwrite) as fresh, saving:
-    ocp.save_checkpointables(fresh, lent(parts))
+    tensors.ocp.save_checkpointables(fresh, tensors.lent(parts))
 
 
 def load_packed(
@@ -166,7 +139,7 @@ def examine(
   """
   path = locate(path)
   spec = read_spec(path)
-  codec = codecs.codec_of(spec["codec"])
+  codec = codecs.named(spec["codec"])
   with explained("read", path):
     entries = entries_of(path, part, spec)
 
@@ -177,21 +150,21 @@ def examine(
     except CheckpointError as e:
       return e
 
-  index = attempt(index_of, path, part)
-  divided = attempt(lambda: list(groups(entries)))
+  index = attempt(tensors.index_of, path, part)
+  divided = attempt(lambda: list(tensors.groups(entries)))
   for failed in (index, divided):
     if isinstance(failed, CheckpointError):
       return dict.fromkeys(entries, failed)
 
   def leaf(keys: Path, entry: Entry, together: Any) -> Any:
     if isinstance(together, CheckpointError):
-      together = read(path, part, {keys: entry}, index)
+      together = tensors.read(path, part, {keys: entry}, index)
     return _leaf(path, codec, entry, together)
 
   found: dict[Path, Any] = {}
   for group in divided:
     # One damaged chunk fails the read of all: then each is read alone.
-    together = attempt(read, path, part, group, index)
+    together = attempt(tensors.read, path, part, group, index)
     for keys, entry in group.items():
       found[keys] = attempt(leaf, keys, entry, together)
   return found
@@ -212,41 +185,35 @@ def parts_of(
     extra: JSON value.
   """
   parts: dict[str, Any] = {}
-  leaves: dict[str, list[Entry]] = {}
+  entries: dict[str, list[Entry]] = {}
   for part, tree in trees.items():
-    leaves[part], arrays = [], {}
-    for i, (path, x) in enumerate(_flatten(tree)[0].items()):
-      entry, found = _encode(path, x, codec)
-      leaves[part].append(entry)
-      arrays[number(i)] = {k: a for k, a in found.items() if a.size}
-    # Orbax cannot store what has no elements; the spec knows all about it.
-    if arrays := {k: x for k, x in arrays.items() if x}:
-      parts[part] = arrays
-  return parts | {"spec": seal(leaves, codec.name, method, extra)}
-
-
-def _flatten(tree: Any) -> tuple[dict[Path, Any], Any]:
-  leaves, treedef = flatten(tree)
-  for path in leaves:
-    if len(path) > DEPTH:
-      raise ValueError(f"a path is at most {DEPTH} keys, got {name_of(path)}.")
-  return leaves, treedef
+    entries[part], stored = [], {}
+    for i, (path, x) in enumerate(leaves.flatten(tree)[0].items()):
+      entry, arrays = _encode(path, x, codec)
+      entries[part].append(entry)
+      # Orbax cannot store what has no elements; the spec knows all about it.
+      if arrays := {k: a for k, a in arrays.items() if a.size}:
+        stored[number(i)] = arrays
+    if stored:
+      parts[part] = stored
+  return parts | {"spec": seal(entries, codec.name, method, extra)}
 
 
 def _encode(path: Path, x: Any, codec: Codec) -> tuple[Entry, dict[str, Any]]:
   """Returns a leaf's entry in the spec, and its arrays on the host."""
   name = name_of(path)
-  kind, extra = kind_of(name, x, keys=True), {}
+  kind, extra = leaves.kind_of(name, x, keys=True), {}
   if kind == "ternary":
     extra = {"axis": x.axis}
-    x = jax.tree.map(host, x)
+    x = jax.tree.map(leaves.host, x)
     validate({name: x})
-    crc = crc_of({k: getattr(x, k) for k in FIELDS})
+    crc = crc_of({k: getattr(x, k) for k in leaves.FIELDS})
     arrays = codecs.encode(codec, x)
   else:
     if kind == "key":
       extra = {"impl": str(jax.random.key_impl(x))}
-    arrays = {"value": host(jax.random.key_data(x) if kind == "key" else x)}
+    data = jax.random.key_data(x) if kind == "key" else x
+    arrays = {"value": leaves.host(data)}
     crc = crc_of(arrays)
   entry = {
     "path": path,
@@ -254,19 +221,17 @@ def _encode(path: Path, x: Any, codec: Codec) -> tuple[Entry, dict[str, Any]]:
     "shape": x.shape,
     "dtype": x.dtype.name,
     "crc32": crc,
-    "arrays": describe(arrays),
+    "arrays": leaves.describe(arrays),
   }
   return entry | extra, arrays
 
 
 def _compressible(parts: dict[str, Any], codec: Codec) -> bool:
   """Whether at least half of the bytes can be compressed at all."""
-  if not codec.incompressible:
-    return True
-  leaves = parts.get("packed", {}).values()
-  sizes = [(name, x.nbytes) for leaf in leaves for name, x in leaf.items()]
+  packed = parts.get("packed", {}).values()
+  sizes = [(name, x.nbytes) for leaf in packed for name, x in leaf.items()]
   coded = sum(size for name, size in sizes if name in codec.arrays)
-  return 2 * coded <= sum(size for _, size in sizes)
+  return not codec.incompressible or 2 * coded <= sum(n for _, n in sizes)
 
 
 # Parts to trees.
@@ -276,12 +241,12 @@ def load(
   path: Place, part: str, spec: dict[str, Any], like: Any, partial: bool
 ) -> Any:
   """Returns a part of a checkpoint, verified, in the structure of `like`."""
-  codec = codecs.codec_of(spec["codec"])
+  codec = codecs.named(spec["codec"])
   with explained("read", path):
     entries = entries_of(path, part, spec)
     if like is None:
-      return nest(dict(_read(path, part, codec, entries, {})))
-    wanted, treedef = _flatten(like)
+      return leaves.nest(dict(_read(path, part, codec, entries, {})))
+    wanted, treedef = leaves.flatten(like)
     if partial:
       entries = {k: e for k, e in entries.items() if k in wanted}
     check_fit(path, entries, wanted)
@@ -293,12 +258,12 @@ def _read(
   path: Place, part: str, codec: Codec, entries: Entries, like: dict[Path, Any]
 ) -> Iterator[tuple[Path, Any]]:
   """Yields the verified leaves of a part, on the devices of others."""
-  index = index_of(path, part)
-  for group in groups(entries):
-    stored = read(path, part, group, index)
+  index = tensors.index_of(path, part)
+  for group in tensors.groups(entries):
+    stored = tensors.read(path, part, group, index)
     for keys, e in group.items():
       x = _leaf(path, codec, e, stored)
-      yield keys, place(x, like.get(keys), "the checkpoint")
+      yield keys, leaves.place(x, like.get(keys), "the checkpoint")
 
 
 def _leaf(

@@ -39,14 +39,20 @@ def is_whole(x: Any) -> bool:
   return isinstance(x, Ternary | PackedTernary)
 
 
-def flatten(tree: Any) -> tuple[dict[Path, Any], Any]:
-  """Returns the leaves by path, weights whole, and the tree's structure."""
+def flatten(tree: Any, depth: float = DEPTH) -> tuple[dict[Path, Any], Any]:
+  """Returns the leaves by path, weights whole, and the tree's structure.
+
+  Raises:
+    ValueError: two leaves have one path, or a path has more keys than `depth`.
+  """
   flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_whole)
   leaves = {}
   for keys, x in flat:
     path = tuple(map(key_str, keys))
     if path in leaves:
       raise ValueError(f"two leaves have the path {name_of(path)}.")
+    if len(path) > depth:
+      raise ValueError(f"a path is at most {depth} keys, got {name_of(path)}.")
     # A plain number is the array that JAX takes it for.
     leaves[path] = jnp.asarray(x) if isinstance(x, bool | int | float) else x
   return leaves, treedef

@@ -7,25 +7,11 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from tern_jax.storage.arrays import context, lent, ocp
+from tern_jax.storage import codecs, places
 from tern_jax.storage.checkpoint import load, parts_of
-from tern_jax.storage.codecs import CODECS
 from tern_jax.storage.leaves import CheckpointError
-from tern_jax.storage.places import (
-  UNFINISHED,
-  Place,
-  absolute,
-  explained,
-  in_bucket,
-  is_unfinished,
-  lead,
-  locate,
-  locked,
-  probe,
-  remove,
-  steps,
-)
 from tern_jax.storage.spec import read_spec
+from tern_jax.storage.tensors import context, lent, ocp
 
 
 class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
@@ -80,7 +66,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     keeping = [policies.LatestN(keep)]
     if keep_every is not None:
       keeping.append(policies.EveryNSteps(keep_every))
-    self.directory = absolute(directory)
+    self.directory = places.absolute(directory)
     self._interval = save_interval
     self._open = functools.partial(
       ocp.training.Checkpointer,
@@ -88,10 +74,10 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
       context=context(),
       preservation_policy=policies.AnyPreservationPolicy(keeping),
     )
-    with explained("open", self.directory):
+    with places.explained("open", self.directory):
       self._run = self._open()
     #: The step that is being saved, and what waits for it.
-    self._saving: tuple[Place, Any] | None = None
+    self._saving: tuple[places.Place, Any] | None = None
     self._lock = contextlib.ExitStack()
     self._locked = False
 
@@ -141,10 +127,10 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     if step == latest or not due:
       return False
     trees = {"state": state, "packed": packed}
-    parts = parts_of(trees, CODECS["planes"], method, extra)
-    with explained("save", path):
-      lead(lambda: self._prepare(path))
-      if in_bucket(path):
+    parts = parts_of(trees, codecs.PLANES, method, extra)
+    with places.explained("save", path):
+      places.lead(lambda: self._prepare(path))
+      if places.in_bucket(path):
         self._run.reload()  # Forget the incomplete step that was removed.
     with self._cleaned(path):
       saving = self._run.save_checkpointables_async(
@@ -202,40 +188,40 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     step = self.latest_step() if step is None else step
     if step is None:
       raise CheckpointError(f"{self.directory} holds no checkpoint: save one.")
-    path = locate(self.directory / str(step))
+    path = places.locate(self.directory / str(step))
     spec = read_spec(path)
     return load(path, "state", spec, like, partial), spec["extra"], step
 
   def latest_step(self) -> int | None:
     """Returns the number of the latest saved step, None if there is none."""
-    return max(steps(self.directory), default=None)
+    return max(places.steps(self.directory), default=None)
 
   def __exit__(self, *_: object) -> None:
     self.close()
 
-  def _prepare(self, path: Place) -> None:
+  def _prepare(self, path: places.Place) -> None:
     """Makes sure that this is the only writer, and that it can write."""
     if not self._locked:
-      self._lock.enter_context(locked(self.directory, self.directory))
+      self._lock.enter_context(places.locked(self.directory, self.directory))
       self._locked = True
       for leftover in self.directory.glob("*"):
-        if is_unfinished(leftover):
-          remove(leftover)
-    probe(path)
+        if places.is_unfinished(leftover):
+          places.remove(leftover)
+    places.probe(path)
 
   @contextlib.contextmanager
-  def _cleaned(self, path: Place) -> Iterator[None]:
+  def _cleaned(self, path: places.Place) -> Iterator[None]:
     """Leaves nothing of a save that fails inside."""
     try:
-      with explained("save", path):
+      with places.explained("save", path):
         yield
     except CheckpointError:
       # The failed one would report the same error at every call.
       with contextlib.suppress(Exception):
         self._run.close()
-      for leftover in (path, path.with_name(f"{path.name}{UNFINISHED}")):
-        if is_unfinished(leftover):
-          remove(leftover)
-      with explained("open", self.directory):
+      for leftover in (path, path.with_name(f"{path.name}{places.UNFINISHED}")):
+        if places.is_unfinished(leftover):
+          places.remove(leftover)
+      with places.explained("open", self.directory):
         self._run = self._open()
       raise

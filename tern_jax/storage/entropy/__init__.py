@@ -54,7 +54,7 @@ from typing import Any
 
 import numpy as np
 
-from tern_jax.storage.entropy.coder import (
+from tern_jax.storage.entropy.coding import (
   Reader,
   crc_of,
   stream,

@@ -7,15 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from tern_jax.storage.entropy.coder import ONE
+from tern_jax.storage.entropy.coding import ONE
 from tern_jax.storage.entropy.layout import Layout
-from tern_jax.storage.entropy.models import (
-  Levels,
-  Model,
-  Neighbors,
-  levels,
-  to_front,
-)
+from tern_jax.storage.entropy.models import Levels, Model, Neighbors, levels
 
 # Costs are integers, in units of 1 / _BIT bits.
 _BIT = 1 << 20
@@ -90,13 +84,13 @@ def _count_neighbors(
   # Eight weights are counted at once: as no neighbor lies along the axis that
   # is packed, the bits of a byte have theirs in one other byte.
   full = np.uint8(1 if layout.axis is None else 255)
-  plane = to_front(plane, axes)
+  plane = _to_front(plane, axes)
   # A mask for each code that a neighbor can have, from the lowest: 0 and 1 of
   # `nonzero`; -1, 0 and 1 of `sign`.
   if mask is None:
     states, coded = [full & ~plane, plane], np.full_like(plane, full)
   else:
-    coded = to_front(mask, axes)
+    coded = _to_front(mask, axes)
     states = [plane, full & ~coded, coded & ~plane]
   zero = len(states) - 2
   shifted = [
@@ -160,6 +154,11 @@ def _ratios(ks: Any, ns: Any, otherwise: int) -> np.ndarray:
   ratios = (ks * ONE + ns // 2) // np.maximum(ns, 1)
   # np.clip looks up the limits of the dtype, which takes longer than this.
   return np.minimum(np.maximum(np.where(ns, ratios, otherwise), 1), ONE - 1)
+
+
+def _to_front(x: np.ndarray, axes: range) -> np.ndarray:
+  """Returns an array with some axes in front, contiguous."""
+  return np.ascontiguousarray(np.moveaxis(x, axes, range(len(axes))))
 
 
 def _shift(x: np.ndarray, axis: int, edge: Any) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tern_jax.storage.entropy.coder import pack_bits, unpack_bits
+from tern_jax.storage.entropy.coding import pack_bits, unpack_bits
 from tern_jax.storage.packed import packed_axis, plane_shape
 
 # Weights of a chunk. Less costs bytes, more costs memory.
@@ -18,11 +18,6 @@ _SHORT = 16
 
 #: A block of an array: one slice for each axis.
 Box = tuple[slice, ...]
-
-
-def lengths(box: Box) -> list[int]:
-  """Returns the shape of a box."""
-  return [s.stop - s.start for s in box]
 
 
 def _ceil(n: int, by: int) -> int:

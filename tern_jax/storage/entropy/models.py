@@ -1,8 +1,9 @@
 """What the probability of a bit depends on: its neighbors, or an index.
 
-A model divides the bits of a chunk into groups of one probability, the same
-groups for both directions: `put_bits` codes each of them, `get_bits` fills in
-each of them before it asks for the next, which may depend on it.
+A model divides the bits of a chunk into parts, and those into contexts of one
+probability. Both directions go through the same parts: `put_bits` codes each of
+them, `get_bits` fills in each before it asks for the next, which may depend on
+it.
 """
 
 import dataclasses
@@ -14,28 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from tern_jax.storage.entropy.coder import (
-  ONE,
-  Reader,
-  categorical,
-  get,
-  give,
-  put,
-  symbols,
-  take,
-)
-from tern_jax.storage.entropy.layout import Box, Layout, lengths
+from tern_jax.storage.entropy import coding
+from tern_jax.storage.entropy.layout import Box, Layout
 
 # The first byte of a model is this and the axis that has levels; or less.
 _LEVELS = 128
 
-#: Bits, where in them some are coded (None for everywhere), and, for these,
-#: (where, probability) of each context, None where there is but one.
-Part = tuple[
-  np.ndarray,
-  np.ndarray | None,
-  Iterable[tuple[np.ndarray | None, int]],
-]
+#: Index of bits in the chunk; where they are coded, flat, None for everywhere;
+#: and, of those that are coded, (where, probability) of each context.
+Part = tuple[Any, np.ndarray | None, Iterable[tuple[np.ndarray | None, int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,54 +49,45 @@ class Neighbors:
     head = [self.m, self.first] if self.m else [0]
     return bytes(head) + struct.pack(f"<{len(self.chances)}H", *self.chances)
 
-  def arrange(self, x: np.ndarray, box: Box) -> np.ndarray:
-    """Returns an array with the axes of the neighbors in front."""
+  def arrange(self, x: np.ndarray, box: Box, back: bool = False) -> np.ndarray:
+    """Moves the axes of the neighbors to the front, or back."""
     del box
-    return to_front(x, range(self.first, self.first + self.m))
-
-  def restore(self, x: np.ndarray, box: Box) -> np.ndarray:
-    """Returns what `arrange` arranged."""
-    del box
-    axes = range(self.first, self.first + self.m)
-    return np.moveaxis(x, range(self.m), axes)
+    axes, front = range(self.first, self.first + self.m), range(self.m)
+    if back:
+      return np.moveaxis(x, front, axes)
+    return np.ascontiguousarray(np.moveaxis(x, axes, front))
 
   def parts(
-    self, bits: np.ndarray, mask: np.ndarray | None, box: Box
+    self, box: Box, bits: np.ndarray, mask: np.ndarray | None
   ) -> Iterator[Part]:
-    """Yields the bits at each index of the axes of the neighbors.
-
-    When a part is asked for, the bits of those before it must be known.
+    """Yields the parts, one for each index of the axes of the neighbors.
 
     Args:
-      bits: arranged bits of the chunk.
-      mask: where they are coded, arranged likewise; None for everywhere.
       box: of the chunk in the weights.
+      bits: arranged; those of a part must be known when the next is asked for.
+      mask: where they are coded, arranged; None for everywhere.
     """
     del box
-    # What neighbors count for: a bit of `nonzero`, a code beside a `sign`.
-    values = np.zeros(bits.shape if self.m else 0, np.int8)
+    # What a neighbor counts for: its bit of `nonzero`, or its code if the bits
+    # are those of `sign`.
+    values: dict[tuple[int, ...], np.ndarray] = {}
     for step in np.ndindex(bits.shape[: self.m]):
       here = (*step, ...)
-      coded = None if mask is None else mask[here]
+      coded = None if mask is None else mask[here].reshape(-1)
       near = [
-        values[*step[:i], k - 1, *step[i + 1 :], ...]
+        values[*step[:i], k - 1, *step[i + 1 :]]
         for i, k in enumerate(step)
         if k
       ]
       if near:
-        sums = functools.reduce(np.add, near).reshape(-1)
-        if coded is not None:
-          sums = take(sums, coded.reshape(-1))
-        least = self.m + 1 - len(self.chances)
-        contexts = (
-          (sums == total, p) for total, p in enumerate(self.chances, least)
-        )
+        sums = coding.take(functools.reduce(np.add, near), coded)
+        totals = enumerate(self.chances, self.m + 1 - len(self.chances))
+        yield here, coded, ((sums == total, p) for total, p in totals)
       else:
         # All neighbors are beyond the edge: the sum is 0.
-        contexts = ((None, self.chances[-1 - self.m]),)
-      yield bits[here], coded, contexts
+        yield here, coded, [(None, self.chances[-1 - self.m])]
       if self.m:
-        values[here] = _values(bits[here], coded)
+        values[step] = _values(bits[here].reshape(-1), coded)
 
 
 @dataclasses.dataclass
@@ -144,33 +123,28 @@ class Levels:
     """Decodes what `put_index` coded."""
     self.index = np.full(n, self.low)
     if len(self.weights) > 1:
-      self.index += symbols(coder, self._prior(), n)
+      self.index += coding.symbols(coder, self._prior(), n)
 
-  def arrange(self, x: np.ndarray, box: Box) -> np.ndarray:
-    """Returns an array with the indices of the axis sorted by their level."""
-    return x.take(self._order(box), self.axis)
-
-  def restore(self, x: np.ndarray, box: Box) -> np.ndarray:
-    """Returns what `arrange` arranged."""
-    return x.take(np.argsort(self._order(box)), self.axis)
+  def arrange(self, x: np.ndarray, box: Box, back: bool = False) -> np.ndarray:
+    """Sorts the indices of the axis by their level, or undoes that."""
+    # The sort must be stable: each side sorts for itself.
+    order = np.argsort(self.index[box[self.axis]], kind="stable")
+    return x.take(np.argsort(order) if back else order, self.axis)
 
   def parts(
-    self, bits: np.ndarray, mask: np.ndarray | None, box: Box
+    self, box: Box, bits: np.ndarray, mask: np.ndarray | None
   ) -> Iterator[Part]:
-    """Yields the bits of each level, as `Neighbors.parts`."""
+    """Yields the parts, one for each level, as `Neighbors.parts`."""
+    del bits
     used, counts = np.unique(self.index[box[self.axis]], return_counts=True)
-    ends = itertools.pairwise([0, *np.cumsum(counts).tolist()])
-    chances = levels(self.grid)[used].tolist()
-    for (start, stop), p in zip(ends, chances, strict=True):
+    ends = np.cumsum([0, *counts])
+    for level, start, stop in zip(used, ends, ends[1:], strict=False):
       here = (*[slice(None)] * self.axis, slice(start, stop))
-      yield bits[here], None if mask is None else mask[here], ((None, p),)
-
-  def _order(self, box: Box) -> np.ndarray:
-    # The sort must be stable: each side sorts for itself.
-    return np.argsort(self.index[box[self.axis]], kind="stable")
+      coded = None if mask is None else mask[here].reshape(-1)
+      yield here, coded, [(None, int(levels(self.grid)[level]))]
 
   def _prior(self) -> Any:
-    return categorical(tuple(1 << e >> 1 for e in self.weights))
+    return coding.categorical(tuple(1 << e >> 1 for e in self.weights))
 
 
 #: A model of `nonzero`, or of `sign`.
@@ -189,39 +163,36 @@ def put_bits(
     bits: bool, of the shape of the box.
     mask: where they are coded; None for everywhere.
   """
-  if mask is not None:
-    mask = model.arrange(mask, box)
-  for part, coded, contexts in model.parts(model.arrange(bits, box), mask, box):
-    flat = part.reshape(-1)
-    if coded is not None:
-      flat = take(flat, coded.reshape(-1))
+  bits = model.arrange(bits, box)
+  mask = mask if mask is None else model.arrange(mask, box)
+  for here, coded, contexts in model.parts(box, bits, mask):
+    flat = coding.take(bits[here].reshape(-1), coded)
     for at, p in contexts:
-      put(coder, flat if at is None else take(flat, at), p)
+      coding.put(coder, coding.take(flat, at), p)
 
 
 def get_bits(
   coder: Any, model: Model, box: Box, mask: np.ndarray | None
 ) -> np.ndarray:
   """Decodes what `put_bits` coded; bits that are not coded are 0."""
-  bits = model.arrange(np.zeros(lengths(box), bool), box)
-  if mask is not None:
+  if mask is None:
+    bits = model.arrange(np.zeros([s.stop - s.start for s in box], bool), box)
+  else:
     mask = model.arrange(mask, box)
-  for part, coded, contexts in model.parts(bits, mask, box):
-    n = part.size if coded is None else int(np.count_nonzero(coded))
-    flat = np.empty(n, bool)
+    bits = np.zeros_like(mask)
+  for here, coded, contexts in model.parts(box, bits, mask):
+    shape = bits[here].shape
+    flat = np.zeros(bits[here].size, bool)
+    found = np.zeros(_count(coded, flat.size), bool)
     for at, p in contexts:
-      if at is None:
-        flat = get(coder, n, p)
-      else:
-        give(flat, at, get(coder, int(np.count_nonzero(at)), p))
-    if coded is not None:
-      found, flat = flat, np.zeros(part.size, bool)
-      give(flat, coded.reshape(-1), found)
-    part[...] = flat.reshape(part.shape)
-  return model.restore(bits, box)
+      n = _count(at, found.size)
+      coding.give(found, at, coding.get(coder, n, p))
+    coding.give(flat, coded, found)
+    bits[here] = flat.reshape(shape)
+  return model.arrange(bits, box, back=True)
 
 
-def read(reader: Reader, layout: Layout, signed: bool) -> Model:
+def read(reader: coding.Reader, layout: Layout, signed: bool) -> Model:
   """Reads the header of a model of `nonzero`, or of `sign`."""
   (kind,) = reader.numbers("<B")
   if kind < _LEVELS:
@@ -247,19 +218,18 @@ def read(reader: Reader, layout: Layout, signed: bool) -> Model:
 
 @functools.cache
 def levels(grid: int) -> np.ndarray:
-  """Returns the probability of each level of a grid, in 1 / ONE.
+  """Returns the probability of each level of a grid, in 1 / coding.ONE.
 
   The standard error of k / n is ½ / √n in units of arcsin √p. x²(3 - 2x) is
   close to the sine squared of ½π x, and rational.
   """
   x = 2 * np.arange(grid) + 1
-  p = x * x * (3 * grid - x) * ONE // (4 * grid**3)
-  return np.clip(p, 1, ONE - 1)
+  p = x * x * (3 * grid - x) * coding.ONE // (4 * grid**3)
+  return np.clip(p, 1, coding.ONE - 1)
 
 
-def to_front(x: np.ndarray, axes: range) -> np.ndarray:
-  """Returns an array with some axes in front, contiguous."""
-  return np.ascontiguousarray(np.moveaxis(x, axes, range(len(axes))))
+def _count(mask: np.ndarray | None, size: int) -> int:
+  return size if mask is None else int(np.count_nonzero(mask))
 
 
 def _values(bits: np.ndarray, mask: np.ndarray | None) -> np.ndarray:

@@ -86,8 +86,10 @@ def categorical(weights: tuple[int, ...]) -> Any:
 # Masks.
 
 
-def take(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
-  """Returns x[mask] of flat arrays, in less time and memory."""
+def take(x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+  """Returns x[mask] of flat arrays, in less time and memory; all for None."""
+  if mask is None:
+    return x
   found, n = np.empty_like(x), 0
   for i in range(0, x.size, _BLOCK):
     (at,) = mask[i : i + _BLOCK].nonzero()
@@ -97,8 +99,11 @@ def take(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
   return found[:n]
 
 
-def give(x: np.ndarray, mask: np.ndarray, found: np.ndarray) -> None:
+def give(x: np.ndarray, mask: np.ndarray | None, found: np.ndarray) -> None:
   """Sets x[mask] of flat arrays to `found`, the inverse of `take`."""
+  if mask is None:
+    x[:] = found
+    return
   n = 0
   for i in range(0, x.size, _BLOCK):
     (at,) = mask[i : i + _BLOCK].nonzero()
