@@ -1,5 +1,6 @@
 """GGUF: ggml's ternary types, for the tools of llama.cpp's family."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,8 +142,7 @@ def _write(
   ternary: list[str],
 ) -> None:
   """Writes tensors, each with its type or None for that of its array."""
-  writer = gguf.GGUFWriter(path, "tern_jax")
-  try:
+  with contextlib.closing(gguf.GGUFWriter(path, "tern_jax")) as writer:
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{ggml_name}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_uint32("tern_jax.format", files.FORMAT)
@@ -153,8 +153,6 @@ def _write(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
-  finally:
-    writer.close()
 
 
 class _Fit(NamedTuple):

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,10 +34,7 @@ def fit(
     ks: tallies of the plane.
     ns: tallies of the mask, None for everywhere.
   """
-
-  def cost(costed: tuple[int, Any]) -> int:
-    return costed[0]
-
+  cost = operator.itemgetter(0)
   best = min(_fit_neighbors(layout, plane, mask), key=cost)
   leveled = _fit_levels(layout, ks, ns, best[0])
   return min(itertools.chain([best], leveled), key=cost)[1]
