@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tern_jax.core.containers import Array, Ternary
+from tern_jax.core.containers import Ternary
 from tern_jax.core.numerics import reduced_axes, widen
 from tern_jax.core.paths import path_str
+from tern_jax.core.types import Array
 from tern_jax.storage.packed import PackedTernary, to_ternary
 
 #: Last path component of a shift: Flax, NNX and Equinox; Haiku.
