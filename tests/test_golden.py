@@ -126,7 +126,7 @@ def test_safetensors_are_read_and_written_as_before(
   old, new = DATA / f"{name}.safetensors", tmp_path / "new.safetensors"
   assert_same(export.from_safetensors(old), nested())
   facts = json.loads(parts_of(old)[1]["__metadata__"]["tern_jax"])
-  monkeypatch.setattr(export.safetensors, "version", lambda: facts["version"])
+  monkeypatch.setattr(export.safetensors, "__version__", facts["version"])
   export.to_safetensors(new, net(), codec=name)
   assert parts_of(new) == parts_of(old)
 
@@ -135,7 +135,7 @@ def test_gguf_is_written_as_before(tmp_path, monkeypatch):
   gguf = pytest.importorskip("gguf")
   fields = gguf.GGUFReader(DATA / "net.gguf").fields
   version = fields["tern_jax.version"].contents()
-  monkeypatch.setattr(export.gguf, "version", lambda: version)
+  monkeypatch.setattr(export.gguf, "__version__", version)
   export.to_gguf(tmp_path / "net.gguf", rows())
   assert (tmp_path / "net.gguf").read_bytes() == (
     DATA / "net.gguf"

@@ -12,7 +12,7 @@ import numpy as np
 from tern_jax.core.select import KERNEL_NAMES
 from tern_jax.export import files
 from tern_jax.storage.packed import PackedTernary, to_ternary
-from tern_jax.storage.version import version
+from tern_jax.version import __version__
 
 #: ggml's ternary types: 1.6875 and 2.0625 bits a weight.
 GGUF_TYPES = ("TQ1_0", "TQ2_0")
@@ -146,7 +146,7 @@ def _write(
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{ggml_name}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_uint32("tern_jax.format", files.FORMAT)
-    writer.add_string("tern_jax.version", version())
+    writer.add_string("tern_jax.version", __version__)
     writer.add_array("tern_jax.ternary", ternary)
     for name, (data, raw_dtype) in tensors.items():
       writer.add_tensor(name, data, raw_dtype=raw_dtype)

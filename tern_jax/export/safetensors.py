@@ -11,7 +11,7 @@ import numpy as np
 from tern_jax.export import files
 from tern_jax.storage import codecs, leaves
 from tern_jax.storage.packed import PackedTernary, validate
-from tern_jax.storage.version import version
+from tern_jax.version import __version__
 
 #: Names of the codecs that come with the package.
 CODECS = tuple(codecs.CODECS)
@@ -95,7 +95,7 @@ def to_safetensors(
     entry, arrays = _encode(keys, x, stored_by)
     entries.append(entry)
     tensors |= arrays
-  facts = {"format": files.FORMAT, "version": version(), "leaves": entries}
+  facts = {"format": files.FORMAT, "version": __version__, "leaves": entries}
   text = json.dumps(facts)
   _check_facts(json.loads(text))
   metadata = {"tern_jax": text, "crc32": str(zlib.crc32(text.encode()))}

@@ -139,35 +139,9 @@ def examine(
   """
   path = locate(path)
   spec = read_spec(path)
-  codec = codecs.named(spec["codec"])
   with explained("read", path):
     entries = entries_of(path, part, spec)
-
-  def attempt(task: Callable[..., Any], *args: Any) -> Any:
-    try:
-      with explained("read", path):
-        return task(*args)
-    except CheckpointError as e:
-      return e
-
-  index = attempt(tensors.index_of, path, part)
-  divided = attempt(lambda: list(tensors.groups(entries)))
-  for failed in (index, divided):
-    if isinstance(failed, CheckpointError):
-      return dict.fromkeys(entries, failed)
-
-  def leaf(keys: Path, entry: Entry, together: Any) -> Any:
-    if isinstance(together, CheckpointError):
-      together = tensors.read(path, part, {keys: entry}, index)
-    return _leaf(path, codec, entry, together)
-
-  found: dict[Path, Any] = {}
-  for group in divided:
-    # One damaged chunk fails the read of all: then each is read alone.
-    together = attempt(tensors.read, path, part, group, index)
-    for keys, entry in group.items():
-      found[keys] = attempt(leaf, keys, entry, together)
-  return found
+  return dict(_read(path, part, spec, entries))
 
 
 # Trees to parts.
@@ -241,29 +215,52 @@ def load(
   path: Place, part: str, spec: dict[str, Any], like: Any, partial: bool
 ) -> Any:
   """Returns a part of a checkpoint, verified, in the structure of `like`."""
-  codec = codecs.named(spec["codec"])
   with explained("read", path):
     entries = entries_of(path, part, spec)
-    if like is None:
-      return leaves.nest(dict(_read(path, part, codec, entries, {})))
-    wanted, treedef = leaves.flatten(like)
-    if partial:
-      entries = {k: e for k, e in entries.items() if k in wanted}
-    check_fit(path, entries, wanted)
-    found = wanted | dict(_read(path, part, codec, entries, wanted))
-    return jax.tree.unflatten(treedef, found.values())
+    wanted, structure = ({}, None) if like is None else leaves.flatten(like)
+    if structure is not None:
+      if partial:
+        entries = {k: e for k, e in entries.items() if k in wanted}
+      check_fit(path, entries, wanted)
+    found = {}
+    for keys, x in _read(path, part, spec, entries):
+      if isinstance(x, CheckpointError):
+        raise x
+      found[keys] = leaves.place(x, wanted.get(keys), "the checkpoint")
+    if structure is None:
+      return leaves.nest(found)
+    return jax.tree.unflatten(structure, (wanted | found).values())
 
 
 def _read(
-  path: Place, part: str, codec: Codec, entries: Entries, like: dict[Path, Any]
+  path: Place, part: str, spec: dict[str, Any], entries: Entries
 ) -> Iterator[tuple[Path, Any]]:
-  """Yields the verified leaves of a part, on the devices of others."""
-  index = tensors.index_of(path, part)
-  for group in tensors.groups(entries):
-    stored = tensors.read(path, part, group, index)
-    for keys, e in group.items():
-      x = _leaf(path, codec, e, stored)
-      yield keys, leaves.place(x, like.get(keys), "the checkpoint")
+  """Yields each leaf, verified, or the CheckpointError of what is wrong."""
+  codec = codecs.named(spec["codec"])
+
+  def attempt(task: Callable[..., Any], *args: Any) -> Any:
+    try:
+      with explained("read", path):
+        return task(*args)
+    except CheckpointError as e:
+      return e
+
+  def leaf(keys: Path, entry: Entry, together: Any) -> Any:
+    if isinstance(together, CheckpointError):
+      together = tensors.read(path, part, {keys: entry}, index)
+    return _leaf(path, codec, entry, together)
+
+  index = attempt(tensors.index_of, path, part)
+  groups = attempt(lambda: list(tensors.groups(entries)))
+  for failed in (index, groups):
+    if isinstance(failed, CheckpointError):
+      yield from dict.fromkeys(entries, failed).items()
+      return
+  for group in groups:
+    # One damaged chunk fails the read of all: then each is read alone.
+    together = attempt(tensors.read, path, part, group, index)
+    for keys, entry in group.items():
+      yield keys, attempt(leaf, keys, entry, together)
 
 
 def _leaf(

@@ -23,7 +23,7 @@ from tern_jax.storage.leaves import (
   name_of,
 )
 from tern_jax.storage.places import SPEC, Place, explained, locate
-from tern_jax.storage.version import version
+from tern_jax.version import version_of
 
 #: Version of the layout that this module writes, and the newest that it reads.
 FORMAT = 1
@@ -46,7 +46,7 @@ def seal(
   selected = [e["path"] for e in leaves["packed"] if e["kind"] == "ternary"]
   spec = {
     "format": FORMAT,
-    "versions": {name: version(name) for name in packages},
+    "versions": {name: version_of(name) for name in packages},
     "codec": codec,
     "method": method if isinstance(method, str | None) else repr(method),
     "selected": list(map(name_of, selected)),

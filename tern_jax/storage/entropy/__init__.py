@@ -54,14 +54,7 @@ from typing import Any
 
 import numpy as np
 
-from tern_jax.storage.entropy.coding import (
-  Reader,
-  crc_of,
-  stream,
-  threads,
-  to_bytes,
-  to_words,
-)
+from tern_jax.storage.entropy.coding import Reader, crc_of, stream, threads
 from tern_jax.storage.entropy.fitting import fit
 from tern_jax.storage.entropy.layout import Layout
 from tern_jax.storage.entropy.models import Levels, get_bits, put_bits, read
@@ -123,8 +116,8 @@ def encode(packed: PackedTernary) -> bytes:
     coder = queue.RangeEncoder()
     for m in leveled:
       m.put_index(coder)
-    words = to_bytes(coder)
-    parts += struct.pack("<I", len(words) // 4), words
+    words = coder.get_compressed().astype("<u4")
+    parts += struct.pack("<I", len(words)), words.tobytes()
 
   def chunk(i: int) -> tuple[bytes, bytes]:
     grid = layout.box(i)
@@ -133,8 +126,9 @@ def encode(packed: PackedTernary) -> bytes:
     coder = queue.RangeEncoder()
     put_bits(coder, models[0], box, nonzero, None)
     put_bits(coder, models[1], box, sign, nonzero)
-    words = to_bytes(coder)
-    return struct.pack("<II", len(words) // 4, crc_of(nonzero, sign)), words
+    words = coder.get_compressed().astype("<u4")
+    entry = struct.pack("<II", len(words), crc_of(nonzero, sign))
+    return entry, words.tobytes()
 
   chunks = threads(chunk, layout.chunks)
   parts += (entry for entry, _ in chunks)
@@ -172,9 +166,13 @@ def decode(data: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
   table = np.frombuffer(reader.take(8 * layout.chunks), "<u4").reshape(-1, 2)
   ends = [0, *np.cumsum(table[:, 0], dtype=np.int64).tolist()]
   chunks = reader.take(4 * ends[-1])
-  if reader.left:
-    raise ValueError(f"{reader.left} bytes are left over.")
-  coder = queue.RangeDecoder(to_words(indices))
+  if left := len(reader.data):
+    raise ValueError(f"{left} bytes are left over.")
+
+  def decoder(words: Any) -> Any:
+    return queue.RangeDecoder(np.frombuffer(words, "<u4").astype(np.uint32))
+
+  coder = decoder(indices)
   for m in leveled:
     m.get_index(coder, layout.shape[m.axis])
   planes = [np.zeros(layout.grid, np.uint8) for _ in range(2)]
@@ -182,7 +180,7 @@ def decode(data: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
   def chunk(i: int) -> None:
     grid = layout.box(i)
     box = layout.weights(grid)
-    coder = queue.RangeDecoder(to_words(chunks[4 * ends[i] : 4 * ends[i + 1]]))
+    coder = decoder(chunks[4 * ends[i] : 4 * ends[i + 1]])
     nonzero = get_bits(coder, models[0], box, None)
     sign = get_bits(coder, models[1], box, nonzero)
     if crc_of(nonzero, sign) != table[i, 1]:

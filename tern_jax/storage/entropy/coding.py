@@ -129,31 +129,16 @@ def crc_of(nonzero: np.ndarray, sign: np.ndarray) -> int:
   return zlib.crc32(pack_bits(sign).data, zlib.crc32(pack_bits(nonzero).data))
 
 
-def to_bytes(coder: Any) -> bytes:
-  """Returns the words of an encoder, little-endian."""
-  return coder.get_compressed().astype("<u4").tobytes()
-
-
-def to_words(data: Any) -> np.ndarray:
-  """Returns the words that `to_bytes` made bytes."""
-  return np.frombuffer(data, "<u4").astype(np.uint32)
-
-
 @dataclasses.dataclass
 class Reader:
   """Reads bytes from the front."""
 
   data: memoryview
 
-  @property
-  def left(self) -> int:
-    """Number of bytes that are left."""
-    return len(self.data)
-
   def take(self, n: int) -> memoryview:
     """Returns the next n bytes."""
-    if n > self.left:
-      raise ValueError(f"{n} bytes are expected where {self.left} are left.")
+    if n > (left := len(self.data)):
+      raise ValueError(f"{n} bytes are expected where {left} are left.")
     taken, self.data = self.data[:n], self.data[n:]
     return taken
 

@@ -129,7 +129,7 @@ def _fit_levels(
       index = np.searchsorted(_thresholds(grid), ratios, side="right")
       counts = np.bincount(index)
       low = int(np.flatnonzero(counts)[0])
-      # e of the power of two, 2^(e - 1), that is closest to a count.
+      # e of the power of two, 2^(e - 1), that is closest in the logarithm.
       weights = tuple(
         min(15, ((2 * c * c).bit_length() + 1) // 2)
         for c in counts[low:].tolist()
