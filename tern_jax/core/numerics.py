@@ -3,6 +3,7 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from tern_jax.core.checks import concrete
@@ -19,7 +20,9 @@ def widen(x: Array) -> Array:
   return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
-def reduced_axes(x: Array, channel_axis: ChannelAxis) -> tuple[int, ...] | None:
+def reduced_axes(
+  x: Array | np.ndarray, channel_axis: ChannelAxis
+) -> tuple[int, ...] | None:
   """Axes over which a statistic of each channel is taken; None for all.
 
   A statistic over None is 0-d; one over a tuple of axes keeps them as ones.

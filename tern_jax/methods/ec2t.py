@@ -13,7 +13,6 @@ from tern_jax.core.types import (
   Arrays,
   ChannelAxis,
   Floats,
-  Scalar,
   Schedule,
 )
 from tern_jax.methods.ec2t_math import (
@@ -24,7 +23,7 @@ from tern_jax.methods.ec2t_math import (
   top_of,
 )
 from tern_jax.targets.schedules import Target, at
-from tern_jax.targets.targeted import Targeted
+from tern_jax.targets.targeted import Look, Targeted
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -127,12 +126,7 @@ class EC2T(Targeted):
     )
 
   def measure(
-    self,
-    w: Floats,
-    scales: Arrays,
-    count: Array,
-    held: Arrays | None = None,
-    tolerance: Scalar = 0.0,
+    self, w: Floats, scales: Arrays, look: Look, held: Arrays | None = None
   ) -> Arrays:
     """Returns the least centroids and the thresholds, both widened.
 
@@ -141,15 +135,15 @@ class EC2T(Targeted):
     floor = self._floor(w)
     clamped = self.project(w, scales, {"floor": floor})
     if self.sparsity is None:
-      t_p, t_n = self._thresholds(w, count, **clamped)
+      t_p, t_n = self._thresholds(w, look.count, **clamped)
       return {"floor": floor, "t_n": t_n, "t_p": t_p}
     lam, t_p, t_n = ec2t_at_sparsity(
       w,
       **clamped,
-      sparsity=self.asked(count),
+      sparsity=self.asked(look.count),
       min_p_0=self.min_p_0,
       guess=None if held is None else held["lam"],
-      tolerance=tolerance,
+      tolerance=look.tolerance,
     )
     return {"floor": floor, "lam": lam, "t_n": t_n, "t_p": t_p}
 
@@ -172,14 +166,14 @@ class EC2T(Targeted):
     wide = {k: widen(v) for k, v in scales.items()}
     w_p, w_n = wide["w_p"], wide["w_n"]
     if self.sparsity is None:
-      seen = self.measure(dense(codes, **scales), scales, count)
+      seen = self.measure(dense(codes, **scales), scales, Look(count))
       w_p = jnp.maximum(w_p, 1.25 * seen["t_p"])
       w_n = jnp.maximum(w_n, 1.25 * seen["t_n"])
     w = dense(codes, w_p, w_n)
     least = jnp.minimum(wide["w_n"], wide["w_p"])
     share = 0.99 * least / self._floor(w)
     w = (w * jnp.clip(share, 0.6, 1)).astype(dtype)
-    seen = self.measure(w, scales, count)
+    seen = self.measure(w, scales, Look(count))
     if self.sparsity is not None:
       self.check_zeros(codes, count)
       half = {"t_n": wide["w_n"] / 2, "t_p": wide["w_p"] / 2}

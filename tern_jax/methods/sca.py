@@ -11,9 +11,8 @@ from tern_jax.core.numerics import alive, one_magnitude, rms, scale_floor, widen
 from tern_jax.core.types import Array, Arrays, ChannelAxis, Floats, Scalar
 from tern_jax.regularizers.barriers import GAIN, check_gain
 from tern_jax.regularizers.formulas import check_alpha, wdr_barrier
-from tern_jax.targets.quantile import magnitude_threshold
 from tern_jax.targets.schedules import Target
-from tern_jax.targets.targeted import Targeted
+from tern_jax.targets.targeted import Look, Targeted
 
 #: |W| of weights that have settled at -1 or 1: beyond it gradients vanish.
 _SETTLED = 0.99
@@ -171,18 +170,11 @@ class SCA(Targeted):
     return not self.soft
 
   def measure(
-    self,
-    w: Floats,
-    scales: Arrays,
-    count: Array,
-    held: Arrays | None = None,
-    tolerance: Scalar = 0.0,
+    self, w: Floats, scales: Arrays, look: Look, held: Arrays | None = None
   ) -> Arrays:
     """Returns the threshold at the asked quantile of the latents."""
     del scales
-    asked = self.asked(count)
-    guess = None if held is None else held["threshold"]
-    return {"threshold": magnitude_threshold(w, asked, guess, tolerance)}
+    return {"threshold": self.quantile(w, look, held)}
 
   def project(self, w: Floats, scales: Arrays, state: Arrays) -> Arrays:
     """Keeps the scale at or above its floor."""

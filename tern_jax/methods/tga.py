@@ -9,11 +9,10 @@ from tern_jax.core.checks import check_range
 from tern_jax.core.containers import Ternary
 from tern_jax.core.estimators import straight_through, trained_scale
 from tern_jax.core.numerics import one_magnitude, reduced_axes, widen
-from tern_jax.core.types import Array, Arrays, ChannelAxis, Floats, Scalar
+from tern_jax.core.types import Array, Arrays, ChannelAxis, Floats
 from tern_jax.methods.tga_math import truncated_gaussian_scale
-from tern_jax.targets.quantile import magnitude_threshold
 from tern_jax.targets.schedules import Target
-from tern_jax.targets.targeted import Targeted
+from tern_jax.targets.targeted import Look, Targeted
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -132,19 +131,12 @@ class TGA(Targeted):
     return self.sparsity is not None
 
   def measure(
-    self,
-    w: Floats,
-    scales: Arrays,
-    count: Array,
-    held: Arrays | None = None,
-    tolerance: Scalar = 0.0,
+    self, w: Floats, scales: Arrays, look: Look, held: Arrays | None = None
   ) -> Arrays:
     """Returns mu, and Delta at the asked sparsity, of the shape of sigma."""
     del scales
     x, mu, sigma = self._moments(w)
-    guess = None if held is None else jnp.min(held["threshold"])
-    asked = self.asked(count)
-    found = magnitude_threshold(x, asked, guess, tolerance)
+    found = self.quantile(x, look, held)
     tiny = jnp.asarray(jnp.finfo(sigma.dtype).tiny, sigma.dtype)
     delta = jnp.maximum(found.astype(sigma.dtype), tiny)
     seen = {"mu": mu, "threshold": jnp.broadcast_to(delta, sigma.shape)}

@@ -9,10 +9,9 @@ from tern_jax.core.checks import check_range
 from tern_jax.core.containers import Ternary, dense
 from tern_jax.core.estimators import trained_scales
 from tern_jax.core.numerics import alive, least_scale, reduced_axes, widen
-from tern_jax.core.types import Array, Arrays, ChannelAxis, Floats, Scalar
-from tern_jax.targets.quantile import magnitude_threshold
+from tern_jax.core.types import Array, Arrays, ChannelAxis, Floats
 from tern_jax.targets.schedules import Target
-from tern_jax.targets.targeted import Targeted
+from tern_jax.targets.targeted import Look, Targeted
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -101,21 +100,14 @@ class TTQ(Targeted):
     return Ternary(_codes(w, state).astype(jnp.int8), **scales)
 
   def measure(
-    self,
-    w: Floats,
-    scales: Arrays,
-    count: Array,
-    held: Arrays | None = None,
-    tolerance: Scalar = 0.0,
+    self, w: Floats, scales: Arrays, look: Look, held: Arrays | None = None
   ) -> Arrays:
     """Returns the threshold, widened; that of a sparsity float32."""
     del scales
     if self.sparsity is None:
       top = jnp.max(jnp.abs(widen(w)))
       return {"threshold": jnp.asarray(self.threshold, top.dtype) * top}
-    asked = self.asked(count)
-    guess = None if held is None else held["threshold"]
-    return {"threshold": magnitude_threshold(w, asked, guess, tolerance)}
+    return {"threshold": self.quantile(w, look, held)}
 
   def project(self, w: Floats, scales: Arrays, state: Arrays) -> Arrays:
     """Keeps the magnitudes positive."""

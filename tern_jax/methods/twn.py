@@ -8,10 +8,9 @@ from tern_jax.core.checks import check_range
 from tern_jax.core.containers import Ternary, dense
 from tern_jax.core.estimators import straight_through
 from tern_jax.core.numerics import one_magnitude, reduced_axes, widen, with_mean
-from tern_jax.core.types import Array, Arrays, ChannelAxis, Floats, Scalar
-from tern_jax.targets.quantile import magnitude_threshold
+from tern_jax.core.types import Array, Arrays, ChannelAxis, Floats
 from tern_jax.targets.schedules import Target
-from tern_jax.targets.targeted import Targeted
+from tern_jax.targets.targeted import Look, Targeted
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -75,12 +74,7 @@ class TWN(Targeted):
     return Ternary(codes, w_p=scale, w_n=scale)
 
   def measure(
-    self,
-    w: Floats,
-    scales: Arrays,
-    count: Array,
-    held: Arrays | None = None,
-    tolerance: Scalar = 0.0,
+    self, w: Floats, scales: Arrays, look: Look, held: Arrays | None = None
   ) -> Arrays:
     """Returns Delta, as "threshold", and the scale, both widened."""
     del scales
@@ -91,10 +85,7 @@ class TWN(Targeted):
       mean = jnp.mean(magnitude, axes, keepdims=keep)
       delta = jnp.asarray(self.threshold, mean.dtype) * mean
     else:
-      asked = self.asked(count)
-      guess = None if held is None else held["threshold"]
-      delta = magnitude_threshold(w, asked, guess, tolerance)
-      delta = delta.astype(magnitude.dtype)
+      delta = self.quantile(w, look, held).astype(magnitude.dtype)
     beyond = magnitude > delta
     number = jnp.sum(beyond, axes, magnitude.dtype, keepdims=keep)
     total = jnp.sum(jnp.where(beyond, magnitude, 0), axes, keepdims=keep)

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,17 @@ GAIN = 10.0
 _NUMBERS = (float, int, np.ndarray, np.generic, jax.Array)
 
 
+class Moment(NamedTuple):
+  """An update, as a barrier sees it."""
+
+  count: Array
+  """Updates done, int32, 0-d."""
+  on: Array | bool
+  """Whether WDR does anything at this one."""
+  now: Array | bool
+  """Whether the barrier must fit the latents now."""
+
+
 class Barrier(abc.ABC):
   """What tells `wdr_transform` the alpha of each leaf."""
 
@@ -45,25 +57,10 @@ class Barrier(abc.ABC):
     return ()
 
   def follow(
-    self,
-    params: PyTree,
-    kept: PyTree,
-    count: Array,
-    on: Array | bool,
-    now: Array | bool,
-    stacked: Sequence[str],
+    self, params: PyTree, kept: PyTree, moment: Moment, stacked: Sequence[str]
   ) -> PyTree:
-    """Returns what is kept after an update that has these parameters.
-
-    Args:
-      params: latents.
-      kept: what `init` or this function returned.
-      count: int32, 0-d, updates done.
-      on: whether WDR does anything at this update.
-      now: whether the barrier must fit these latents.
-      stacked: patterns of leaves whose first axis enumerates layers.
-    """
-    del params, count, on, now, stacked
+    """Returns what is kept after an update that has these parameters."""
+    del params, moment, stacked
     return kept
 
   @abc.abstractmethod
@@ -131,20 +128,14 @@ class AtSparsity(Barrier):
       ),
       params,
     )
-    count = jnp.zeros((), jnp.int32)
-    return self._search(params, unknown, count, stacked, now=True, exact=True)
+    start = Moment(jnp.zeros((), jnp.int32), on=True, now=True)
+    return self._search(params, unknown, start, stacked, exact=True)
 
   def follow(
-    self,
-    params: PyTree,
-    kept: PyTree,
-    count: Array,
-    on: Array | bool,
-    now: Array | bool,
-    stacked: Sequence[str],
+    self, params: PyTree, kept: PyTree, moment: Moment, stacked: Sequence[str]
   ) -> PyTree:
     """Returns the thresholds, found anew where that is due."""
-    return self._search(params, kept, count, stacked, on=on, now=now)
+    return self._search(params, kept, moment, stacked)
 
   def alphas(self, params: PyTree, kept: PyTree, count: Array) -> PyTree:
     """Returns the alphas whose barriers are the thresholds."""
@@ -160,13 +151,12 @@ class AtSparsity(Barrier):
     self,
     params: PyTree,
     kept: PyTree,
-    count: Array,
+    moment: Moment,
     stacked: Sequence[str],
-    *,
-    on: Array | bool = True,
-    now: Array | bool = False,
     exact: bool = False,
   ) -> PyTree:
+    count, on, now = moment
+
     def due(target: Target) -> tuple[Array | bool, Scalar]:
       regular, tolerance = look_at(self.every, target, count)
       return now | (on & regular), 0.0 if exact else tolerance

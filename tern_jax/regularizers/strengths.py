@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,17 @@ import jax.numpy as jnp
 from tern_jax.core.checks import call_repr, check_range
 from tern_jax.core.types import Array, Count, Scalar, Schedule
 from tern_jax.targets.schedules import at
+
+
+class Dose(NamedTuple):
+  """What decides, beside a strength, how much of WDR is added to an update."""
+
+  count: Array
+  """Updates done, int32, 0-d."""
+  share: Array
+  """0-d, of a strength that is held back while codes still improve."""
+  bound: float | None
+  """Largest |r| there can be, where r shrinks as latents settle."""
 
 
 class Strength(abc.ABC):
@@ -25,22 +37,13 @@ class Strength(abc.ABC):
     return self.is_on(count) & jnp.logical_not(self.is_on(count - 1))
 
   @abc.abstractmethod
-  def add(
-    self,
-    u: Array,
-    force: Callable[[], Array],
-    count: Array,
-    share: Array,
-    bound: float | None,
-  ) -> Array:
+  def add(self, u: Array, force: Callable[[], Array], dose: Dose) -> Array:
     """Returns u + strength * r in the dtype of u.
 
     Args:
       u: update of one layer.
       force: returns r, the gradient of WDR, of the shape of u.
-      count: int32, 0-d, updates done.
-      share: 0-d, of a strength that changing codes hold back.
-      bound: largest |r| there can be, where r shrinks as latents settle.
+      dose: what else decides how much of r is added.
     """
 
 
@@ -53,20 +56,11 @@ class Absolute(Strength):
   def __post_init__(self):
     check_strength("strength", self.strength)
 
-  def add(
-    self,
-    u: Array,
-    force: Callable[[], Array],
-    count: Array,
-    share: Array,
-    bound: float | None,
-  ) -> Array:
+  def add(self, u: Array, force: Callable[[], Array], dose: Dose) -> Array:
     """Returns u + lambda * r."""
-    del share, bound
     r = force()
-    return (u.astype(r.dtype) + at(self.strength, count, r.dtype) * r).astype(
-      u.dtype
-    )
+    strength = at(self.strength, dose.count, r.dtype)
+    return (u.astype(r.dtype) + strength * r).astype(u.dtype)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -101,27 +95,20 @@ class Relative(Strength):
     """Whether kappa is positive."""
     return at(self.kappa, count) > 0
 
-  def add(
-    self,
-    u: Array,
-    force: Callable[[], Array],
-    count: Array,
-    share: Array,
-    bound: float | None,
-  ) -> Array:
+  def add(self, u: Array, force: Callable[[], Array], dose: Dose) -> Array:
     """Returns u + kappa * share * rms(u) / rms(r) * r."""
 
     def added() -> Array:
       r = force()
       # The ratio of norms is the ratio of root mean squares.
-      size = _norm(r) if bound is None else bound * r.size**0.5
+      size = _norm(r) if dose.bound is None else dose.bound * r.size**0.5
       size = jnp.maximum(size, jnp.finfo(r.dtype).tiny)
-      kappa = share.astype(r.dtype) * at(self.kappa, count, r.dtype)
+      kappa = dose.share.astype(r.dtype) * at(self.kappa, dose.count, r.dtype)
       wide = u.astype(r.dtype)
       return (wide + kappa * _norm(wide) / size * r).astype(u.dtype)
 
     # A late WDR is off for most of a run, and must cost nothing then.
-    return jax.lax.cond(self.is_on(count), added, lambda: u)
+    return jax.lax.cond(self.is_on(dose.count), added, lambda: u)
 
   def __repr__(self) -> str:
     """Prints the call that makes it."""

@@ -10,11 +10,11 @@ import optax
 from tern_jax.core.numerics import widen
 from tern_jax.core.paths import check_patterns, path_str
 from tern_jax.core.types import Array, KeyPath, PyTree, Scalar, Schedule
-from tern_jax.regularizers.barriers import Barrier, barrier_of
+from tern_jax.regularizers.barriers import Barrier, Moment, barrier_of
 from tern_jax.regularizers.churn import Churn
 from tern_jax.regularizers.formulas import check_floating, wdr_grad
 from tern_jax.regularizers.layers import lift
-from tern_jax.regularizers.strengths import Strength, strength_of
+from tern_jax.regularizers.strengths import Dose, Strength, strength_of
 
 
 class WdrState(NamedTuple):
@@ -107,16 +107,18 @@ def wdr_transform(
         " call tx.update(grads, opt_state, params)."
       )
     count, threshold, nonzero, share = state
-    on, now = force.is_on(count), churn.begins(count) | force.sets_in(count)
-    threshold = barrier.follow(params, threshold, count, on, now, stacked)
+    now = churn.begins(count) | force.sets_in(count)
+    moment = Moment(count, force.is_on(count), now)
+    threshold = barrier.follow(params, threshold, moment, stacked)
     alphas = barrier.alphas(params, threshold, count)
     nonzero, share = churn.follow(params, alphas, count, (nonzero, share))
+    dose = Dose(count, share, bound=gain if sharp else None)
 
     def layer(u: Array, theta: Array, alpha: Array) -> Array:
       def gradient() -> Array:
         return gain * wdr_grad(gain * widen(theta), alpha, sharp)
 
-      return force.add(u, gradient, count, share, gain if sharp else None)
+      return force.add(u, gradient, dose)
 
     def leaf(
       path: KeyPath, u: Array | None, theta: Array, alpha: Array

@@ -1,7 +1,7 @@
 """Methods that follow a target: the one home of `sparsity` and `every`."""
 
 import abc
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,17 @@ import jax.numpy as jnp
 from tern_jax.core.checks import check_range, concrete
 from tern_jax.core.method import Ternarizer
 from tern_jax.core.types import Array, Arrays, Floats, Scalar
-from tern_jax.targets.quantile import count_of
+from tern_jax.targets.quantile import count_of, magnitude_threshold
 from tern_jax.targets.schedules import at, check_sparsity, look_at
+
+
+class Look(NamedTuple):
+  """At which step latents are measured, and how closely."""
+
+  count: Array
+  """int32, 0-d."""
+  tolerance: Scalar = 0.0
+  """Share of the weights by which a sparsity may be missed."""
 
 
 class Targeted(Ternarizer):
@@ -46,21 +55,15 @@ class Targeted(Ternarizer):
 
   @abc.abstractmethod
   def measure(
-    self,
-    w: Floats,
-    scales: Arrays,
-    count: Array,
-    held: Arrays | None = None,
-    tolerance: Scalar = 0.0,
+    self, w: Floats, scales: Arrays, look: Look, held: Arrays | None = None
   ) -> Arrays:
     """Returns what these latents ask for, to be kept in the state.
 
     Args:
       w: float, any shape, latents.
       scales: trained scales, {} before there are any.
-      count: int32, 0-d, step: `at(self.sparsity, count)` is the asked share.
+      look: at which step, and how closely.
       held: the state so far, where a search may start; None at first.
-      tolerance: share of the weights by which a sparsity may be missed.
 
     Returns:
       {name: array}, the same names, shapes and dtypes at each call.
@@ -76,7 +79,7 @@ class Targeted(Ternarizer):
   ) -> Arrays:
     """Returns the state of a step: its count, and what is measured there."""
     count = jnp.asarray(count, jnp.int32)
-    return {"count": count, **self.measure(w, scales, count)}
+    return {"count": count, **self.measure(w, scales, Look(count))}
 
   def after_step(
     self, w: Floats, scales: Arrays, state: Arrays
@@ -108,6 +111,18 @@ class Targeted(Ternarizer):
     assert self.sparsity is not None
     return at(self.sparsity, count)
 
+  def quantile(self, x: Floats, look: Look, held: Arrays | None) -> Array:
+    """Returns the threshold that the asked share of |x| lies under, float32.
+
+    Args:
+      x: float, any shape.
+      look: at which step, and how closely.
+      held: a state whose least "threshold" is where the search starts.
+    """
+    guess = None if held is None else jnp.min(held["threshold"])
+    asked = self.asked(look.count)
+    return magnitude_threshold(x, asked, guess, look.tolerance)
+
   def check_zeros(self, codes: Array, count: Array) -> None:
     """Raises a ValueError unless codes have the zeros of the target, if any.
 
@@ -134,5 +149,5 @@ class Targeted(Ternarizer):
   def _measured(
     self, w: Floats, scales: Arrays, state: Arrays, tolerance: Scalar
   ) -> Arrays:
-    found = self.measure(w, scales, state["count"], state, tolerance)
-    return {**state, **found}
+    look = Look(state["count"], tolerance)
+    return {**state, **self.measure(w, scales, look, state)}
