@@ -1,12 +1,14 @@
 """Paths of leaves: how they print, and patterns that match them."""
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
-from tern_jax.core.types import Key
+import jax
+
+from tern_jax.core.types import PyTree
 
 
-def path_str(path: Iterable[Key | str]) -> str:
+def path_str(path: Iterable[Hashable]) -> str:
   """Prints a key path of `jax.tree_util` as components joined by slashes.
 
   The trailing `value` under which NNX states and boxed Linen parameters hold
@@ -22,7 +24,7 @@ def path_str(path: Iterable[Key | str]) -> str:
   return "/".join(names)
 
 
-def key_str(key: Key | str) -> str:
+def key_str(key: Hashable) -> str:
   """Prints one key of a `jax.tree_util` key path.
 
   >>> key_str(jax.tree_util.SequenceKey(2)), key_str("kernel")
@@ -63,3 +65,10 @@ def check_patterns(patterns: Sequence[str], paths: Sequence[str]) -> None:
         f"The pattern {pattern!r} matches no leaf; a pattern is made of whole"
         f" path components. The leaves are: {', '.join(paths) or 'none'}."
       )
+
+
+def lift(
+  stacked: Sequence[str], path: str, fn: Callable, in_axes: PyTree = 0
+) -> Callable:
+  """Returns a function of one layer as one of the leaf at a path."""
+  return jax.vmap(fn, in_axes) if matches_any(stacked, path) else fn
