@@ -16,26 +16,6 @@ from tern_jax.metrics.codes import (
 )
 
 
-def distance_to_ternary(theta: Array) -> Array:
-  """How far latents have converged: rms of tanh(Theta) from its nearest code.
-
-  0 for converged weights, at most 1 / 2. Small residuals in many zeros can
-  still carry a signal, so judge by the accuracy after rounding too.
-
-  Args:
-    theta: float, any shape, latents.
-
-  Returns:
-    float32 or wider, 0-d.
-
-  >>> theta = jnp.array([0., 20., jnp.arctanh(.3)])
-  >>> round(float(distance_to_ternary(theta)), 4)
-  0.1732
-  """
-  w = jnp.tanh(widen(theta))
-  return jnp.sqrt(jnp.mean(jnp.square(w - jnp.round(w))))
-
-
 def barrier(w: Array, ternary: Ternary) -> Array:
   """Largest magnitude among the weights that are zero once rounded.
 
