@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from tern_jax.core.containers import dense
-from tern_jax.core.types import Array
+from tern_jax.core.types import Array, Floats
 
 
 @jax.custom_jvp
-def straight_through(soft: Array, hard: Array) -> Array:
+def straight_through(soft: Floats, hard: Floats) -> Floats:
   """Returns `hard` exactly, with the gradient of `soft`.
 
   The usual `soft + stop_gradient(hard - soft)` rounds: in float32 it is not

@@ -46,7 +46,7 @@ def sparsity(tree: PyTree) -> Array:
 
 
 def code_shares(tree: PyTree) -> Array:
-  """Shares of the codes -1, 0 and +1 in a tree, as in `sparsity`, float32 [3]."""
+  """Shares of the codes -1, 0 and +1, as in `sparsity`; float32 [3]."""
   leaves = ternary_leaves(tree).values()
   counts = jnp.zeros(3, jnp.float32)
   for leaf in leaves:
