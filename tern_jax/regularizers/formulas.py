@@ -54,8 +54,8 @@ def wdr(theta: Array, alpha: Array | float, sharp: bool = False) -> Array:
 def wdr_grad(theta: Array, alpha: Array | float, sharp: bool = False) -> Array:
   """Gradient of WDR: `dR/dTheta = 2 W (1 - W^2) (alpha - 2 W^2)`.
 
-  If sharp, `(W - sign(W) 1[|W| > barrier]) (1 - W^2)`. Arguments as in `wdr`; of
-  the shape of theta.
+  If sharp, `(W - sign(W) 1[|W| > barrier]) (1 - W^2)`. Arguments are those of
+  `wdr`; of the shape of theta.
 
   >>> at_barrier = jnp.arctanh(wdr_barrier(0.5))
   >>> abs(float(wdr_grad(at_barrier, alpha=0.5))) < 1e-6
