@@ -193,7 +193,9 @@ def make_train(config: Config, dataset: data.Dataset) -> Train:
   epoch_steps = images // config.batch_size
 
   def standardized(images: Array) -> Array:
-    return (images.astype(jnp.float32) - dataset.mean) / dataset.std
+    axes = tuple(range(images.ndim - 1))
+    mean, std = (np.expand_dims(x, axes) for x in (dataset.mean, dataset.std))
+    return (images.astype(jnp.float32) - mean) / std
 
   def train(value: Any, seed: Any, splits: Any) -> dict[str, Array]:
     options = config.run(value, seed)
