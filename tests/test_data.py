@@ -10,11 +10,11 @@ import grain
 import numpy as np
 import pytest
 import tyro
+from experiments.common.augment import flip_and_crop, random_resized_crop
 from sklearn.datasets import load_digits
 
 from experiments import prepare
 from experiments.common import augment, data
-from experiments.common.augment import flip_and_crop, random_resized_crop
 from tests import photos
 
 SIZES = {"train": 1257, "validation": 180, "test": 360}
