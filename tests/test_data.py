@@ -10,11 +10,12 @@ import grain
 import numpy as np
 import pytest
 import tyro
-from experiments.common.augment import flip_and_crop, random_resized_crop
 from sklearn.datasets import load_digits
 
 from experiments import prepare
-from experiments.common import augment, data
+from experiments.common import data
+from experiments.common.data import augment, prepared
+from experiments.common.data.augment import flip_and_crop, random_resized_crop
 from tests import photos
 
 SIZES = {"train": 1257, "validation": 180, "test": 360}
@@ -498,7 +499,8 @@ def test_a_set_that_is_streamed_says_what_it_holds(large):
 def test_splits_where_test_labels_are_not_public():
   sizes = {"train": 1_281_167, "validation": 50_000, "test": 100_000}
   parts = {
-    split: data._part_of(sizes, split, "imagenet2012") for split in data.SPLITS
+    split: prepared._part_of(sizes, split, has_test_labels=False)
+    for split in data.SPLITS
   }
   assert parts == {
     "train": "train[:1271167]",
@@ -507,7 +509,7 @@ def test_splits_where_test_labels_are_not_public():
     "train+validation": "train",
   }
   for split in data.SPLITS:
-    assert data._part_of(sizes, split, "labeled") == split
+    assert prepared._part_of(sizes, split, has_test_labels=True) == split
 
 
 def test_rows_are_read_as_from_arrays(large):

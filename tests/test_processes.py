@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.common import guard, log
+from experiments.common import errors, guard, log
 from experiments.common.processes import on_loopback
 from tern_jax import load_packed, packed
 
@@ -72,7 +72,7 @@ def test_two_processes_train_as_one_though_interrupted(tmp_path):
   # A machine is preempted alone, but all save the same step.
   program = ["-c", PREEMPTED]
   running = start(2, 2, tmp_path, "--workdir", str(two), program=program)
-  end(running, guard.INTERRUPTED)
+  end(running, errors.INTERRUPTED)
   assert len(log.read_metrics(two)) == guard.COMPARED_EVERY
   end(start(2, 2, tmp_path, "--workdir", str(two)))
   # Adam divides gradients that are zero but for rounding by themselves.

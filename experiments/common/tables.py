@@ -9,17 +9,6 @@ import tabulate
 
 Row = tuple[str, ...]
 
-#: Two spaces between columns, and one rule under all of the head.
-_TEXT = tabulate.TableFormat(
-  lineabove=None,
-  linebelowheader=tabulate.Line("", "-", "--", ""),
-  linebetweenrows=None,
-  linebelow=None,
-  headerrow=tabulate.DataRow("", "  ", ""),
-  datarow=tabulate.DataRow("", "  ", ""),
-  padding=0,
-  with_header_hide=None,
-)
 #: Cells as wide as what is in them.
 _MARKDOWN = tabulate.TableFormat(
   lineabove=None,
@@ -56,15 +45,16 @@ class Table:
     a        12
     bc        7
     """
-    sides = ["left", *["right"] * (len(self.head) - 1)]
+    # As rows all of them, because a head would get wider columns.
     whole = tabulate.tabulate(
-      self.rows,
-      self.head,
-      tablefmt=_TEXT,
-      colalign=sides if self.rows else None,
+      [self.head, *self.rows],
+      tablefmt="plain",
+      colalign=["left", *["right"] * (len(self.head) - 1)],
       disable_numparse=True,
     )
-    return "\n".join(line.rstrip() for line in whole.splitlines())
+    head, *rows = (line.rstrip() for line in whole.splitlines())
+    rule = "-" * max(map(len, (head, *rows)))
+    return "\n".join((head, rule, *rows))
 
   def markdown(self) -> str:
     """Returns the lines of a Markdown table.
