@@ -5,11 +5,12 @@ from typing import NamedTuple
 import optax
 
 from tern_jax.core.select import Kernels
+from tern_jax.core.types import Scalar
 from tern_jax.methods import SCA
 from tern_jax.regularizers.barriers import at_sparsity
 from tern_jax.regularizers.strengths import late_kappa, relative
 from tern_jax.regularizers.transform import wdr_transform
-from tern_jax.targets.schedules import Schedulable, ramp
+from tern_jax.targets.schedules import AcrossLayers, PerLayer, ramp
 from tern_jax.trees.transform import ParamTransform
 
 #: Share of the run in which the barrier rises to its target.
@@ -24,7 +25,7 @@ class Recipe(NamedTuple):
 
 
 def recipe(
-  sparsity: Schedulable,
+  sparsity: Scalar | PerLayer | AcrossLayers,
   steps: int,
   where: Kernels | None = None,
   *,

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tern_jax.core.containers import Array
+from tern_jax.core.types import Array
 from tern_jax.trees.transform import ParamTransform
 
 #: loss_fn(weights, model_state, batch, key) -> (loss, (model_state, metrics)).

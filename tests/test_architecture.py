@@ -2,8 +2,12 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import pytest
+
+import tern_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "tern_jax"
@@ -70,8 +74,16 @@ def test_every_row_of_the_table_is_a_module():
 
 def test_methods_never_import_one_another():
   for path in (PACKAGE / "methods").glob("*.py"):
-    if path.name != "__init__.py":
-      assert "methods" not in imports(path)
+    if path.name == "__init__.py":
+      continue
+    of_methods = {
+      node.module
+      for node in ast.walk(ast.parse(path.read_text()))
+      if isinstance(node, ast.ImportFrom)
+      and (node.module or "").startswith("tern_jax.methods")
+    }
+    # Its own formulas are no other method.
+    assert of_methods <= {f"tern_jax.methods.{path.stem}_math"}
 
 
 def test_flax_is_imported_by_its_adapters_only():
@@ -86,7 +98,30 @@ def test_flax_is_imported_by_its_adapters_only():
 
 
 def test_init_only_reexports():
+  allowed = ast.Expr | ast.Import | ast.ImportFrom
   for path in (PACKAGE / "__init__.py", PACKAGE / "methods" / "__init__.py"):
-    for node in ast.parse(path.read_text()).body:
-      is_docstring = isinstance(node, ast.Expr)
-      assert is_docstring or isinstance(node, ast.ImportFrom)
+    body = ast.parse(path.read_text()).body
+    names = {node.name for node in body if isinstance(node, ast.FunctionDef)}
+    assert names <= {"__getattr__", "__dir__"}
+    rest = [n for n in body if not isinstance(n, allowed | ast.FunctionDef)]
+    # What is loaded at its first use: two tables, and imports for checkers.
+    assert all(isinstance(n, ast.Assign | ast.If) for n in rest)
+
+
+def test_every_public_name_is_there_and_listed():
+  code = """
+import sys, tern_jax
+late = {"flax", "orbax", "constriction", "gguf", "safetensors"} & {*sys.modules}
+assert not late, late
+public = [n for n in dir(tern_jax) if not n.startswith("_")]
+missing = [n for n in (*public, "__version__") if not hasattr(tern_jax, n)]
+assert not missing, missing
+assert {"Checkpointer", "checkpoint", "linen", "straight_through"} <= {*public}
+assert "flax" in sys.modules and "orbax" in sys.modules
+"""
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_name_that_is_none():
+  with pytest.raises(AttributeError, match="no attribute 'Chekpointer'"):
+    tern_jax.Chekpointer  # noqa: B018

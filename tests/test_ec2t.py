@@ -13,19 +13,18 @@ import pytest
 
 import tern_jax
 from tern_jax import training
-from tern_jax.methods.ec2t import (
-  EC2T,
+from tern_jax.methods.ec2t import EC2T, ec2t_zero
+from tern_jax.methods.ec2t_math import (
   ec2t_assign,
   ec2t_lambda_max,
   ec2t_thresholds,
-  ec2t_zero,
 )
 from tests import reference
 
 METHODS = [
   EC2T(),
   EC2T(gamma=0.6, s=0.4, largest=10_000),
-  EC2T(gamma=0.0, scaled_gradient=False),
+  EC2T(gamma=0.0),
   EC2T(gamma=0.3, min_p_0=0.0, frozen=True),
 ]
 # Those that tests/test_contract.py does not have.
@@ -199,19 +198,17 @@ def test_zeros_of_a_gaussian_are_those_of_theory():
 
 
 @pytest.mark.parametrize(
-  ("dtype", "scaled", "axis"),
+  ("dtype", "axis"),
   [
-    (jnp.float32, True, None),
-    (jnp.float32, True, -1),
-    (jnp.float32, True, 0),
-    (jnp.float32, False, -1),
-    (jnp.bfloat16, True, -1),
-    (jnp.bfloat16, False, None),
+    (jnp.float32, None),
+    (jnp.float32, -1),
+    (jnp.float32, 0),
+    (jnp.bfloat16, -1),
   ],
 )
-def test_gradients_in_closed_form(dtype, scaled, axis):
+def test_gradients_in_closed_form(dtype, axis):
   w, g = weights(dtype=dtype), weights(dtype=dtype, seed=1)
-  method = EC2T(gamma=0.1, scaled_gradient=scaled, channel_axis=axis)
+  method = EC2T(gamma=0.1, channel_axis=axis)
   scales, state = method.init(w)
   codes = np.asarray(method.discretize(w, scales, state).codes)
 
@@ -228,8 +225,7 @@ def test_gradients_in_closed_form(dtype, scaled, axis):
   np.testing.assert_allclose(f64(d_scales["w_n"]), -minus, rtol=rtol, atol=1e-6)
   w_p, w_n = f64(scales["w_p"]), f64(scales["w_n"])
   slope = np.where(codes == 1, w_p, np.where(codes == -1, w_n, 1.0))
-  expected = f64(g) * (slope if scaled else 1.0)
-  np.testing.assert_allclose(f64(d_w), expected, rtol=rtol)
+  np.testing.assert_allclose(f64(d_w), f64(g) * slope, rtol=rtol)
   for x in jax.tree.leaves((d_w, d_scales)):
     assert x.dtype == dtype
 

@@ -9,7 +9,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import tern_jax
-from tern_jax.targets.follow import follow_target, init_target
 from tern_jax.targets.quantile import magnitude_threshold
 from tern_jax.training import data_mesh
 
@@ -84,14 +83,14 @@ def test_threshold_is_global_over_sharded_weights():
   assert float(threshold(sharded, 0.7)) == float(threshold(x, 0.7))
 
 
-def test_follow_target_looks_at_the_quantile_every_few_steps():
+def test_a_target_is_followed_every_few_steps():
   rng = np.random.default_rng(0)
-  target = tern_jax.ramp(0.8, steps=100, until=0.5)
+  method = tern_jax.TTQ(sparsity=tern_jax.ramp(0.8, steps=100, until=0.5))
   w = jnp.asarray(rng.normal(size=1000), jnp.float32)
-  state = init_target(w, target)
+  scales, state = method.init(w)
   assert int(jnp.sum(jnp.abs(w) <= state["threshold"])) == 0
   shares = []
-  follow = jax.jit(lambda s: follow_target(s, w, target, every=10))
+  follow = jax.jit(lambda state: method.after_step(w, scales, state)[1])
   for _ in range(60):
     state = follow(state)
     shares.append(float(jnp.mean(jnp.abs(w) <= state["threshold"])))

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import tern_jax
 from tern_jax import EC2T, TGA, TTQ, ParamTransform
-from tern_jax.methods.ec2t import ec2t_at_sparsity
+from tern_jax.methods.ec2t_math import ec2t_at_sparsity, ec2t_thresholds
 from tern_jax.training import data_mesh
 from tests import reference
 
@@ -206,7 +206,7 @@ def test_at_its_lambda_ec2t_assigns_by_the_literal_argmin():
     got = (w > t_p).astype(jnp.int8) - (w < -t_n).astype(jnp.int8)
     np.testing.assert_array_equal(got, codes)
     for got, expected in zip(
-      (t_p, t_n), tern_jax.ec2t_thresholds(w, *c, lam), strict=True
+      (t_p, t_n), ec2t_thresholds(w, *c, lam), strict=True
     ):
       assert float(got) == pytest.approx(float(expected), rel=2e-6)
 
@@ -400,15 +400,3 @@ def test_bad_input(method_class):
       method_class(sparsity=share)
   with pytest.raises(ValueError, match="every must lie in"):
     method_class(sparsity=0.5, every=0)
-
-
-def test_tga_cannot_center_channels_of_one_sign_at_one_threshold():
-  codes = jnp.array([[1, 1, 0, 0, 0, 0], [1, -1, 0, 0, 0, 0]], jnp.int8).T
-  scale = jnp.array([[10.0, 0.1]])
-  packed = tern_jax.pack({"w": tern_jax.Ternary(codes, scale, scale)})
-  tern_jax.from_packed(packed, TGA(mean=True, channel_axis=-1))
-  tern_jax.from_packed(packed, TGA(sparsity=2 / 3, channel_axis=-1))
-  with pytest.raises(ValueError, match=r"w: TGA\(.* one threshold for all"):
-    tern_jax.from_packed(
-      packed, TGA(mean=True, sparsity=2 / 3, channel_axis=-1)
-    )

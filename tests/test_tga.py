@@ -10,12 +10,8 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from tern_jax import LABELS, ParamTransform, kernels, training
-from tern_jax.methods.tga import (
-  TGA,
-  inverse_mills,
-  truncated_gaussian_scale,
-)
+from tern_jax import LABELS, TGA, ParamTransform, kernels, training
+from tern_jax.methods.tga_math import inverse_mills, truncated_gaussian_scale
 from tests import reference
 
 PAPER = TGA(delta=0.05, of_max=True, mean=True, detach=False)

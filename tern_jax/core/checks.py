@@ -1,20 +1,23 @@
 """What every module asks of its arguments, and how objects print."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
+
+from tern_jax.core.types import Array, Shaped
 
 
-def concrete(x: Any) -> bool:
-  """Says whether a value can be looked at now, that is, is not traced."""
+def concrete(x: object) -> bool:
+  """Whether a value is known now, that is, not traced."""
   return not isinstance(x, jax.core.Tracer)
 
 
 def check_range(
-  name: str, value: Any, low: float, high: float, hint: str
+  name: str, value: object, low: float, high: float, hint: str
 ) -> None:
   """Raises a ValueError unless low <= value < high; traced values pass.
 
@@ -34,14 +37,14 @@ def check_range(
   """
   if value is None or callable(value) or not concrete(value):
     return
-  v = np.asarray(value, dtype=np.float64)
+  v = np.asarray(cast(ArrayLike, value), dtype=np.float64)
   if not bool(np.all((v >= low) & (v < high))):
     raise ValueError(
       f"{name} must lie in [{low:g}, {high:g}), got {value}: {hint}."
     )
 
 
-def check_weights(path: str, w: Any) -> None:
+def check_weights(path: str, w: Array | Shaped) -> None:
   """Raises unless a leaf is a floating array without NaN or infinity.
 
   Raises:

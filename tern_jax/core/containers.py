@@ -1,15 +1,12 @@
 """The containers that flow through the package, and dense weights of codes."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Array = jax.Array
-#: A dict of named arrays that a method keeps for one weight array.
-Arrays = dict[str, Array]
+from tern_jax.core.types import Array, PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -91,10 +88,10 @@ class TernParams:
     scales: `{path: {name: array}}` for the ternarized leaves.
   """
 
-  latent: Any
-  scales: Any
+  latent: PyTree
+  scales: PyTree
 
-  def replace(self, **changes: Any) -> "TernParams":
+  def replace(self, **changes: PyTree) -> "TernParams":
     """Returns a copy with the named fields replaced."""
     return dataclasses.replace(self, **changes)
 

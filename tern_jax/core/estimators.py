@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from tern_jax.core.containers import Array, dense
+from tern_jax.core.containers import dense
+from tern_jax.core.types import Array
 
 
 @jax.custom_jvp

@@ -3,11 +3,12 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from tern_jax.core.checks import concrete
-from tern_jax.core.containers import Array, Ternary
-from tern_jax.core.method import Ternarizer
+from tern_jax.core.containers import Ternary
+from tern_jax.core.types import Array, ChannelAxis
 
 
 def widen(x: Array) -> Array:
@@ -20,7 +21,7 @@ def widen(x: Array) -> Array:
 
 
 def reduced_axes(
-  x: Array, channel_axis: int | tuple[int, ...] | None
+  x: Array | np.ndarray, channel_axis: ChannelAxis
 ) -> tuple[int, ...] | None:
   """Axes over which a statistic of each channel is taken; None for all.
 
@@ -45,7 +46,7 @@ def reduced_axes(
   )
 
 
-def rms(x: Array, channel_axis: int | tuple[int, ...] | None = None) -> Array:
+def rms(x: Array, channel_axis: ChannelAxis = None) -> Array:
   """Root mean square of an array, or of each of its channels.
 
   Args:
@@ -102,7 +103,7 @@ def alive(scale: Array) -> Array:
   return jnp.where(scale > 0, scale, jnp.where(top > 0, top, one))
 
 
-def one_magnitude(ternary: Ternary, method: Ternarizer) -> Array:
+def one_magnitude(ternary: Ternary, method: object) -> Array:
   """Returns the magnitude of both signs, for a method that has only one.
 
   Raises:
@@ -126,7 +127,7 @@ def with_mean(
   codes: Array,
   mean: Array,
   dtype: DTypeLike,
-  channel_axis: int | tuple[int, ...] | None = None,
+  channel_axis: ChannelAxis = None,
 ) -> Array:
   """Latents of given codes and of a given mean magnitude of the nonzeros.
 

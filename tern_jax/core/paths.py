@@ -2,10 +2,11 @@
 
 import fnmatch
 from collections.abc import Iterable, Sequence
-from typing import Any
+
+from tern_jax.core.types import Key
 
 
-def path_str(path: Iterable[Any]) -> str:
+def path_str(path: Iterable[Key | str]) -> str:
   """Prints a key path of `jax.tree_util` as components joined by slashes.
 
   The trailing `value` under which NNX states and boxed Linen parameters hold
@@ -21,7 +22,7 @@ def path_str(path: Iterable[Any]) -> str:
   return "/".join(names)
 
 
-def key_str(key: Any) -> str:
+def key_str(key: Key | str) -> str:
   """Prints one key of a `jax.tree_util` key path.
 
   >>> key_str(jax.tree_util.SequenceKey(2)), key_str("kernel")
@@ -34,7 +35,7 @@ def key_str(key: Any) -> str:
 
 
 def matches(pattern: str, path: str) -> bool:
-  """Says whether a pattern matches whole components anywhere in a path.
+  """Whether a pattern matches whole components anywhere in a path.
 
   >>> matches("Dense_*/kernel", "net/Dense_0/kernel"), matches("Den", "Dense")
   (True, False)
@@ -50,7 +51,7 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def matches_any(patterns: Sequence[str], path: str) -> bool:
-  """Says whether one of the patterns matches a path."""
+  """Whether one of the patterns matches a path."""
   return any(matches(pattern, path) for pattern in patterns)
 
 

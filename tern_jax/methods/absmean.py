@@ -4,10 +4,11 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from tern_jax.core.containers import Array, Arrays, Ternary, dense
+from tern_jax.core.containers import Ternary, dense
 from tern_jax.core.estimators import straight_through
 from tern_jax.core.method import Ternarizer
 from tern_jax.core.numerics import one_magnitude, reduced_axes, widen, with_mean
+from tern_jax.core.types import Array, Arrays, ChannelAxis, Floats
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -30,20 +31,20 @@ class AbsMean(Ternarizer):
   Source: Ma et al., arXiv 2402.17764, equations 1 to 3.
   """
 
-  channel_axis: int | None = None
+  channel_axis: ChannelAxis = None
 
-  def init(self, w: Array) -> tuple[Arrays, Arrays]:
+  def init(self, w: Floats) -> tuple[Arrays, Arrays]:
     """Returns no scales and no state."""
     del w
     return {}, {}
 
-  def __call__(self, w: Array, scales: Arrays, state: Arrays) -> Array:
+  def __call__(self, w: Floats, scales: Arrays, state: Arrays) -> Floats:
     """Returns the ternary weights, with the gradient of w."""
     del scales, state
     codes, scale = self._ternarize(w)
     return straight_through(w, dense(codes, scale, scale))
 
-  def discretize(self, w: Array, scales: Arrays, state: Arrays) -> Ternary:
+  def discretize(self, w: Floats, scales: Arrays, state: Arrays) -> Ternary:
     """Returns the rounded codes and the mean magnitude."""
     del scales, state
     codes, scale = self._ternarize(w)
@@ -51,7 +52,7 @@ class AbsMean(Ternarizer):
 
   def invert(
     self, ternary: Ternary, count: Array
-  ) -> tuple[Array, Arrays, Arrays]:
+  ) -> tuple[Floats, Arrays, Arrays]:
     """Returns latents at 0 and at `+-m / share of nonzeros`, of mean m.
 
     A channel of zeros has no m: it comes back as 0.

@@ -1,31 +1,25 @@
 """SCA: the sparsity-control approach to ternary weight networks."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 
 from tern_jax.core.checks import check_range, concrete
-from tern_jax.core.containers import Array, Arrays, Ternary
+from tern_jax.core.containers import Ternary
 from tern_jax.core.estimators import trained_scale
-from tern_jax.core.method import Ternarizer
 from tern_jax.core.numerics import alive, one_magnitude, rms, scale_floor, widen
+from tern_jax.core.types import Array, Arrays, ChannelAxis, Floats, Scalar
 from tern_jax.regularizers.barriers import GAIN, check_gain
 from tern_jax.regularizers.formulas import check_alpha, wdr_barrier
-from tern_jax.targets.follow import (
-  check_zeros,
-  follow_target,
-  init_target,
-  meet_target,
-)
-from tern_jax.targets.schedules import Schedulable, check_sparsity
+from tern_jax.targets.schedules import Target
+from tern_jax.targets.targeted import Look, Targeted
 
 #: |W| of weights that have settled at -1 or 1: beyond it gradients vanish.
 _SETTLED = 0.99
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class SCA(Ternarizer):
+class SCA(Targeted):
   """Sparsity control by the barrier of WDR, on latents Theta, W = tanh(Theta).
 
   Two faces, each to be trained together with `wdr_transform`:
@@ -85,13 +79,13 @@ class SCA(Ternarizer):
   the barrier instead of 0.5; the sparsity face is this project's own.
   """
 
-  alpha: Any = None
-  sparsity: Schedulable = None
+  alpha: Scalar | None = None
+  sparsity: Target | None = None
   sigma: float | None = 0.2
   gain: float | None = None
   every: int = 10
   scaled: bool = True
-  channel_axis: int | None = None
+  channel_axis: ChannelAxis = None
 
   def __post_init__(self):
     if (self.alpha is None) == (self.sparsity is None):
@@ -100,7 +94,7 @@ class SCA(Ternarizer):
         " exactly one, SCA(alpha=0.1) or SCA(sparsity=0.8)."
       )
     check_alpha(self.alpha)
-    check_sparsity(self.sparsity)
+    super().__post_init__()
     check_range("sigma", self.sigma, 1e-6, 10, "0.2 works throughout")
     check_gain(self.gain)
     if self.soft and self.gain is not None:
@@ -109,7 +103,6 @@ class SCA(Ternarizer):
         " latents are Theta itself, as wdr_transform(alpha) takes them: give no"
         " gain."
       )
-    check_range("every", self.every, 1, float("inf"), "count training steps")
 
   @property
   def soft(self) -> bool:
@@ -126,7 +119,7 @@ class SCA(Ternarizer):
       return 1.0 if self.soft else GAIN
     return self.gain
 
-  def latent(self, w: Array) -> Array:
+  def latent(self, w: Floats) -> Floats:
     """Returns Theta / gain for the user's initial weights."""
     wide = widen(w)
     if self.sigma is None:
@@ -137,16 +130,16 @@ class SCA(Ternarizer):
       theta = wide * jnp.where(size > 0, self.sigma / size, 1)
     return (theta / self._gain).astype(w.dtype)
 
-  def init(self, w: Array) -> tuple[Arrays, Arrays]:
+  def init(self, w: Floats) -> tuple[Arrays, Arrays]:
     """Returns the scale, and the threshold of the sparsity face."""
     latent = self.latent(w)
-    state = {} if self.soft else init_target(latent, self.sparsity)
+    state = {} if self.soft else self.state_at(latent, {})
     if not self.scaled:
       return {}, state
     make = self.weights if self.soft else lambda w: self._codes(w, state)
     unscaled = make(latent)
 
-    def ratio(axis: Any, otherwise: Any) -> Array:
+    def ratio(axis: ChannelAxis, otherwise: Array | float) -> Array:
       want, have = rms(w, axis), rms(unscaled, axis)
       started = (want > 0) & (have > 0)
       return jnp.where(started, want / jnp.where(started, have, 1), otherwise)
@@ -158,41 +151,41 @@ class SCA(Ternarizer):
     a = ratio(self.channel_axis, ratio(None, fan_in**-0.5)).astype(w.dtype)
     return {"a": a}, {**state, "floor": scale_floor(a)}
 
-  def __call__(self, w: Array, scales: Arrays, state: Arrays) -> Array:
+  def __call__(self, w: Floats, scales: Arrays, state: Arrays) -> Floats:
     """Returns `a tanh(Theta)`, or its ternary codes times a."""
     a = scales["a"] if self.scaled else jnp.ones((), w.dtype)
     if self.soft:
       return a * self.weights(w)
     return trained_scale(self.weights(w), self._codes(w, state), a, factor=a)
 
-  def discretize(self, w: Array, scales: Arrays, state: Arrays) -> Ternary:
+  def discretize(self, w: Floats, scales: Arrays, state: Arrays) -> Ternary:
     """Returns the codes on the latents' side of the barrier."""
     a = scales["a"] if self.scaled else jnp.ones((), w.dtype)
     codes = self._codes(w, state).astype(jnp.int8)
     return Ternary(codes=codes, w_p=a, w_n=a)
 
-  def after_step(
-    self, w: Array, scales: Arrays, state: Arrays
-  ) -> tuple[Arrays, Arrays]:
-    """Keeps the scale at its floor, the threshold at the asked sparsity."""
-    if self.scaled:
-      scales = {"a": jnp.maximum(scales["a"], state["floor"])}
-    if not self.soft:
-      target = follow_target(state, w, self.sparsity, self.every)
-      state = {**state, **target}
-    return scales, state
+  @property
+  def measures(self) -> bool:
+    """Whether there is a target, for which the threshold must move."""
+    return not self.soft
 
-  def refresh(
-    self, w: Array, scales: Arrays, state: Arrays
-  ) -> tuple[Arrays, Arrays]:
-    """Puts the threshold where these latents meet the asked sparsity."""
-    if not self.soft:
-      state = meet_target(state, w, self.sparsity)
-    return scales, state
+  def measure(
+    self, w: Floats, scales: Arrays, look: Look, held: Arrays | None = None
+  ) -> Arrays:
+    """Returns the threshold at the asked quantile of the latents."""
+    del scales
+    return {"threshold": self.quantile(w, look, held)}
+
+  def project(self, w: Floats, scales: Arrays, state: Arrays) -> Arrays:
+    """Keeps the scale at or above its floor."""
+    del w
+    if not self.scaled:
+      return scales
+    return {"a": jnp.maximum(scales["a"], state["floor"])}
 
   def invert(
     self, ternary: Ternary, count: Array
-  ) -> tuple[Array, Arrays, Arrays]:
+  ) -> tuple[Floats, Arrays, Arrays]:
     """Returns latents at 0 and on both sides of the barrier, and the scale.
 
     With alpha, nonzeros are at |W| = .99 (or half-way from the barrier to 1),
@@ -214,7 +207,7 @@ class SCA(Ternarizer):
       barrier = wdr_barrier(jnp.asarray(self.alpha, settled.dtype))
       theta = jnp.maximum(settled, jnp.arctanh((1 + barrier) / 2)) / self._gain
       return codes * theta.astype(a.dtype), scales, state
-    check_zeros(ternary.codes, self.sparsity, count)
+    self.check_zeros(ternary.codes, count)
     size = rms(codes)
     sigma = jnp.inf if self.sigma is None else self.sigma
     theta = jnp.minimum(sigma / jnp.where(size > 0, size, 1), settled)

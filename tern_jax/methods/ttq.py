@@ -3,25 +3,19 @@
 import dataclasses
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 
 from tern_jax.core.checks import check_range
-from tern_jax.core.containers import Array, Arrays, Ternary, dense
+from tern_jax.core.containers import Ternary, dense
 from tern_jax.core.estimators import trained_scales
-from tern_jax.core.method import Ternarizer
 from tern_jax.core.numerics import alive, least_scale, reduced_axes, widen
-from tern_jax.targets.follow import (
-  check_zeros,
-  follow_target,
-  init_target,
-  meet_target,
-)
-from tern_jax.targets.schedules import Schedulable, check_sparsity
+from tern_jax.core.types import Array, Arrays, ChannelAxis, Floats
+from tern_jax.targets.schedules import Target
+from tern_jax.targets.targeted import Look, Targeted
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class TTQ(Ternarizer):
+class TTQ(Targeted):
   """Ternary weights with two trained magnitudes, w_p and w_n.
 
   The code is `sign(w) 1[|w| > threshold * max|w|]`. The magnitudes learn by
@@ -60,9 +54,9 @@ class TTQ(Ternarizer):
 
   threshold: float = 0.05
   start: Literal["means", "one"] = "means"
-  sparsity: Schedulable | None = None
+  sparsity: Target | None = None
   every: int = 10
-  channel_axis: int | None = None
+  channel_axis: ChannelAxis = None
 
   def __post_init__(self):
     check_range("threshold", self.threshold, 0, 1, "try 0.05")
@@ -71,17 +65,13 @@ class TTQ(Ternarizer):
         f'start must be "means" or "one", got {self.start!r}: "one" is the'
         " published initialization."
       )
-    check_sparsity(self.sparsity)
-    check_range("every", self.every, 1, float("inf"), "count training steps")
+    super().__post_init__()
 
-  def init(self, w: Array) -> tuple[Arrays, Arrays]:
+  def init(self, w: Floats) -> tuple[Arrays, Arrays]:
     """Returns the two magnitudes, and the threshold as state."""
     axes = reduced_axes(w, self.channel_axis)
     keep = axes is not None
-    if self.sparsity is None:
-      state = {"count": jnp.zeros((), jnp.int32), "threshold": self._look(w)}
-    else:
-      state = init_target(w, self.sparsity)
+    state = self.state_at(w, {})
     codes = _codes(w, state)
     magnitude = jnp.abs(widen(w))
 
@@ -98,44 +88,36 @@ class TTQ(Ternarizer):
 
     return {"w_n": start(-1), "w_p": start(1)}, state
 
-  def __call__(self, w: Array, scales: Arrays, state: Arrays) -> Array:
+  def __call__(self, w: Floats, scales: Arrays, state: Arrays) -> Floats:
     """Returns the ternary weights, with the gradients of the class."""
     codes = _codes(w, state)
     magnitude = jnp.abs(dense(codes, scales["w_p"], scales["w_n"]))
     factor = jnp.where(codes == 0, jnp.ones((), w.dtype), magnitude)
     return trained_scales(w, codes, **scales, factor=factor)
 
-  def discretize(self, w: Array, scales: Arrays, state: Arrays) -> Ternary:
+  def discretize(self, w: Floats, scales: Arrays, state: Arrays) -> Ternary:
     """Returns the codes beyond the threshold and the trained magnitudes."""
     return Ternary(_codes(w, state).astype(jnp.int8), **scales)
 
-  def after_step(
-    self, w: Array, scales: Arrays, state: Arrays
-  ) -> tuple[Arrays, Arrays]:
-    """Keeps the magnitudes positive; looks at the latents every few steps."""
-    least = jnp.asarray(least_scale(w.dtype), w.dtype)
-    scales = {name: jnp.maximum(s, least) for name, s in scales.items()}
-    if self.sparsity is not None:
-      return scales, follow_target(state, w, self.sparsity, self.every)
-    count = state["count"] + 1
-    threshold = jax.lax.cond(
-      count % self.every == 0,
-      lambda: self._look(w),
-      lambda: state["threshold"],
-    )
-    return scales, {"count": count, "threshold": threshold}
+  def measure(
+    self, w: Floats, scales: Arrays, look: Look, held: Arrays | None = None
+  ) -> Arrays:
+    """Returns the threshold, widened; that of a sparsity float32."""
+    del scales
+    if self.sparsity is None:
+      top = jnp.max(jnp.abs(widen(w)))
+      return {"threshold": jnp.asarray(self.threshold, top.dtype) * top}
+    return {"threshold": self.quantile(w, look, held)}
 
-  def refresh(
-    self, w: Array, scales: Arrays, state: Arrays
-  ) -> tuple[Arrays, Arrays]:
-    """Puts the threshold where these latents have it."""
-    if self.sparsity is not None:
-      return scales, meet_target(state, w, self.sparsity)
-    return scales, {**state, "threshold": self._look(w)}
+  def project(self, w: Floats, scales: Arrays, state: Arrays) -> Arrays:
+    """Keeps the magnitudes positive."""
+    del state
+    least = jnp.asarray(least_scale(w.dtype), w.dtype)
+    return {name: jnp.maximum(s, least) for name, s in scales.items()}
 
   def invert(
     self, ternary: Ternary, count: Array
-  ) -> tuple[Array, Arrays, Arrays]:
+  ) -> tuple[Floats, Arrays, Arrays]:
     """Returns latents at 0 and at both signs of the mean magnitude.
 
     The threshold of a sparsity, which must be that of these weights, is half
@@ -146,14 +128,10 @@ class TTQ(Ternarizer):
     w = ternary.codes.astype(ternary.dtype) * size.astype(ternary.dtype)
     scales = {"w_n": alive(ternary.w_n), "w_p": alive(ternary.w_p)}
     if self.sparsity is None:
-      return w, scales, {"count": count, "threshold": self._look(w)}
-    check_zeros(ternary.codes, self.sparsity, count)
+      return w, scales, self.state_at(w, scales, count)
+    self.check_zeros(ternary.codes, count)
     threshold = size.astype(jnp.float32) / 2
     return w, scales, {"count": count, "threshold": threshold}
-
-  def _look(self, w: Array) -> Array:
-    top = jnp.max(jnp.abs(widen(w)))
-    return jnp.asarray(self.threshold, top.dtype) * top
 
 
 def _codes(w: Array, state: Arrays) -> Array:

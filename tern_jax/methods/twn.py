@@ -2,21 +2,19 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from tern_jax.core.checks import check_range
-from tern_jax.core.containers import Array, Arrays, Ternary, dense
+from tern_jax.core.containers import Ternary, dense
 from tern_jax.core.estimators import straight_through
-from tern_jax.core.method import Ternarizer
 from tern_jax.core.numerics import one_magnitude, reduced_axes, widen, with_mean
-from tern_jax.targets.follow import check_zeros
-from tern_jax.targets.quantile import magnitude_threshold
-from tern_jax.targets.schedules import Schedulable, at, check_sparsity, look_at
+from tern_jax.core.types import Array, Arrays, ChannelAxis, Floats
+from tern_jax.targets.schedules import Target
+from tern_jax.targets.targeted import Look, Targeted
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class TWN(Ternarizer):
+class TWN(Targeted):
   """Ternary weights nearest to the latents, trained straight through.
 
   `Delta = threshold * mean|w|`; the code is `sign(w) 1[|w| > Delta]`, the
@@ -50,57 +48,52 @@ class TWN(Ternarizer):
   """
 
   threshold: float = 0.7
-  sparsity: Schedulable | None = None
+  sparsity: Target | None = None
   every: int = 10
-  channel_axis: int | None = None
+  channel_axis: ChannelAxis = None
 
   def __post_init__(self):
     check_range("threshold", self.threshold, 0, float("inf"), "try 0.7")
-    check_sparsity(self.sparsity)
-    check_range("every", self.every, 1, float("inf"), "count training steps")
+    super().__post_init__()
 
-  def init(self, w: Array) -> tuple[Arrays, Arrays]:
+  def init(self, w: Floats) -> tuple[Arrays, Arrays]:
     """Returns no scales, and Delta and the scale as state."""
-    count = jnp.zeros((), jnp.int32)
-    return {}, {"count": count, **self._look(w, count)}
+    return {}, self.state_at(w, {})
 
-  def __call__(self, w: Array, scales: Arrays, state: Arrays) -> Array:
+  def __call__(self, w: Floats, scales: Arrays, state: Arrays) -> Floats:
     """Returns the ternary weights, with the gradient of w."""
     del scales
     scale = state["scale"].astype(w.dtype)
     return straight_through(w, dense(self._codes(w, state), scale, scale))
 
-  def discretize(self, w: Array, scales: Arrays, state: Arrays) -> Ternary:
+  def discretize(self, w: Floats, scales: Arrays, state: Arrays) -> Ternary:
     """Returns codes beyond Delta and the mean magnitude there."""
     del scales
     scale = state["scale"].astype(w.dtype)
     codes = self._codes(w, state).astype(jnp.int8)
     return Ternary(codes, w_p=scale, w_n=scale)
 
-  def after_step(
-    self, w: Array, scales: Arrays, state: Arrays
-  ) -> tuple[Arrays, Arrays]:
-    """Looks at the latents every few steps."""
-    count = state["count"] + 1
-    held = {name: state[name] for name in ("scale", "threshold")}
-    due, tolerance = look_at(self.every, self.sparsity, count)
-    seen = jax.lax.cond(
-      due,
-      lambda: self._look(w, count, held["threshold"], tolerance),
-      lambda: held,
-    )
-    return scales, {"count": count, **seen}
-
-  def refresh(
-    self, w: Array, scales: Arrays, state: Arrays
-  ) -> tuple[Arrays, Arrays]:
-    """Puts Delta and the scale where these latents have them exactly."""
-    count, guess = state["count"], state["threshold"]
-    return scales, {"count": count, **self._look(w, count, guess)}
+  def measure(
+    self, w: Floats, scales: Arrays, look: Look, held: Arrays | None = None
+  ) -> Arrays:
+    """Returns Delta, as "threshold", and the scale, both widened."""
+    del scales
+    magnitude = jnp.abs(widen(w))
+    axes = reduced_axes(w, self.channel_axis)
+    keep = axes is not None
+    if self.sparsity is None:
+      mean = jnp.mean(magnitude, axes, keepdims=keep)
+      delta = jnp.asarray(self.threshold, mean.dtype) * mean
+    else:
+      delta = self.quantile(w, look, held).astype(magnitude.dtype)
+    beyond = magnitude > delta
+    number = jnp.sum(beyond, axes, magnitude.dtype, keepdims=keep)
+    total = jnp.sum(jnp.where(beyond, magnitude, 0), axes, keepdims=keep)
+    return {"scale": total / jnp.maximum(number, 1), "threshold": delta}
 
   def invert(
     self, ternary: Ternary, count: Array
-  ) -> tuple[Array, Arrays, Arrays]:
+  ) -> tuple[Floats, Arrays, Arrays]:
     """Returns the weights, of this scale in all digits, Delta and the scale.
 
     Delta is `threshold * share of nonzeros * scale`, which must be less than
@@ -110,36 +103,13 @@ class TWN(Ternarizer):
     scale = widen(one_magnitude(ternary, self))
     codes, dtype = ternary.codes, ternary.dtype
     w = with_mean(codes, scale, dtype, self.channel_axis)
-    state = {"count": count, **self._look(w, count), "scale": scale}
+    state = {**self.state_at(w, {}, count), "scale": scale}
     if self.sparsity is not None:
-      check_zeros(codes, self.sparsity, count)
+      self.check_zeros(codes, count)
       top = jnp.max(scale, initial=0)
       used = jnp.where(codes == 0, top, jnp.abs(widen(w)))
       state["threshold"] = jnp.min(used, initial=top) / 2
     return w, {}, state
-
-  def _look(
-    self,
-    w: Array,
-    count: Array,
-    guess: Array | None = None,
-    tolerance: Array | float = 0.0,
-  ) -> Arrays:
-    """Returns Delta, as "threshold", and the scale, both widened."""
-    magnitude = jnp.abs(widen(w))
-    axes = reduced_axes(w, self.channel_axis)
-    keep = axes is not None
-    if self.sparsity is None:
-      mean = jnp.mean(magnitude, axes, keepdims=keep)
-      delta = jnp.asarray(self.threshold, mean.dtype) * mean
-    else:
-      sparsity = at(self.sparsity, count)
-      delta = magnitude_threshold(w, sparsity, guess, tolerance)
-      delta = delta.astype(magnitude.dtype)
-    beyond = magnitude > delta
-    number = jnp.sum(beyond, axes, magnitude.dtype, keepdims=keep)
-    total = jnp.sum(jnp.where(beyond, magnitude, 0), axes, keepdims=keep)
-    return {"scale": total / jnp.maximum(number, 1), "threshold": delta}
 
   def _codes(self, w: Array, state: Arrays) -> Array:
     beyond = jnp.abs(widen(w)) > state["threshold"]

@@ -9,14 +9,12 @@ again and again. The sharp WDR, half the squared distance to the codes, has
 the same minima and the same barrier, and its full force beside it.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from tern_jax.core.checks import check_range
-from tern_jax.core.containers import Array
 from tern_jax.core.numerics import widen
+from tern_jax.core.types import Array
 from tern_jax.targets.quantile import magnitude_threshold
 from tern_jax.targets.schedules import check_sparsity
 
@@ -164,7 +162,7 @@ def alpha_for_sparsity(theta: Array | float, sparsity: Array | float) -> Array:
   return 2 * jnp.square(jnp.tanh(limit))
 
 
-def check_alpha(alpha: Any) -> None:
+def check_alpha(alpha: object) -> None:
   """Raises a ValueError unless a concrete alpha lies in [0, 2)."""
   check_range(
     "alpha",

@@ -1,30 +1,20 @@
 """The optax transform that adds the gradient of WDR to any chain."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from tern_jax.core.containers import Array
 from tern_jax.core.numerics import widen
-from tern_jax.core.paths import check_patterns, matches_any, path_str
-from tern_jax.regularizers.barriers import AtSparsity
-from tern_jax.regularizers.formulas import (
-  check_alpha,
-  check_floating,
-  wdr_barrier,
-  wdr_grad,
-)
-from tern_jax.regularizers.strengths import LateKappa, Relative, check_strength
-from tern_jax.targets.quantile import magnitude_threshold
-from tern_jax.targets.schedules import (
-  TOLERANCE,
-  AcrossLayers,
-  at,
-  check_targets,
-  target_of,
-)
+from tern_jax.core.paths import check_patterns, path_str
+from tern_jax.core.types import Array, KeyPath, PyTree, Scalar, Schedule
+from tern_jax.regularizers.barriers import Barrier, Moment, barrier_of
+from tern_jax.regularizers.churn import Churn
+from tern_jax.regularizers.formulas import check_floating, wdr_grad
+from tern_jax.regularizers.layers import lift
+from tern_jax.regularizers.strengths import Dose, Strength, strength_of
 
 
 class WdrState(NamedTuple):
@@ -32,9 +22,9 @@ class WdrState(NamedTuple):
 
   count: Array
   """Updates done."""
-  threshold: Any
+  threshold: PyTree
   """Of each leaf, where alpha is `at_sparsity`."""
-  nonzero: Any
+  nonzero: PyTree
   """Bits: which weights were beyond the barrier 1 % of the steps before
   the onset of a `late_kappa`, then at it."""
   share: Array
@@ -42,11 +32,13 @@ class WdrState(NamedTuple):
 
 
 def wdr_transform(
-  alpha: Any,
-  strength: Any,
-  mask: Any = None,
-  stacked: tuple[str, ...] = (),
+  alpha: Barrier | Scalar | Schedule,
+  strength: Strength | Scalar | Schedule,
+  where: PyTree | Callable[[PyTree], PyTree] | None = None,
+  stacked: Sequence[str] = (),
   sharp: bool = False,
+  *,
+  mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformation:
   """Adds the gradient of WDR to the updates, for any optax chain.
 
@@ -57,16 +49,15 @@ def wdr_transform(
   place matters too: kappa is measured against the update that arrives.
 
   Args:
-    alpha: a number or traced array in [0, 2); a schedule; a tree of them that
-      is a prefix of the parameters; or `at_sparsity(s)`.
+    alpha: a number or traced array in [0, 2); a schedule; or `at_sparsity(s)`.
     strength: the paper's lambda >= 0 as a number, traced array or schedule;
       or `relative(kappa)`.
-    mask: a tree of bools or a function from parameters to one, as in
-      `optax.masked`; None takes every leaf, biases too, so that most uses
-      want `mask=tern_jax.kernels()`.
+    where: a tree of bools or a function from parameters to one; None takes
+      every leaf, biases too, so that most uses want `tern_jax.kernels()`.
     stacked: patterns of leaves whose first axis enumerates layers (as made by
-      `nn.scan`): `relative` and `at_sparsity` then look at each layer alone.
+      `nn.scan`): `relative` and `at_sparsity` then see each layer alone.
     sharp: whether the barrier is a kink, as a hard forward wants it.
+    mask: the same as where, by the name that optax has for it.
 
   Returns:
     An `optax.GradientTransformation`. Updates keep their dtype; None updates
@@ -75,7 +66,8 @@ def wdr_transform(
     callable mask in `static_args`.
 
   Raises:
-    ValueError: alpha or strength out of range; `update` without `params`.
+    ValueError: alpha or strength out of range; both where and mask; `update`
+      without `params`.
     TypeError: a selected parameter is not floating-point.
 
   >>> tx = optax.chain(wdr_transform(alpha=0.5, strength=0.1), optax.sgd(1.0))
@@ -89,189 +81,59 @@ def wdr_transform(
   first transform of a chain; `relative`, `at_sparsity` and the sharp form are
   not in it.
   """
-  if not isinstance(alpha, AtSparsity):
-    jax.tree.map(check_alpha, alpha)
-  if not isinstance(strength, Relative):
-    check_strength("strength", strength)
+  if where is not None and mask is not None:
+    raise ValueError(
+      f"wdr_transform got where={where!r} and mask={mask!r}, which mean the"
+      " same: give one of them."
+    )
+  where = mask if where is None else where
+  barrier, force = barrier_of(alpha), strength_of(strength)
+  gain, churn = barrier.gain, Churn.of(force, barrier.gain, stacked)
 
-  gain = alpha.gain if isinstance(alpha, AtSparsity) else 1.0
-  late: Any = strength.kappa if isinstance(strength, Relative) else None
-  if not (isinstance(late, LateKappa) and late.watches):
-    late = None
-
-  def lift(path: Any, fn: Any, in_axes: Any = 0) -> Any:
-    is_stack = matches_any(stacked, path_str(path))
-    return jax.vmap(fn, in_axes) if is_stack else fn
-
-  def look(params: Any, old: Any, count: Array, tolerance: float) -> Any:
-    """Returns the thresholds of `at_sparsity`, guessed by the old ones."""
-    if isinstance(alpha.sparsity, AcrossLayers):
-      leaves = jax.tree.leaves(params)
-      target = at(alpha.sparsity.sparsity, count)
-      found = magnitude_threshold(leaves, target, tolerance=tolerance)
-      return jax.tree.map(lambda t: jnp.broadcast_to(found, t.shape), old)
-
-    def find(path: Any, theta: Array, guess: Array) -> Array:
-      target = at(target_of(alpha.sparsity, path_str(path)), count)
-      return lift(
-        path,
-        lambda theta, guess: magnitude_threshold(
-          theta, target, guess, tolerance
-        ),
-      )(theta, guess)
-
-    return jax.tree_util.tree_map_with_path(find, params, old)
-
-  def alphas_of(params: Any, threshold: Any) -> Any:
-    if isinstance(alpha, AtSparsity):
-      return jax.tree.map(
-        lambda t: 2 * jnp.square(jnp.tanh(gain * t)), threshold
-      )
-    return jax.tree.broadcast(alpha, params)
-
-  def beyond(params: Any, alphas: Any, count: Array) -> Any:
-    """Returns which weights are beyond the barrier, eight to a byte."""
-
-    def one(theta: Array, a: Array) -> Array:
-      w = jnp.abs(jnp.tanh(gain * widen(theta)))
-      return jnp.packbits(jnp.atleast_1d(w > wdr_barrier(a)), axis=-1)
-
-    def of(path: Any, theta: Array, a: Any) -> Array:
-      check_floating(path_str(path), theta)
-      a = at(a, count, widen(theta).dtype)
-      return lift(path, one, (0, 0 if a.ndim else None))(theta, a)
-
-    return jax.tree_util.tree_map_with_path(of, params, alphas)
-
-  def init(params: Any) -> WdrState:
+  def init(params: PyTree) -> WdrState:
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    paths = [path_str(path) for path, _ in leaves]
-    check_patterns(stacked, paths)
+    check_patterns(stacked, [path_str(path) for path, _ in leaves])
     count = jnp.zeros((), jnp.int32)
-    threshold = nonzero = ()
-    if isinstance(alpha, AtSparsity):
-      check_targets(alpha.sparsity, paths)
-      unknown = jax.tree_util.tree_map_with_path(
-        lambda path, x: jnp.zeros(
-          x.shape[: matches_any(stacked, path_str(path))], jnp.float32
-        ),
-        params,
-      )
-      threshold = look(params, unknown, count, 0.0)
-    if late is not None:
-      nonzero = beyond(params, alphas_of(params, threshold), count)
+    threshold = barrier.init(params, stacked)
+    nonzero = churn.init(params, barrier.alphas(params, threshold, count))
     return WdrState(count, threshold, nonzero, jnp.ones((), jnp.float32))
 
   def update(
-    updates: Any, state: Any, params: Any = None
-  ) -> tuple[Any, WdrState]:
+    updates: PyTree, state: PyTree, params: PyTree | None = None
+  ) -> tuple[PyTree, WdrState]:
     if params is None:
       raise ValueError(
         "wdr_transform got no parameters, and WDR is a function of them:"
         " call tx.update(grads, opt_state, params)."
       )
     count, threshold, nonzero, share = state
-    is_on, sets_in = _is_on(strength, count), _sets_in(strength, count)
-    is_before = late is not None and _sets_in(strength, count + late.ahead)
-    if isinstance(alpha, AtSparsity):
-      due = is_before | sets_in | (is_on & (count % alpha.every == 0))
-      threshold = jax.lax.cond(
-        due,
-        lambda old: look(params, old, count, TOLERANCE),
-        lambda old: old,
-        threshold,
-      )
-    alphas = alphas_of(params, threshold)
-    if late is not None:
-      now = jax.lax.cond(
-        is_before | sets_in,
-        lambda: beyond(params, alphas, count),
-        lambda: nonzero,
-      )
-      share = jax.lax.cond(
-        sets_in,
-        lambda: late.share(_exchanged(nonzero, now)),
-        lambda: share,
-      )
-      nonzero = now
+    now = churn.begins(count) | force.sets_in(count)
+    moment = Moment(count, force.is_on(count), now)
+    threshold = barrier.follow(params, threshold, moment, stacked)
+    alphas = barrier.alphas(params, threshold, count)
+    nonzero, share = churn.follow(params, alphas, count, (nonzero, share))
+    dose = Dose(count, share, bound=gain if sharp else None)
 
-    def add(path: Any, u: Array | None, theta: Array, a: Any) -> Array | None:
+    def layer(u: Array, theta: Array, alpha: Array) -> Array:
+      def gradient() -> Array:
+        return gain * wdr_grad(gain * widen(theta), alpha, sharp)
+
+      return force.add(u, gradient, dose)
+
+    def leaf(
+      path: KeyPath, u: Array | None, theta: Array, alpha: Array
+    ) -> Array | None:
       if u is None:
         return None
       check_floating(path_str(path), theta)
-      a = at(a, count, widen(theta).dtype)
-
-      def add_one(u: Array, theta: Array, a: Array) -> Array:
-        return _add(u, theta, a, gain, strength, share, count, sharp)
-
-      in_axes = (0, 0, 0 if a.ndim else None)
-      return lift(path, add_one, in_axes)(u, theta, a)
+      in_axes = (0, 0, 0 if alpha.ndim else None)
+      return lift(stacked, path, layer, in_axes)(u, theta, alpha)
 
     updates = jax.tree_util.tree_map_with_path(
-      add, updates, params, alphas, is_leaf=lambda x: x is None
+      leaf, updates, params, alphas, is_leaf=lambda x: x is None
     )
     count = jnp.asarray(optax.safe_increment(count))
     return updates, WdrState(count, threshold, nonzero, share)
 
   transform = optax.GradientTransformation(init, update)
-  return transform if mask is None else optax.masked(transform, mask)
-
-
-def _add(
-  u: Array,
-  latent: Array,
-  a: Array,
-  gain: float,
-  strength: Any,
-  share: Array,
-  count: Array,
-  sharp: bool,
-) -> Array:
-  """Returns u + strength * dR/dlatent in the dtype of u.
-
-  Of the kappa of a relative strength, only a share is used.
-  """
-
-  def add(factor: Any) -> Array:
-    r = gain * wdr_grad(gain * widen(latent), a, sharp)
-    return (u.astype(r.dtype) + factor(r) * r).astype(u.dtype)
-
-  if not isinstance(strength, Relative):
-    return add(lambda r: at(strength, count, r.dtype))
-
-  def balanced(r: Array) -> Array:
-    # The ratio of norms is the ratio of root mean squares. The sharp r counts
-    # as if it were 1 by Theta, its bound, everywhere.
-    size = gain * r.size**0.5 if sharp else _norm(r)
-    size = jnp.maximum(size, jnp.finfo(r.dtype).tiny)
-    kappa = share.astype(r.dtype) * at(strength.kappa, count, r.dtype)
-    return kappa * _norm(u.astype(r.dtype)) / size
-
-  # A late WDR is off for most of a run, and must cost nothing then.
-  return jax.lax.cond(_is_on(strength, count), lambda: add(balanced), lambda: u)
-
-
-def _is_on(strength: Any, count: Array) -> Array | bool:
-  """Says whether WDR does anything at a step."""
-  return not isinstance(strength, Relative) or at(strength.kappa, count) > 0
-
-
-def _sets_in(strength: Any, count: Array) -> Array:
-  """Says whether WDR does something at a step, and nothing before."""
-  was_on = _is_on(strength, count - 1)
-  return _is_on(strength, count) & jnp.logical_not(was_on)
-
-
-def _exchanged(before: Any, now: Any) -> Array:
-  """Returns the share of the bits set now that were not so before."""
-
-  def count(words: Any) -> Array:
-    ones = (jnp.sum(jnp.bitwise_count(x)) for x in jax.tree.leaves(words))
-    return sum((x.astype(jnp.float32) for x in ones), jnp.float32(0))
-
-  new = jax.tree.map(lambda x, y: y & ~x, before, now)
-  return count(new) / jnp.maximum(count(now), 1)
-
-
-def _norm(x: Array) -> Array:
-  return jnp.sqrt(jnp.sum(jnp.square(x)))
+  return transform if where is None else optax.masked(transform, where)

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tern_jax.core.checks import concrete
-from tern_jax.core.containers import Array, Ternary
+from tern_jax.core.containers import Ternary
 from tern_jax.core.paths import path_str
+from tern_jax.core.types import Array
 
 
 @jax.tree_util.register_dataclass

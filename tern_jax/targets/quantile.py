@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tern_jax.core.containers import Array
+from tern_jax.core.types import Array
 
 
 def magnitude_threshold(

@@ -1,29 +1,23 @@
 """Targets: a sparsity as a number, on a ramp, per layer or across layers."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Self
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from tern_jax.core.checks import call_repr, check_range
-from tern_jax.core.containers import Array
 from tern_jax.core.paths import check_patterns, matches
+from tern_jax.core.types import Array, Count, Scalar, Schedule
 
 #: Share of the weights by which a target may be missed while it is followed.
 TOLERANCE = 1e-3
 #: Share of a run, its last, in which a target on a ramp is met at each step.
 _LAST = 0.05
-#: A number, an array, or a schedule from the step count to one. A sparsity may
-#: also be made by `per_layer` or `across_layers`, which whoever walks a tree
-#: resolves to the target of each leaf.
-Schedulable = Any
 
 
-def at(
-  value: Schedulable, count: Array, dtype: DTypeLike = jnp.float32
-) -> Array:
+def at(value: "Target", count: Count, dtype: DTypeLike = jnp.float32) -> Array:
   """Returns a scheduled value at a step.
 
   >>> float(at(0.5, 0)), float(at(lambda count: 2. * count, 3))
@@ -34,10 +28,12 @@ def at(
       f"{value!r} is the target of a tree, and this is one array: use"
       " ParamTransform, or give the array a number."
     )
-  return jnp.asarray(value(count) if callable(value) else value).astype(dtype)
+  if callable(value):
+    value = value(count)  # pyrefly: ignore[bad-argument-type]
+  return jnp.asarray(value).astype(dtype)
 
 
-def check_sparsity(sparsity: Schedulable) -> None:
+def check_sparsity(sparsity: "Target | None") -> None:
   """Raises a ValueError unless a concrete sparsity lies in [0, 1)."""
   if isinstance(sparsity, Mapping):
     raise ValueError(
@@ -54,7 +50,7 @@ def check_sparsity(sparsity: Schedulable) -> None:
 class Ramp:
   """Schedule made by `ramp`."""
 
-  sparsity: float
+  sparsity: Scalar
   steps: int
   until: float = 0.5
 
@@ -63,7 +59,7 @@ class Ramp:
     check_range("until", self.until, 1e-9, 1 + 1e-9, "it is a share of steps")
     check_range("steps", self.steps, 1, float("inf"), "count training steps")
 
-  def __call__(self, count: Array) -> Array:
+  def __call__(self, count: Count) -> Array:
     """Returns the sparsity asked for at a step."""
     done = jnp.asarray(count, jnp.float32) / (self.until * self.steps)
     return self.sparsity * (1.0 - (1.0 - jnp.minimum(done, 1.0)) ** 3)
@@ -73,11 +69,13 @@ class Ramp:
     return call_repr(self, "ramp")
 
 
-def ramp(sparsity: Any, steps: int, until: float = 0.5) -> Any:
+def ramp(
+  sparsity: "Scalar | PerLayer | AcrossLayers", steps: int, until: float = 0.5
+) -> "Target":
   """Makes a cubic schedule of sparsity from 0 to the target, then flat.
 
   `s(n) = sparsity * (1 - (1 - n / (until * steps))^3)`. As it tells where the
-  run ends, methods with such a target look at each of the last 5 % of its
+  run ends, methods with such a target measure at each of the last 5 % of its
   steps, and meet it to the weight there.
 
   Args:
@@ -95,153 +93,172 @@ def ramp(sparsity: Any, steps: int, until: float = 0.5) -> Any:
 
   Source: Zhu & Gupta, arXiv 1710.01878, equation 1.
   """
-
-  def rise(share: Any) -> Ramp:
-    return Ramp(share, steps, until)
-
   if isinstance(sparsity, PerLayer | AcrossLayers):
-    return sparsity.map(rise)
-  return rise(sparsity)
+    # The shares of a ramp are numbers.
+    return sparsity.map(lambda share: Ramp(share, steps, until))  # pyrefly: ignore
+  return Ramp(sparsity, steps, until)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class PerLayer:
-  """Targets made by `per_layer`."""
+  """A sparsity that is another one for each layer.
 
-  targets: tuple[tuple[str, Schedulable], ...]
+  Takes the place of a number in `SCA(sparsity=...)`, that of any other method,
+  `at_sparsity` and `ramp`. `tern_jax.per_layer` is this class.
+
+  Args:
+    targets: {pattern: share of zeros in [0, 1), or a schedule of it}; patterns
+      are those of `kernels`, a whole path among them, and the first that
+      matches counts. `fit_budget` returns such targets.
+
+  Raises:
+    ValueError: a concrete share lies outside [0, 1).
+
+  >>> PerLayer({"head": 0.5, "*": 0.9}).of("Dense_0/kernel")
+  0.9
+  """
+
+  targets: "Mapping[str, Target] | Iterable[tuple[str, Target]]"
 
   def __post_init__(self):
-    for _, target in self.targets:
+    # Pairs, not a dict: a method with such a target can be hashed.
+    given = self.targets
+    pairs = given.items() if isinstance(given, Mapping) else given
+    object.__setattr__(self, "targets", tuple(pairs))
+    for _, target in self.pairs:
       check_sparsity(target)
 
-  def map(self, fn: Callable[[Any], Any]) -> "PerLayer":
-    """Returns the targets that a function makes of these."""
-    return PerLayer(tuple((k, fn(target)) for k, target in self.targets))
+  @property
+  def pairs(self) -> "tuple[tuple[str, Target], ...]":
+    """The patterns and their targets, in order."""
+    return tuple(self.targets)  # pyrefly: ignore
 
-  def of(self, path: str) -> Schedulable:
+  def map(self, fn: "Callable[[Target], Target]") -> Self:
+    """Returns the targets that a function makes of these."""
+    return type(self)((k, fn(target)) for k, target in self.pairs)
+
+  def of(self, path: str) -> "Target":
     """Returns the target of a leaf: that of the first pattern that matches.
 
     Raises:
       ValueError: none does.
     """
-    for pattern, target in self.targets:
+    for pattern, target in self.pairs:
       if matches(pattern, path):
         return target
     raise ValueError(f"{self!r} has no target for {path}: add one.")
 
   def __repr__(self) -> str:
-    """Prints the call that made it."""
-    return f"per_layer({dict(self.targets)})"
-
-
-def per_layer(targets: Mapping[str, Schedulable]) -> PerLayer:
-  """Makes a sparsity that is another one for each layer.
-
-  Takes the place of a number in `SCA(sparsity=...)`, that of any other method,
-  `at_sparsity` and `ramp`.
-
-  Args:
-    targets: {pattern: share of zeros in [0, 1), or a schedule of it}; patterns
-      are those of `kernels`, a whole path among them, and the first that
-      matches counts. `fit_budget` returns the like.
-
-  Returns:
-    Hashable, printable as this call.
-
-  Raises:
-    ValueError: a concrete share lies outside [0, 1).
-
-  >>> per_layer({"head": 0.5, "*": 0.9}).of("Dense_0/kernel")
-  0.9
-  """
-  return PerLayer(tuple(targets.items()))
+    """Prints the call that makes it."""
+    return f"per_layer({dict(self.pairs)})"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class AcrossLayers:
-  """A target made by `across_layers`."""
-
-  sparsity: Schedulable
-
-  def __post_init__(self):
-    check_sparsity(self.sparsity)
-
-  def map(self, fn: Callable[[Any], Any]) -> "AcrossLayers":
-    """Returns the target that a function makes of this."""
-    return AcrossLayers(fn(self.sparsity))
-
-  def __repr__(self) -> str:
-    """Prints the call that made it."""
-    return call_repr(self, "across_layers")
-
-
-def across_layers(sparsity: Schedulable) -> AcrossLayers:
-  """Makes a sparsity that all layers together have: one threshold for all.
+  """A sparsity that all layers together have: one threshold for all.
 
   Takes the place of a number in `SCA(sparsity=...)`, that of any other method,
   `at_sparsity` and `ramp`. Which share of a layer is zero then follows from the
   magnitudes of its latents beside those of the others: `SCA` gives all layers
   latents of one spread, elsewhere they are those of the initialization.
+  `tern_jax.across_layers` is this class.
 
   Args:
     sparsity: share of zeros of all selected weights in [0, 1), or a schedule.
 
-  Returns:
-    Hashable, printable as this call.
-
   Raises:
     ValueError: a concrete share lies outside [0, 1).
 
-  >>> across_layers(0.9)
+  >>> AcrossLayers(0.9)
   across_layers(sparsity=0.9)
   """
-  return AcrossLayers(sparsity)
+
+  sparsity: "Scalar | Schedule"
+
+  def __post_init__(self):
+    check_sparsity(self.sparsity)
+
+  def map(self, fn: "Callable[[Target], Target]") -> Self:
+    """Returns the target that a function makes of this."""
+    return type(self)(fn(self.sparsity))  # pyrefly: ignore
+
+  def __repr__(self) -> str:
+    """Prints the call that makes it."""
+    return call_repr(self, "across_layers")
 
 
-def target_of(sparsity: Schedulable, path: str) -> Schedulable:
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """What one layer contributes to a target across layers, at one step.
+
+  Args:
+    value: share of zeros of the layer, 0-d.
+    whole: the target of all layers together, which tells when to measure.
+  """
+
+  value: Scalar
+  whole: "Scalar | Schedule"
+
+  def __call__(self, count: Count) -> Scalar:
+    """Returns the share; it holds for the step it was made for only."""
+    del count
+    return self.value
+
+
+#: Share of zeros: a number, an array, a schedule from the step count to one; of
+#: a tree also one made by `per_layer` or `across_layers`, which are resolved to
+#: one target for each leaf.
+Target = Scalar | Schedule | PerLayer | AcrossLayers
+
+per_layer = PerLayer
+across_layers = AcrossLayers
+
+
+def target_of(sparsity: Target, path: str) -> Target:
   """Returns the target of a leaf, where there is one of its own."""
   return sparsity.of(path) if isinstance(sparsity, PerLayer) else sparsity
 
 
-def check_targets(sparsity: Schedulable, paths: Sequence[str]) -> None:
+def check_targets(sparsity: Target | None, paths: Sequence[str]) -> None:
   """Raises a ValueError unless each leaf has a target, and each a leaf."""
   if isinstance(sparsity, PerLayer):
-    check_patterns([pattern for pattern, _ in sparsity.targets], paths)
+    check_patterns([pattern for pattern, _ in sparsity.pairs], paths)
     for path in paths:
       sparsity.of(path)
 
 
 def every_at(
-  every: Array | int, sparsity: Schedulable, count: Array
+  every: Array | int, sparsity: Target | None, count: Count
 ) -> Array | int:
-  """Returns the steps between two looks at a target, as they are at a step.
+  """Returns the steps between two measurements, as they are at a step.
 
   Those given, and 1 over the last 5 % of the run of a `ramp`: the network does
-  not get used to the codes that the last look of all flips. After ten steps
-  they are several, which with few weights a layer costs percents of accuracy;
-  after one step they are few.
+  not get used to the codes that the last measurement of all flips. After ten
+  steps they are several, which with few weights a layer costs percents of
+  accuracy; after one step they are few.
 
   >>> [int(every_at(10, ramp(0.8, 1000), n)) for n in (949, 950)]
   [10, 1]
   """
-  if not isinstance(sparsity, Ramp):
+  whole = sparsity.whole if isinstance(sparsity, Share) else sparsity
+  if not isinstance(whole, Ramp):
     return every
-  return jnp.where(count >= round((1 - _LAST) * sparsity.steps), 1, every)
+  return jnp.where(count >= round((1 - _LAST) * whole.steps), 1, every)
 
 
 def look_at(
-  every: Array | int, sparsity: Schedulable, count: Array
+  every: Array | int, sparsity: Target | None, count: Count
 ) -> tuple[Array, Array]:
-  """Returns whether a step looks at the latents, and how closely.
+  """Returns whether a step measures the latents, and how closely.
 
   Args:
-    every: steps between two looks.
-    sparsity: share of zeros, a schedule of it, or None.
+    every: steps between two measurements.
+    sparsity: target of one array, or None.
     count: int32, 0-d, step.
 
   Returns:
     (due, tolerance): bool, and the share of the weights by which a target may
-    be missed, which is 0 where each step looks.
+    be missed, which is 0 where each step measures.
   """
   every = every_at(every, sparsity, count)
-  return count % every == 0, jnp.where(every == 1, 0.0, TOLERANCE)
+  return jnp.asarray(count % every == 0), jnp.where(every == 1, 0.0, TOLERANCE)

@@ -1,0 +1,29 @@
+"""Names of the types that signatures share."""
+
+from collections.abc import Callable
+
+import jax
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+from jaxtyping import Array as Array
+from jaxtyping import Float, Int
+from jaxtyping import PyTree as PyTree
+
+#: A dict of named arrays that a method keeps for one weight array.
+Arrays = dict[str, Array]
+#: A floating-point array of any shape.
+Floats = Float[Array, "..."]
+#: A floating-point scalar: a Python number or a 0-d array, maybe traced.
+Scalar = float | Float[Array, ""]
+#: A step: a Python number or a 0-d integer array, maybe traced.
+Count = int | Int[Array, ""]
+#: A function of the step count.
+Schedule = Callable[[Array], Scalar]
+#: Axes that keep statistics of their own, as `numerics.reduced_axes` takes.
+ChannelAxis = int | tuple[int, ...] | None
+#: One key of a path in a tree.
+Key = DictKey | FlattenedIndexKey | GetAttrKey | SequenceKey
+KeyPath = tuple[Key, ...]
+#: What is known of an array before it exists: its shape and dtype.
+Shaped = jax.ShapeDtypeStruct
+#: The state of a method: {path: {name: array}}.
+State = dict[str, Arrays]

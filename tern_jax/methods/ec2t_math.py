@@ -1,0 +1,226 @@
+"""The costs of EC2T: its lambda, thresholds and codes, in closed form.
+
+A weight w goes to the centroid c of {-w_n, 0, w_p} of the lowest cost
+`(w - c)^2 - lambda log2 P_c`, where P_c is the share of the layer's weights
+whose nearest centroid is c; P_0 is raised to `min_p_0`, at the others' expense.
+For three centroids on a line that is two thresholds, found every few steps.
+"""
+
+import jax.numpy as jnp
+
+from tern_jax.core.numerics import widen
+from tern_jax.core.types import Array
+from tern_jax.targets.quantile import magnitude_threshold
+
+#: Bits that + and - cost more than 0, at the least, where lambda is solved for.
+_LEAST_RATE = 1e-3
+
+
+def ec2t_lambda_max(
+  w: Array, w_p: Array, w_n: Array, min_p_0: float = 0.5
+) -> Array:
+  """The least lambda at which one of the two sign clusters is empty.
+
+  `lambda_p = (w_max^2 - (w_max - w_p)^2) / (log2 P_0 - log2 P_p)`, lambda_n
+  likewise with |w_min| and w_n; the smaller of the two. A cluster of channels
+  is empty once it is in all. One that is empty already, or that no lambda
+  empties because P_0 is no larger, is left out; 0 if both are.
+
+  Args:
+    w: float, any shape, latents.
+    w_p: float, 0-d or of the rank of w with ones beside the channels, > 0.
+    w_n: float, shape of w_p, > 0.
+    min_p_0: least P_0, in [0, 1).
+
+  Returns:
+    0-d, float32 or wider, finite and >= 0.
+
+  >>> w, c = jnp.array([-1., 0., 0., 0., 2.]), jnp.array(.5)
+  >>> round(float(ec2t_lambda_max(w, c, c)), 4)
+  0.4732
+
+  Source: Marban et al., arXiv 2004.01077, section 3.
+  """
+  ones = tuple(i for i, n in enumerate(w_p.shape) if n == 1)
+  axes = ones if w_p.ndim else None
+  rate_p, rate_n = _rates(w, w_p, w_n, min_p_0)
+
+  def emptied_at(signed: Array, scale: Array, rate: Array) -> Array:
+    # w_max^2 - (w_max - w_p)^2, without the cancellation.
+    gain = jnp.max(widen(scale) * (2 * top_of(signed, axes) - widen(scale)))
+    empties = (gain > 0) & (rate > 0)
+    return jnp.where(empties, gain / jnp.where(empties, rate, 1), jnp.inf)
+
+  lambda_p = emptied_at(widen(w), w_p, rate_p)
+  least = jnp.minimum(lambda_p, emptied_at(-widen(w), w_n, rate_n))
+  return jnp.where(jnp.isfinite(least), least, 0)
+
+
+def ec2t_thresholds(
+  w: Array, w_p: Array, w_n: Array, lam: Array | float, min_p_0: float = 0.5
+) -> tuple[Array, Array]:
+  """Thresholds of the cheapest centroids: w_p above t_p, -w_n below -t_n.
+
+  `t_p = (w_p^2 + lambda (log2 P_0 - log2 P_p)) / (2 w_p)`, likewise t_n. Where
+  `t_p < -t_n`, possible for P_0 < 0.5 only, zero is nowhere the cheapest, and
+  both become the point at which the signs cost the same.
+
+  Args:
+    w: float, any shape, latents.
+    w_p: float, 0-d or of the rank of w with ones beside the channels, > 0.
+    w_n: float, shape of w_p, > 0.
+    lam: 0-d, lambda >= 0.
+    min_p_0: least P_0, in [0, 1).
+
+  Returns:
+    (t_p, t_n), each of the shape of w_p, float32 or wider, finite.
+
+  >>> w, c = jnp.array([-1., 0., 0., 0., 2.]), jnp.array(.5)
+  >>> t_p, t_n = ec2t_thresholds(w, c, c, ec2t_lambda_max(w, c, c))
+  >>> round(float(t_p), 4), round(float(t_n), 4)
+  (1.0, 1.0)
+
+  Source: Marban et al., arXiv 2004.01077, section 3, solved for w.
+  """
+  rate_p, rate_n = _rates(w, w_p, w_n, min_p_0)
+  w_p, w_n = widen(w_p), widen(w_n)
+  half_lam = 0.5 * jnp.asarray(lam, w_p.dtype)
+  # Centroids of dead channels are tiny: their thresholds must not overflow.
+  big = float(jnp.finfo(w_p.dtype).max)
+  t_p = jnp.clip(0.5 * w_p + half_lam * rate_p / w_p, -big, big)
+  t_n = jnp.clip(0.5 * w_n + half_lam * rate_n / w_n, -big, big)
+  even = (w_p * t_p - w_n * t_n) / (w_p + w_n)
+  crossed = t_p < -t_n
+  return jnp.where(crossed, even, t_p), jnp.where(crossed, -even, t_n)
+
+
+def ec2t_assign(
+  w: Array, w_p: Array, w_n: Array, lam: Array | float, min_p_0: float = 0.5
+) -> Array:
+  """Codes of the cheapest centroids, `argmin_c (w - c)^2 - lambda log2 P_c`.
+
+  Args:
+    w: float, any shape, latents.
+    w_p: float, 0-d or of the rank of w with ones beside the channels, > 0.
+    w_n: float, shape of w_p, > 0.
+    lam: 0-d, lambda >= 0; 0 gives the nearest centroids.
+    min_p_0: least P_0, in [0, 1).
+
+  Returns:
+    int8, shape of w, in {-1, 0, 1}; ties go to 0.
+
+  >>> w, c = jnp.array([-1., 0., 0., 0., 2.]), jnp.array(.5)
+  >>> ec2t_assign(w, c, c, 0.).tolist(), ec2t_assign(w, c, c, .6).tolist()
+  ([-1, 0, 0, 0, 1], [0, 0, 0, 0, 1])
+
+  Source: Marban et al., arXiv 2004.01077, section 3.
+  """
+  t_p, t_n = ec2t_thresholds(w, w_p, w_n, lam, min_p_0)
+  return codes_of(w, t_p, t_n).astype(jnp.int8)
+
+
+def ec2t_at_sparsity(
+  w: Array,
+  w_p: Array,
+  w_n: Array,
+  sparsity: Array | float,
+  min_p_0: float = 0.5,
+  guess: Array | None = None,
+  tolerance: Array | float = 0.0,
+) -> tuple[Array, Array, Array]:
+  """The lambda at which the asked share of weights is zero, and its thresholds.
+
+  Zero is the cheapest centroid of w > 0 from `lambda = w_p (2 w - w_p) /
+  (log2 P_0 - log2 P_p)` on, of w < 0 likewise with |w|, w_n and P_n; this is
+  the quantile of those. It is negative where the nearest centroids alone leave
+  more zeros than asked. Thresholds are as in `ec2t_thresholds`, but at least
+  0: no weight changes its sign.
+
+  Args:
+    w: float, any shape, latents.
+    w_p: float, 0-d or of the rank of w with ones beside the channels, > 0.
+    w_n: float, shape of w_p, > 0.
+    sparsity: 0-d, share of zeros of the whole tensor in [0, 1).
+    min_p_0: least P_0, in [0, 1).
+    guess: float32, 0-d, where to look first, such as the last lambda.
+    tolerance: share of the weights by which the target may be missed.
+
+  Returns:
+    (lambda, t_p, t_n): float32 0-d, and each of the shape of w_p, float32 or
+    wider, finite and >= 0.
+
+  >>> w, c = jnp.array([-1., -.1, .1, .2, 2.]), jnp.array(.5)
+  >>> lam, t_p, t_n = ec2t_at_sparsity(w, c, c, 0.8)
+  >>> ((w > t_p) | (w < -t_n)).tolist(), bool(lam > 0)
+  ([False, False, False, False, True], True)
+  >>> lam, t_p, t_n = ec2t_at_sparsity(w, c, c, 0.4)
+  >>> ((w > t_p) | (w < -t_n)).tolist(), bool(lam < 0)
+  ([True, False, False, True, True], True)
+
+  Source: Marban et al., arXiv 2004.01077, section 3, solved for lambda.
+  Differs from the paper: log2 P_0 - log2 P_c counts as .001 at least, so that a
+  cluster as common as zero can be thinned out, too.
+  """
+  rate_p, rate_n = (
+    jnp.maximum(r, _LEAST_RATE) for r in _rates(w, w_p, w_n, min_p_0)
+  )
+  w_p, w_n, wide = widen(w_p), widen(w_n), widen(w)
+  scale = jnp.where(wide < 0, w_n, w_p)
+  turns = scale * (2 * jnp.abs(wide) - scale)
+  turns /= jnp.where(wide < 0, rate_n, rate_p)
+  # A weight of 0 is zero at any lambda.
+  never = jnp.maximum(w_p * w_p / rate_p, w_n * w_n / rate_n)
+  turns = jnp.where(wide == 0, -jnp.max(never), turns)
+
+  share = jnp.round(jnp.asarray(sparsity, jnp.float32) * w.size) / w.size
+  # Magnitudes are what is searched, so one side of lambda = 0 at a time.
+  below = jnp.mean(turns > 0, dtype=jnp.float32) < 1 - share
+  sign = jnp.where(below, -1, 1).astype(turns.dtype)
+  if guess is not None:
+    guess = jnp.maximum(sign.astype(jnp.float32) * guess, 0)
+  found = magnitude_threshold(
+    jnp.maximum(sign * turns, 0),
+    jnp.where(below, 1 - share, share),
+    guess,
+    tolerance,
+  )
+  lam = sign.astype(jnp.float32) * found
+
+  # A weight at lambda is zero, also if its threshold is rounded down: where
+  # many tie, all of them would come back. Where none is asked for, none is.
+  slack = 4 * float(jnp.finfo(jnp.float32).eps)
+  slack = jnp.where(share > 0, slack, -slack)
+  big = float(jnp.finfo(w_p.dtype).max) / 4
+
+  def threshold(scale: Array, rate: Array) -> Array:
+    half = 0.5 * scale
+    shift = jnp.clip(0.5 * lam.astype(rate.dtype) * rate / scale, -big, big)
+    return jnp.maximum(half + shift + slack * (half + jnp.abs(shift)), 0)
+
+  return lam, threshold(w_p, rate_p), threshold(w_n, rate_n)
+
+
+def top_of(x: Array, axes: tuple[int, ...] | None) -> Array:
+  """Returns the largest value over axes, at least 0."""
+  return jnp.max(x, axes, keepdims=axes is not None, initial=0)
+
+
+def codes_of(w: Array, t_p: Array, t_n: Array) -> Array:
+  """Returns 1 above t_p, -1 below -t_n, else 0, of the shape of w."""
+  plus, minus = widen(w) > t_p, widen(w) < -t_n
+  return plus.astype(w.dtype) - minus.astype(w.dtype)
+
+
+def _rates(
+  w: Array, w_p: Array, w_n: Array, min_p_0: float
+) -> tuple[Array, Array]:
+  """Bits that + and - cost more than 0; finite if a cluster is empty."""
+  wide = widen(w)
+  tiny = float(jnp.finfo(wide.dtype).tiny)
+  p_p = jnp.mean(wide > 0.5 * widen(w_p), dtype=wide.dtype)
+  p_n = jnp.mean(wide < -0.5 * widen(w_n), dtype=wide.dtype)
+  p_0 = jnp.maximum(1 - p_p - p_n, min_p_0)
+  shrink = (1 - p_0) / jnp.maximum(p_p + p_n, tiny)
+  shares = jnp.stack([p_p * shrink, p_0, p_n * shrink])
+  b_p, b_0, b_n = jnp.log2(jnp.maximum(shares, tiny))
+  return b_0 - b_p, b_0 - b_n
