@@ -94,6 +94,17 @@ def test_a_run_is_that_of_the_experiments(config, dataset, rows):
   assert row["predicted"] == pytest.approx(predicted, abs=0.01)
 
 
+def test_three_runs_on_two_devices_come_out_in_order():
+  def train(value, seed, splits):
+    return {"sum": 10 * value + seed + splits["x"]}
+
+  program = sweep.in_one_program(train, 2)
+  values, seeds = np.float32([1, 2, 3]), np.int32([4, 5, 6])
+  found = program(values, seeds, {"x": np.float32(0.5)})
+  np.testing.assert_array_equal(found["sum"], [14.5, 25.5, 36.5])
+
+
+@pytest.mark.long
 def test_runs_shared_by_two_devices(config, dataset, rows):
   """Three runs on two devices: one is repeated, and dropped."""
   two = dataclasses.replace(config, devices=2)
@@ -136,6 +147,7 @@ def test_a_sweep_of_sparsity_is_exact(config, dataset, monkeypatch, capsys):
     alpha_sweep.main(dataclasses.replace(mine, epochs=9))
 
 
+@pytest.mark.long
 def test_one_program_is_measured_against_its_runs(config, dataset):
   tiny = dataclasses.replace(config, epochs=1, values=(0.1,), hidden=())
   measured = sweep.compare(tiny.sweep(), dataset, rounds=1)

@@ -186,10 +186,13 @@ def test_wdr_has_a_threshold_for_each_layer(config, net):
   assert shapes == 6 * [(2,)]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_run_end_to_end(config, path, monkeypatch):
-  # The pictures are those of every run.
+  # The pictures, and that a fresh process reads the file, are those of every
+  # run.
   monkeypatch.setattr(run.pictures, "draw", lambda *_: None)
+  monkeypatch.setattr(evaluate, "in_fresh_process", evaluate.evaluate)
   sca = run.run(config)
   found = data.load_dataset(str(path))
   answers = found.test["label"].size

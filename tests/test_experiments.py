@@ -260,7 +260,9 @@ def test_runs_share_a_float_net(config, result):
 
 
 @pytest.mark.usefixtures("brief")
-@pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
+@pytest.mark.parametrize(
+  "parallel", [pytest.param("pmap", marks=pytest.mark.long), "shard_map"]
+)
 def test_two_devices_share_a_batch(config, tmp_path, parallel):
   again = dataclasses.replace(
     config,

@@ -164,16 +164,30 @@ def test_the_recipe_for_cifar100():
   assert {key for key in old if old[key] != new[key]} == changed
 
 
-def test_a_tiny_supernet_is_rehearsed(tmp_path):
-  config = dataclasses.replace(
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+  return dataclasses.replace(
     cifar10_micronet.DEFAULT,
     data="digits",
     augment="flip_crop",
     scaling=(0.1, 0.5, 1.0),
     batch_size=64,
     parallel="jit",
-    data_dir=str(tmp_path / "tfds"),
+    data_dir=str(tmp_path_factory.mktemp("tfds")),
   )
+
+
+@pytest.mark.long
+def test_steps_of_a_tiny_supernet_are_timed(tiny):
+  lines = [line.split() for line in rehearsal.rehearse(tiny).splitlines()]
+  (rate,) = (line[-1] for line in lines if line[:3] == ["steps", "a", "second"])
+  assert float(rate.replace(",", "")) > 0
+
+
+def test_a_tiny_supernet_is_rehearsed(tiny, monkeypatch):
+  # Its step takes long to compile.
+  monkeypatch.setattr(rehearsal, "_steps_a_second", lambda *_: 1.0)
+  config = tiny
   lines = rehearsal.rehearse(config).splitlines()
   rows = [line.split() for line in lines if line.endswith("  ternary")]
   assert {path: int(n.replace(",", "")) for path, *_, n, _ in rows[:-1]} == {

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from experiments.common import errors, guard, log
 from experiments.common.processes import on_loopback
@@ -66,6 +67,7 @@ def losses(workdir, phase):
   return [line["loss"] for line in log.read_metrics(directory)]
 
 
+@pytest.mark.long
 def test_two_processes_train_as_one_though_interrupted(tmp_path):
   one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
   end(start(1, 4, tmp_path, "--workdir", str(one)))
