@@ -2,11 +2,13 @@
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tern_jax.core.checks import call_repr
 from tern_jax.core.containers import Ternary
 from tern_jax.core.types import Array, Arrays, ChannelAxis, Floats
+
+_Method = TypeVar("_Method", bound="Ternarizer")
 
 
 class Ternarizer(abc.ABC):
@@ -105,7 +107,7 @@ class Ternarizer(abc.ABC):
       f"{self!r} cannot continue ternary weights: it defines no `invert`."
     )
 
-  def replace(self, **changes: object) -> Self:
+  def replace(self: _Method, **changes: object) -> _Method:
     """Returns a copy with the named hyper-parameters replaced."""
     return dataclasses.replace(self, **changes)  # pyrefly: ignore
 

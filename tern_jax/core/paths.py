@@ -1,17 +1,16 @@
 """Paths of leaves: how they print, and patterns that match them."""
 
 import fnmatch
-from collections.abc import Iterable, Sequence
-
-from tern_jax.core.types import Key
+from collections.abc import Hashable, Iterable, Sequence
 
 
-def path_str(path: Iterable[Key | str]) -> str:
+def path_str(path: Iterable[Hashable]) -> str:
   """Prints a key path of `jax.tree_util` as components joined by slashes.
 
   The trailing `value` under which NNX states and boxed Linen parameters hold
   their array is no component.
 
+  >>> import jax
   >>> tree = {"Dense_0": {"kernel": 1.0}}
   >>> [path_str(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
   ['Dense_0/kernel']
@@ -22,9 +21,10 @@ def path_str(path: Iterable[Key | str]) -> str:
   return "/".join(names)
 
 
-def key_str(key: Key | str) -> str:
+def key_str(key: Hashable) -> str:
   """Prints one key of a `jax.tree_util` key path.
 
+  >>> import jax
   >>> key_str(jax.tree_util.SequenceKey(2)), key_str("kernel")
   ('2', 'kernel')
   """

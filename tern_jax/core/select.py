@@ -76,6 +76,7 @@ class Kernels:
     Raises:
       ValueError: nothing is selected, or a pattern matches no leaf.
 
+    >>> import jax.numpy as jnp
     >>> tree = {"layers": {"kernel": jnp.ones((4, 3, 3))},
     ...         "head": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(50)}}
     >>> kernels().largest(tree), kernels().largest(tree, stacked=["layers"])

@@ -1,9 +1,8 @@
 """Names of the types that signatures share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import jax
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 from jaxtyping import Array as Array
 from jaxtyping import Float, Int
 from jaxtyping import PyTree as PyTree
@@ -20,9 +19,8 @@ Count = int | Int[Array, ""]
 Schedule = Callable[[Array], Scalar]
 #: Axes that keep statistics of their own, as `numerics.reduced_axes` takes.
 ChannelAxis = int | tuple[int, ...] | None
-#: One key of a path in a tree.
-Key = DictKey | FlattenedIndexKey | GetAttrKey | SequenceKey
-KeyPath = tuple[Key, ...]
+#: Where a leaf is in a tree, as `jax.tree_util` tells.
+KeyPath = tuple[Hashable, ...]
 #: What is known of an array before it exists: its shape and dtype.
 Shaped = jax.ShapeDtypeStruct
 #: The state of a method: {path: {name: array}}.

@@ -13,6 +13,7 @@ from tern_jax.core.types import (
   Arrays,
   ChannelAxis,
   Floats,
+  Scalar,
   Schedule,
 )
 from tern_jax.methods.ec2t_math import (
@@ -87,7 +88,7 @@ class EC2T(Targeted):
   s: float = 0.3
   largest: int | None = None
   min_scale: float = 0.675
-  min_p_0: float = 0.5
+  min_p_0: Scalar = 0.5
   frozen: Array | bool = False
   sparsity: Target | None = None
   every: int = 10

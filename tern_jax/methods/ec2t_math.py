@@ -9,7 +9,7 @@ For three centroids on a line that is two thresholds, found every few steps.
 import jax.numpy as jnp
 
 from tern_jax.core.numerics import widen
-from tern_jax.core.types import Array
+from tern_jax.core.types import Array, Scalar
 from tern_jax.targets.quantile import magnitude_threshold
 
 #: Bits that + and - cost more than 0, at the least, where lambda is solved for.
@@ -17,7 +17,7 @@ _LEAST_RATE = 1e-3
 
 
 def ec2t_lambda_max(
-  w: Array, w_p: Array, w_n: Array, min_p_0: float = 0.5
+  w: Array, w_p: Array, w_n: Array, min_p_0: Scalar = 0.5
 ) -> Array:
   """The least lambda at which one of the two sign clusters is empty.
 
@@ -57,7 +57,7 @@ def ec2t_lambda_max(
 
 
 def ec2t_thresholds(
-  w: Array, w_p: Array, w_n: Array, lam: Array | float, min_p_0: float = 0.5
+  w: Array, w_p: Array, w_n: Array, lam: Scalar, min_p_0: Scalar = 0.5
 ) -> tuple[Array, Array]:
   """Thresholds of the cheapest centroids: w_p above t_p, -w_n below -t_n.
 
@@ -95,7 +95,7 @@ def ec2t_thresholds(
 
 
 def ec2t_assign(
-  w: Array, w_p: Array, w_n: Array, lam: Array | float, min_p_0: float = 0.5
+  w: Array, w_p: Array, w_n: Array, lam: Scalar, min_p_0: Scalar = 0.5
 ) -> Array:
   """Codes of the cheapest centroids, `argmin_c (w - c)^2 - lambda log2 P_c`.
 
@@ -123,10 +123,10 @@ def ec2t_at_sparsity(
   w: Array,
   w_p: Array,
   w_n: Array,
-  sparsity: Array | float,
-  min_p_0: float = 0.5,
+  sparsity: Scalar,
+  min_p_0: Scalar = 0.5,
   guess: Array | None = None,
-  tolerance: Array | float = 0.0,
+  tolerance: Scalar = 0.0,
 ) -> tuple[Array, Array, Array]:
   """The lambda at which the asked share of weights is zero, and its thresholds.
 
@@ -212,7 +212,7 @@ def codes_of(w: Array, t_p: Array, t_n: Array) -> Array:
 
 
 def _rates(
-  w: Array, w_p: Array, w_n: Array, min_p_0: float
+  w: Array, w_p: Array, w_n: Array, min_p_0: Scalar
 ) -> tuple[Array, Array]:
   """Bits that + and - cost more than 0; finite if a cluster is empty."""
   wide = widen(w)

@@ -18,12 +18,12 @@ from tern_jax.regularizers.layers import lift, stack_axes
 from tern_jax.targets.quantile import magnitude_threshold
 from tern_jax.targets.schedules import (
   AcrossLayers,
+  PerLayer,
   Target,
   at,
   check_sparsity,
   check_targets,
   look_at,
-  target_of,
 )
 
 #: Theta over the latents where the barrier is at a quantile: Adam moves latents
@@ -173,7 +173,9 @@ class AtSparsity(Barrier):
       return jax.lax.cond(search, together, lambda: kept)
 
     def leaf(path: KeyPath, theta: Array, held: Array) -> Array:
-      target = target_of(self.sparsity, path_str(path))
+      target = self.sparsity
+      if isinstance(target, PerLayer):
+        target = target.of(path_str(path))
       asked = at(target, count)
       search, tolerance = due(target)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Self
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -133,9 +132,9 @@ class PerLayer:
     """The patterns and their targets, in order."""
     return tuple(self.targets)  # pyrefly: ignore
 
-  def map(self, fn: "Callable[[Target], Target]") -> Self:
+  def map(self, fn: "Callable[[Target], Target]") -> "PerLayer":
     """Returns the targets that a function makes of these."""
-    return type(self)((k, fn(target)) for k, target in self.pairs)
+    return PerLayer((k, fn(target)) for k, target in self.pairs)
 
   def of(self, path: str) -> "Target":
     """Returns the target of a leaf: that of the first pattern that matches.
@@ -178,9 +177,9 @@ class AcrossLayers:
   def __post_init__(self):
     check_sparsity(self.sparsity)
 
-  def map(self, fn: "Callable[[Target], Target]") -> Self:
+  def map(self, fn: "Callable[[Target], Target]") -> "AcrossLayers":
     """Returns the target that a function makes of this."""
-    return type(self)(fn(self.sparsity))  # pyrefly: ignore
+    return AcrossLayers(fn(self.sparsity))  # pyrefly: ignore
 
   def __repr__(self) -> str:
     """Prints the call that makes it."""
@@ -214,7 +213,7 @@ per_layer = PerLayer
 across_layers = AcrossLayers
 
 
-def target_of(sparsity: Target, path: str) -> Target:
+def target_of(sparsity: Target | None, path: str) -> Target | None:
   """Returns the target of a leaf, where there is one of its own."""
   return sparsity.of(path) if isinstance(sparsity, PerLayer) else sparsity
 
