@@ -316,7 +316,7 @@ def same_sparsity(name: str, record: dict[str, Any], out: Path) -> page.Section:
 
 
 def named(*parts: str) -> str:
-  """Returns parts of a file's name for people.
+  """Returns parts of a file's name as a title shows them.
 
   >>> named("cifar10", "resnet8")
   'CIFAR-10, ResNet-8'

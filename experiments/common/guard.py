@@ -88,7 +88,7 @@ def where_it_arose(
     A message.
   """
   kept = f" The last good checkpoint is {saved}."
-  # The batches go on for ever.
+  # The batches never end.
   for n, batch in zip(steps, batches, strict=False):
     after, measured = step(state, batch)
     bad = not_finite(after)

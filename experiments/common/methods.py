@@ -147,7 +147,7 @@ class Sca(Targeted):
     del largest
     method = self.method(steps)
     if not method.soft:
-      target = method.sparsity
+      target: Any = method.sparsity
       kappa = tern_jax.late_kappa(steps, last=self.kappa)
       return Plan(
         (PlannedStage(method, steps),),
@@ -160,13 +160,15 @@ class Sca(Targeted):
         round(kappa.onset * steps),
       )
 
+    alpha: Any = self.alpha
+
     def strength(count: jax.Array) -> jax.Array:
       done = jnp.asarray(count, jnp.float32) / steps
       return self.strength * jnp.clip((done - 0.3) / 0.5, 0, 1) ** 2
 
     return Plan(
       (PlannedStage(method, steps),),
-      tern_jax.wdr_transform(self.alpha, strength),
+      tern_jax.wdr_transform(alpha, strength),
       round(0.3 * steps),
     )
 
@@ -306,7 +308,8 @@ class Ec2t(TargetedStraightThrough):
 
   def method(self, steps: int, largest: int) -> tern_jax.EC2T:
     """Returns EC2T, its codes not frozen."""
-    gamma, target = tern_jax.ramp(self.gamma, steps), self.target(steps)
+    gamma: Any = tern_jax.ramp(self.gamma, steps)
+    target = self.target(steps)
     return tern_jax.EC2T(gamma, self.s, largest, sparsity=target)
 
   def plan(
