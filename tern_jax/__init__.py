@@ -67,16 +67,18 @@ _NAMES = {
   "save_packed": "checkpoint",
 }
 
+# Type checkers would take any name for an attribute if they saw this.
+if not TYPE_CHECKING:
 
-def __getattr__(name: str) -> object:
-  """Loads what is not loaded yet, at its first use."""
-  if name in _MODULES:
-    return importlib.import_module(f"tern_jax.{name}")
-  if name not in _NAMES:
-    raise AttributeError(f"module 'tern_jax' has no attribute {name!r}")
-  module = importlib.import_module(f"tern_jax.{_NAMES[name]}")
-  globals()[name] = value = getattr(module, name)
-  return value
+  def __getattr__(name: str) -> object:
+    """Loads what is not loaded yet, at its first use."""
+    if name in _MODULES:
+      return importlib.import_module(f"tern_jax.{name}")
+    if name not in _NAMES:
+      raise AttributeError(f"module 'tern_jax' has no attribute {name!r}")
+    module = importlib.import_module(f"tern_jax.{_NAMES[name]}")
+    globals()[name] = value = getattr(module, name)
+    return value
 
 
 def __dir__() -> list[str]:

@@ -6,9 +6,10 @@ why.
 """
 
 import argparse
+import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,10 +28,12 @@ from tern_jax.storage.packed import PackedTernary, to_ternary
 
 Leaves = dict[tuple[str, ...], Any]
 PATH = "a checkpoint, a step of a training run, or a run: its latest step"
+LAYER = ("layer", "shape", "zeros", "bits", "entropy", "scales", "crc32")
+FLIPS = ("layer", "weights", "flips", "share", "+zeros", "-zeros", "signs", "")
 VERIFY = (
-  "Checks every array of a checkpoint. Damage to the arrays of a leaf is said"
-  " of this leaf; damage to the index that all leaves of a part share, of each"
-  " of them, since any may be damaged."
+  "Checks every array of a checkpoint. Damage to the arrays of a leaf is"
+  " reported for this leaf; damage to the index that all leaves of a part"
+  " share, for each of them, since any may be damaged."
 )
 
 
@@ -74,14 +77,27 @@ def _parser() -> argparse.ArgumentParser:
   add("diff", _diff, "Counts the codes that flipped, by layer.", "a", "b")
   command = add("export", _export, "Writes a file for other runtimes.", "path")
   command.add_argument("out", help="file to write")
-  command.add_argument(
-    "--to", choices=("safetensors", "gguf", "stablehlo"), required=True
-  )
-  command.add_argument("--codec", choices=export.CODECS, default="planes")
-  command.add_argument("--type", choices=export.GGUF_TYPES, default="TQ2_0")
-  command.add_argument("--channel-axis", type=int, default=-1)
+  command.add_argument("--to", choices=export.FORMATS, required=True)
+  chain = (w.options.items() for w in export.FORMATS.values())
+  for name, facts in dict(itertools.chain.from_iterable(chain)).items():
+    flag = f"--{name.replace('_', '-')}"
+    command.add_argument(flag, **{"default": argparse.SUPPRESS, **facts})
   command.add_argument("--overwrite", action="store_true")
   return parser
+
+
+def _print(options: Any, report: Any, lines: Iterable[str]) -> None:
+  """Prints the report as JSON, or the lines that say it as text."""
+  print(json.dumps(report, indent=2) if options.json else "\n".join(lines))
+
+
+def _table(*rows: tuple[str, ...]) -> Iterator[str]:
+  """Yields columns as wide as they need; all but the first to the right."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  for row in rows:
+    first, *rest = zip(row, widths, strict=True)
+    cells = [first[0].ljust(first[1]), *(x.rjust(n) for x, n in rest)]
+    yield "  ".join(cells).rstrip()
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -89,21 +105,23 @@ def _inspect(options: argparse.Namespace) -> int:
   spec, leaves = read_spec(path), examine(path)
   layers, others = [], []
   for entry in spec["leaves"]["packed"]:
-    leaf = leaves[tuple(entry["path"])]
     rows = layers if entry["kind"] == "ternary" else others
-    rows.append(_row(entry, leaf))
+    rows.append(_row(entry, leaves[tuple(entry["path"])]))
   total = _total([x for x in layers if x["crc32"] == "ok"])
   facts = {k: spec[k] for k in ("format", "codec", "method", "versions")}
   report = {"path": str(path), **facts, "layers": layers, "others": others}
-  if options.json:
-    print(json.dumps(report | {"total": total}, indent=2))
-  else:
-    print(f"{path}: {spec['method'] or 'no method'}, {spec['codec']}")
-    _print_table(
-      ("layer", "shape", "zeros", "bits", "entropy", "scales", "crc32"),
-      [_cells(x) for x in layers],
-    )
-    _print_total(total, others)
+  report["total"] = total
+
+  def lines() -> Iterator[str]:
+    yield f"{path}: {spec['method'] or 'no method'}, {spec['codec']}"
+    yield from _table(LAYER, *map(_cells, layers))
+    yield from _total_lines(total)
+    size = sum(x["bytes"] for x in others)
+    yield f"{len(others)} other arrays of {size:,} bytes"
+    bad = (x for x in others if x["crc32"] != "ok")
+    yield from (f"  {x['path']}: {x['crc32']}" for x in bad)
+
+  _print(options, report, lines())
   return int(any(x["crc32"] != "ok" for x in layers + others))
 
 
@@ -170,22 +188,17 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
   )
 
 
-def _print_total(total: dict[str, Any], others: list[dict[str, Any]]) -> None:
+def _total_lines(total: dict[str, Any]) -> Iterator[str]:
   n = max(total["weights"], 1)
-  lines = [("float32", total["float32_bytes"]), ("stored", total["bytes"])]
-  print(f"{total['weights']:,} weights, {total['sparsity']:.3f} of them zero")
-  for name, size in [*lines, ("entropy", total["entropy_bytes"])]:
-    print(f"  {name:8}{size:>16,.0f} bytes {8 * size / n:8.3f} bits a weight")
+  yield f"{total['weights']:,} weights, {total['sparsity']:.3f} of them zero"
+  for name in ("float32", "stored", "entropy"):
+    size = total["bytes" if name == "stored" else f"{name}_bytes"]
+    yield f"  {name:8}{size:>16,.0f} bytes {8 * size / n:8.3f} bits a weight"
   if total["entropy_ratio"]:
-    print(
+    yield (
       f"  stored is 1 / {total['float32_ratio']:.2f} of float32, and"
       f" {total['entropy_ratio']:.3f} times the entropy"
     )
-  size = sum(x["bytes"] for x in others)
-  print(f"{len(others)} other arrays of {size:,} bytes")
-  for row in others:
-    if row["crc32"] != "ok":
-      print(f"  {row['path']}: {row['crc32']}")
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -202,15 +215,11 @@ def _verify(options: argparse.Namespace) -> int:
     if isinstance(leaf, CheckpointError)
   }
   arrays = {part: len(leaves) for part, leaves in found.items()}
-  if options.json:
-    report = {"path": str(path), "leaves": arrays, "damaged": faults}
-    print(json.dumps(report, indent=2))
-  else:
-    for name, fault in faults.items():
-      print(f"{name}: {fault}")
-    if not faults:
-      counts = ", ".join(f"{n} of {part}" for part, n in arrays.items())
-      print(f"{path}: all leaves are as they were saved, {counts}")
+  counts = ", ".join(f"{n} of {part}" for part, n in arrays.items())
+  whole = f"{path}: all leaves are as they were saved, {counts}"
+  report = {"path": str(path), "leaves": arrays, "damaged": faults}
+  lines = [f"{name}: {fault}" for name, fault in faults.items()] or [whole]
+  _print(options, report, lines)
   return int(bool(faults))
 
 
@@ -237,10 +246,7 @@ def _diff(options: argparse.Namespace) -> int:
     "kinds": shapes,
     "others": changed,
   }
-  if options.json:
-    print(json.dumps(report, indent=2))
-  else:
-    _print_diff(report)
+  _print(options, report, _diff_lines(report))
   differs = any(x["flips"] or x["magnitudes"] for x in layers)
   return int(
     differs or any(report[k] for k in ("only_a", "only_b", "kinds", "others"))
@@ -277,68 +283,42 @@ def _flips(x: PackedTernary, y: PackedTernary) -> dict[str, Any]:
   }
 
 
-def _print_diff(report: dict[str, Any]) -> None:
-  _print_table(
-    ("layer", "weights", "flips", "share", "+zeros", "-zeros", "signs", ""),
-    [
-      (
-        x["path"],
-        f"{x['weights']:,}",
-        f"{x['flips']:,}",
-        f"{x['share']:.4%}",
-        f"{x['zeros_added']:,}",
-        f"{x['zeros_removed']:,}",
-        f"{x['signs']:,}",
-        "other magnitudes" if x["magnitudes"] else "",
-      )
-      for x in report["layers"]
-    ],
-  )
-  print(f"{report['flips']:,} codes flipped, {report['share']:.4%}")
+def _diff_lines(report: dict[str, Any]) -> Iterator[str]:
+  def cells(x: dict[str, Any]) -> tuple[str, ...]:
+    signed = (f"{x[k]:,}" for k in ("zeros_added", "zeros_removed", "signs"))
+    other = "other magnitudes" if x["magnitudes"] else ""
+    counts = f"{x['weights']:,}", f"{x['flips']:,}", f"{x['share']:.4%}"
+    return x["path"], *counts, *signed, other
+
+  yield from _table(FLIPS, *map(cells, report["layers"]))
+  yield f"{report['flips']:,} codes flipped, {report['share']:.4%}"
   for side in ("a", "b"):
     for name in report[f"only_{side}"]:
-      print(f"{name}: only in {report[side]}")
+      yield f"{name}: only in {report[side]}"
   for name, (x, y) in report["kinds"].items():
-    print(f"{name}: {x} became {y}")
+    yield f"{name}: {x} became {y}"
   for name in report["others"]:
-    print(f"{name}: other values")
+    yield f"{name}: other values"
 
 
 def _export(options: argparse.Namespace) -> int:
-  if options.to == "stablehlo":
-    raise ValueError(
-      "a StableHLO artefact has the model in it, which no checkpoint holds:"
-      " call tern_jax.export.to_stablehlo in Python."
-    )
+  writer = export.FORMATS[options.to]
+  if writer.write is None:
+    raise ValueError(writer.refusal)
+  given = {k: v for k, v in vars(options).items() if k in writer.options}
   tree = load_packed(options.path)
-  if options.to == "safetensors":
-    export.to_safetensors(
-      options.out, tree, codec=options.codec, overwrite=options.overwrite
-    )
-    return 0
-  errors = export.to_gguf(
-    options.out,
-    tree,
-    options.type,
-    channel_axis=options.channel_axis,
-    overwrite=options.overwrite,
-  )
-  for name, error in errors.items():
+  errors = writer.write(options.out, tree, overwrite=options.overwrite, **given)
+  for name, error in (errors or {}).items():
     print(f"{name}: relative RMS error {error:.1e}")
   return 0
 
 
-def _print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-  """Prints columns as wide as they need; all but the first to the right."""
-  table = [head, *rows]
-  widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-  for row in table:
-    first, *rest = zip(row, widths, strict=True)
-    cells = [first[0].ljust(first[1]), *(x.rjust(n) for x, n in rest)]
-    print("  ".join(cells).rstrip())
+def run() -> int:
+  """Runs the command for a process of its own, and returns its exit status."""
+  # Looking at a file must not take the accelerator of a training beside it.
+  jax.config.update("jax_platforms", "cpu")
+  return main()
 
 
 if __name__ == "__main__":
-  # Looking at a file must not take the accelerator of a training beside it.
-  jax.config.update("jax_platforms", "cpu")
-  sys.exit(main())
+  sys.exit(run())

@@ -20,7 +20,6 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tern_jax import checkpoint
 from tern_jax.checkpoint import (
   Checkpointer,
   CheckpointError,
@@ -29,6 +28,7 @@ from tern_jax.checkpoint import (
   save_packed,
 )
 from tern_jax.core.containers import Ternary, TernParams
+from tern_jax.storage import tensors
 from tern_jax.storage.packed import pack
 
 
@@ -90,18 +90,18 @@ def test_weights_come_back_without_model_code(tmp_path):
 def test_a_large_tree_is_read_in_parts(tmp_path, monkeypatch):
   tree = net((64, 64, 64, 64, 64, 64, 64, 64, 10))
   save_packed(tmp_path / "net", tree)
-  reads, load = [], checkpoint.ocp.load
+  reads, load = [], tensors.ocp.load
 
   def counted(path, wanted, **kwargs):
     reads.append(len(wanted))
     return load(path, wanted, **kwargs)
 
-  monkeypatch.setattr(checkpoint.ocp, "load", counted)
+  monkeypatch.setattr(tensors.ocp, "load", counted)
   assert_same(load_packed(tmp_path / "net"), tree)
   assert reads == [16]
   reads.clear()
   # Seven layers of 1,288 bytes, and one of 208.
-  monkeypatch.setattr(checkpoint, "_WORTH_A_READ", 2000)
+  monkeypatch.setattr(tensors, "_WORTH_A_READ", 2000)
   assert_same(load_packed(tmp_path / "net"), tree)
   assert sum(reads) == 16
   assert len(reads) == 4
@@ -353,14 +353,14 @@ def test_a_link_is_followed(tmp_path):
 
 def test_one_writer_at_a_time(tmp_path, monkeypatch):
   path, saving, go_on = tmp_path / "net", threading.Event(), threading.Event()
-  save = checkpoint.ocp.save_checkpointables
+  save = tensors.ocp.save_checkpointables
 
   def slow_save(*args):
     saving.set()
     assert go_on.wait(60)
     save(*args)
 
-  monkeypatch.setattr(checkpoint.ocp, "save_checkpointables", slow_save)
+  monkeypatch.setattr(tensors.ocp, "save_checkpointables", slow_save)
   first = threading.Thread(target=save_packed, args=(path, net((16, 8))))
   first.start()
   assert saving.wait(60)

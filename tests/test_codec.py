@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tern_jax import codec
 from tern_jax.checkpoint import (
@@ -21,6 +20,7 @@ from tern_jax.checkpoint import (
   save_packed,
 )
 from tern_jax.core.containers import Ternary
+from tern_jax.storage.entropy import coding, layout
 from tern_jax.storage.packed import PackedTernary, pack, packed_axis
 
 SETTINGS = hypothesis.settings(
@@ -126,7 +126,7 @@ def test_any_densities_come_back_from_small_chunks(shape, axis, seed):
   along = [n if i == axis else 1 for i, n in enumerate(shape)]
   codes = draw(shape, rng.random(along), seed, rng.random(along))
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(codec, "_CHUNK", 1 << 10)
+    patch.setattr(layout, "_CHUNK", 1 << 10)
     assert_comes_back(codes)
 
 
@@ -167,58 +167,25 @@ def test_constant_weights_take_a_header(shape, size, value):
   ids=str,
 )
 def test_leaves_are_cut_into_even_chunks(monkeypatch, shape, limit, chunks):
-  monkeypatch.setattr(codec, "_CHUNK", limit)
-  layout = codec._Layout.of(shape)
-  assert layout.chunks == chunks
-  seen = np.zeros(layout.grid, int)
+  monkeypatch.setattr(layout, "_CHUNK", limit)
+  cut = layout.Layout.of(shape)
+  assert cut.chunks == chunks
+  seen = np.zeros(cut.grid, int)
   for i in range(chunks):
-    box = layout.box(i)
+    box = cut.box(i)
     seen[box] += 1
-    assert seen[box].size * (1 if layout.axis is None else 8) <= limit
+    assert seen[box].size * (1 if cut.axis is None else 8) <= limit
   assert (seen == 1).all()
   assert_comes_back(draw(shape, 0.3))
 
 
-@pytest.mark.parametrize("shape", [(64, 80), (5, 33), (16, 9, 9)], ids=str)
-@pytest.mark.parametrize(
-  "region",
-  [(), (slice(1, 2),), (slice(0, 0),), (slice(1, None),), (slice(3, 1),)],
-  ids=str,
-)
-def test_a_region_is_that_of_the_planes(monkeypatch, shape, region):
-  monkeypatch.setattr(codec, "_CHUNK", 1 << 8)
-  packed = packed_of(draw(shape, np.linspace(0, 1, shape[-1])))
-  nonzero, sign = codec.decode(codec.encode(packed), shape, region)
-  np.testing.assert_array_equal(nonzero, packed.nonzero[region])
-  np.testing.assert_array_equal(sign, packed.sign[region])
-
-
-def test_a_region_is_decoded_without_the_rest(monkeypatch):
-  monkeypatch.setattr(codec, "_CHUNK", 1 << 10)
+def test_damage_is_that_of_a_chunk(monkeypatch):
+  monkeypatch.setattr(layout, "_CHUNK", 1 << 10)
   packed = packed_of(draw((64, 80), 0.3))
   data = bytearray(codec.encode(packed))
   data[-9] ^= 255
-  region = slice(1, 6), slice(5, 64)
-  nonzero, _ = codec.decode(data, packed.shape, region)
-  np.testing.assert_array_equal(nonzero, packed.nonzero[region])
   with pytest.raises(ValueError, match="crc32 of chunk 4 of 5 differs"):
-    codec.decode(data, packed.shape, (slice(1, 6), slice(5, 65)))
-  with pytest.raises(ValueError, match=r"steps of a region must be 1"):
-    codec.decode(data, packed.shape, (slice(0, 8, 2),))
-
-
-def test_a_shard_of_each_device(monkeypatch):
-  monkeypatch.setattr(codec, "_CHUNK", 1 << 10)
-  packed = packed_of(draw((128, 64), 0.2))
-  data = codec.encode(packed)
-  mesh = jax.make_mesh((4, 2), ("a", "b"), (AxisType.Auto,) * 2)
-  sharding = NamedSharding(mesh, PartitionSpec("a", "b"))
-  nonzero = jax.make_array_from_callback(
-    (16, 64),
-    sharding,
-    lambda index: codec.decode(data, packed.shape, index)[0],
-  )
-  np.testing.assert_array_equal(nonzero, packed.nonzero)
+    codec.decode(data, packed.shape)
 
 
 # How many bytes.
@@ -332,15 +299,15 @@ def test_the_bytes_are_a_function_of_the_weights():
 
 def test_probabilities_are_those_that_the_library_takes():
   """A symbol costs log2(total / weight), and its weight is what was asked."""
-  stream = codec._stream()
+  stream = coding.stream()
   weights = (1, 1000, 2**23, 77)
-  model = codec._categorical(weights)
+  model = coding.categorical(weights)
   for symbol, weight in enumerate(weights):
-    coder = stream.queue.RangeEncoder()
-    coder.encode(np.full(50_000, symbol, np.int32), model)
+    encoder = stream.queue.RangeEncoder()
+    encoder.encode(np.full(50_000, symbol, np.int32), model)
     share = weight * (2**24 - 4) // sum(weights) + 1
     bits = -50_000 * math.log2(share / 2**24)
-    assert coder.num_bits() == pytest.approx(bits, rel=1e-3, abs=64)
+    assert encoder.num_bits() == pytest.approx(bits, rel=1e-3, abs=64)
 
 
 # Nothing in the bytes is believed.
@@ -450,7 +417,7 @@ def test_weights_are_validated():
 
 def test_constriction_is_optional(monkeypatch):
   monkeypatch.setitem(sys.modules, "constriction", None)
-  codec._stream.cache_clear()
+  coding.stream.cache_clear()
   for run in (
     lambda: codec.encode(packed_of(np.zeros(8))),
     lambda: codec.decode(TENSOR, (8,)),

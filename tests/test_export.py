@@ -16,7 +16,6 @@ import safetensors.numpy
 from hypothesis import strategies as st
 
 from experiments.common.models import LeNet5
-from tern_jax import codec as entropy_codec
 from tern_jax.checkpoint import read_spec, save_packed
 from tern_jax.core.containers import Ternary
 from tern_jax.export import (
@@ -27,6 +26,7 @@ from tern_jax.export import (
   to_safetensors,
   to_stablehlo,
 )
+from tern_jax.storage.entropy import coding
 from tern_jax.storage.packed import PackedTernary, unpack
 
 # Packages that a runtime without JAX, or without this one, does not have.
@@ -264,7 +264,7 @@ def test_codecs_that_are_not_there(path, monkeypatch):
     to_safetensors(path, NET, codec="zip")
   to_safetensors(path, {"w": packed((16, 3))}, codec="entropy")
   monkeypatch.setitem(sys.modules, "constriction", None)
-  entropy_codec._stream.cache_clear()
+  coding.stream.cache_clear()
   with pytest.raises(ImportError, match="needs constriction"):
     from_safetensors(path)
   with pytest.raises(ImportError, match="needs constriction"):

@@ -1,7 +1,11 @@
 """Paths of leaves: how they print, and patterns that match them."""
 
 import fnmatch
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+
+import jax
+
+from tern_jax.core.types import PyTree
 
 
 def path_str(path: Iterable[Hashable]) -> str:
@@ -10,7 +14,6 @@ def path_str(path: Iterable[Hashable]) -> str:
   The trailing `value` under which NNX states and boxed Linen parameters hold
   their array is no component.
 
-  >>> import jax
   >>> tree = {"Dense_0": {"kernel": 1.0}}
   >>> [path_str(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
   ['Dense_0/kernel']
@@ -24,7 +27,6 @@ def path_str(path: Iterable[Hashable]) -> str:
 def key_str(key: Hashable) -> str:
   """Prints one key of a `jax.tree_util` key path.
 
-  >>> import jax
   >>> key_str(jax.tree_util.SequenceKey(2)), key_str("kernel")
   ('2', 'kernel')
   """
@@ -63,3 +65,10 @@ def check_patterns(patterns: Sequence[str], paths: Sequence[str]) -> None:
         f"The pattern {pattern!r} matches no leaf; a pattern is made of whole"
         f" path components. The leaves are: {', '.join(paths) or 'none'}."
       )
+
+
+def lift(
+  stacked: Sequence[str], path: str, fn: Callable, in_axes: PyTree = 0
+) -> Callable:
+  """Returns a function of one layer as one of the leaf at a path."""
+  return jax.vmap(fn, in_axes) if matches_any(stacked, path) else fn

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import optax
@@ -11,19 +10,49 @@ import optax
 from tern_jax.core.checks import call_repr
 from tern_jax.core.containers import TernParams
 from tern_jax.core.paths import check_patterns, matches_any, path_str
+from tern_jax.core.types import PyTree
 
 #: Last path component of weight matrices: Linen, NNX; Equinox; Haiku.
 KERNEL_NAMES = ("kernel", "weight", "w")
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, init=False)
 class Kernels:
-  """Predicate made by `kernels`; call it on a tree to get an optax mask."""
+  """Selects weight matrices and convolution kernels, never biases or norms.
+
+  A leaf is taken if it has two or more axes and its last path component is
+  `kernel` (Linen, NNX), `weight` (Equinox) or `w` (Haiku). A pattern matches
+  whole path components, anywhere in the path, with shell wildcards inside a
+  component: "Dense_0" does not match "Dense_01/kernel", "Dense_*" does.
+
+  Called on a tree, it returns a tree of bools, for optax's `mask=`.
+  `tern_jax.kernels` is this class.
+
+  Args:
+    include: patterns of which one must match; none given takes all kernels.
+    exclude: patterns of which none may match.
+
+  >>> import jax.numpy as jnp
+  >>> tree = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)},
+  ...         "head": {"kernel": jnp.ones((3, 2))}}
+  >>> where = Kernels(exclude="head")
+  >>> where
+  kernels(exclude=('head',))
+  >>> where.paths(tree)
+  ['Dense_0/kernel']
+  """
 
   include: tuple[str, ...] = ()
   exclude: tuple[str, ...] = ()
 
-  def __call__(self, tree: Any) -> Any:
+  def __init__(
+    self, include: str | Sequence[str] = (), exclude: str | Sequence[str] = ()
+  ):
+    for name, given in (("include", include), ("exclude", exclude)):
+      patterns = (given,) if isinstance(given, str) else tuple(given)
+      object.__setattr__(self, name, patterns)
+
+  def __call__(self, tree: PyTree) -> PyTree:
     """Returns a tree of bools: True where the leaf is selected.
 
     Args:
@@ -44,8 +73,8 @@ class Kernels:
       lambda path, leaf: self.selects(path_str(path), leaf), tree
     )
 
-  def selects(self, path: str, leaf: Any) -> bool:
-    """Says whether the leaf at a printed path is selected."""
+  def selects(self, path: str, leaf: object) -> bool:
+    """Whether the leaf at a printed path is selected."""
     name = path.rsplit("/", 1)[-1]
     return (
       name in KERNEL_NAMES
@@ -54,7 +83,7 @@ class Kernels:
       and not matches_any(self.exclude, path)
     )
 
-  def paths(self, tree: Any) -> list[str]:
+  def paths(self, tree: PyTree) -> list[str]:
     """Returns the printed paths of the selected leaves, in tree order.
 
     Raises:
@@ -62,7 +91,7 @@ class Kernels:
     """
     return [path for path, _ in self._selected(tree)]
 
-  def largest(self, tree: Any, stacked: Sequence[str] = ()) -> int:
+  def largest(self, tree: PyTree, stacked: Sequence[str] = ()) -> int:
     """Returns the size of the largest selected layer, as `EC2T` asks for it.
 
     Args:
@@ -89,7 +118,7 @@ class Kernels:
       for path, leaf in leaves
     )
 
-  def _selected(self, tree: Any) -> list[tuple[str, Any]]:
+  def _selected(self, tree: PyTree) -> list[tuple[str, PyTree]]:
     """Returns the selected leaves with their printed paths."""
     leaves = [
       (path_str(path), leaf)
@@ -111,41 +140,11 @@ class Kernels:
     return call_repr(self, "kernels")
 
 
-def kernels(
-  include: str | Sequence[str] = (), exclude: str | Sequence[str] = ()
-) -> Kernels:
-  """Selects weight matrices and convolution kernels, never biases or norms.
-
-  A leaf is taken if it has two or more axes and its last path component is
-  `kernel` (Linen, NNX), `weight` (Equinox) or `w` (Haiku). A pattern matches
-  whole path components, anywhere in the path, with shell wildcards inside a
-  component: "Dense_0" does not match "Dense_01/kernel", "Dense_*" does.
-
-  Args:
-    include: patterns of which one must match; none given takes all kernels.
-    exclude: patterns of which none may match.
-
-  Returns:
-    A predicate: `where(tree)` is a tree of bools for optax's `mask=`.
-
-  >>> import jax.numpy as jnp
-  >>> tree = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)},
-  ...         "head": {"kernel": jnp.ones((3, 2))}}
-  >>> where = kernels(exclude="head")
-  >>> where
-  kernels(exclude=('head',))
-  >>> where.paths(tree)
-  ['Dense_0/kernel']
-  """
-  return Kernels(_as_tuple(include), _as_tuple(exclude))
+kernels = Kernels
 
 
-def _as_tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
-  return (patterns,) if isinstance(patterns, str) else tuple(patterns)
-
-
-def _is_partial(tree: Any) -> bool:
-  def is_masked(node: Any) -> bool:
+def _is_partial(tree: PyTree) -> bool:
+  def is_masked(node: object) -> bool:
     return isinstance(node, optax.MaskedNode)
 
   return any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked)))

@@ -2,8 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,40 +10,28 @@ import numpy as np
 
 from tern_jax.core.checks import call_repr, check_range
 from tern_jax.core.numerics import widen
-from tern_jax.core.paths import path_str
+from tern_jax.core.paths import lift, matches_any, path_str
 from tern_jax.core.types import Array, KeyPath, PyTree, Scalar, Schedule
 from tern_jax.regularizers.formulas import check_alpha
-from tern_jax.regularizers.layers import lift, stack_axes
+from tern_jax.targets import schedules
 from tern_jax.targets.quantile import magnitude_threshold
-from tern_jax.targets.schedules import (
-  AcrossLayers,
-  PerLayer,
-  Target,
-  at,
-  check_sparsity,
-  check_targets,
-  look_at,
-)
+from tern_jax.targets.schedules import AcrossLayers, Target
 
 #: Theta over the latents where the barrier is at a quantile: Adam moves latents
 #: by its rate whatever they are, and with this gain its usual 1e-3 is right.
 GAIN = 10.0
 _NUMBERS = (float, int, np.ndarray, np.generic, jax.Array)
 
-
-class Moment(NamedTuple):
-  """An update, as a barrier sees it."""
-
-  count: Array
-  """Updates done, int32, 0-d."""
-  on: Array | bool
-  """Whether WDR does anything at this one."""
-  now: Array | bool
-  """Whether the barrier must fit the latents now."""
+#: Of `every` and a target: whether to search for the barrier, and how closely.
+When = Callable[[Array | int, Target], tuple[Array | bool, Scalar]]
 
 
 class Barrier(abc.ABC):
-  """What tells `wdr_transform` the alpha of each leaf."""
+  """What tells `wdr_transform` the alpha of each leaf.
+
+  `kept` is what is kept of each leaf between updates, () for nothing; `stacked`
+  are patterns of leaves whose first axis enumerates layers.
+  """
 
   @property
   def gain(self) -> float:
@@ -52,19 +39,24 @@ class Barrier(abc.ABC):
     return 1.0
 
   def init(self, params: PyTree, stacked: Sequence[str]) -> PyTree:
-    """Returns what is kept of each leaf between updates."""
+    """Returns what is kept at first."""
     del params, stacked
     return ()
 
   def follow(
-    self, params: PyTree, kept: PyTree, moment: Moment, stacked: Sequence[str]
+    self,
+    kept: PyTree,
+    params: PyTree,
+    count: Array,
+    when: When,
+    stacked: Sequence[str],
   ) -> PyTree:
-    """Returns what is kept after an update that has these parameters."""
-    del params, moment, stacked
+    """Returns what is kept at an update that has these parameters."""
+    del params, count, when, stacked
     return kept
 
   @abc.abstractmethod
-  def alphas(self, params: PyTree, kept: PyTree, count: Array) -> PyTree:
+  def alphas(self, kept: PyTree, params: PyTree, count: Array) -> PyTree:
     """Returns alpha for each leaf, 0-d, or one for each layer of a stack."""
 
 
@@ -77,11 +69,11 @@ class FixedAlpha(Barrier):
   def __post_init__(self):
     check_alpha(self.alpha)
 
-  def alphas(self, params: PyTree, kept: PyTree, count: Array) -> PyTree:
+  def alphas(self, kept: PyTree, params: PyTree, count: Array) -> PyTree:
     """Returns alpha at this update in the precision of each leaf."""
     del kept
     return jax.tree.map(
-      lambda theta: at(self.alpha, count, widen(theta).dtype), params
+      lambda theta: schedules.at(self.alpha, count, widen(theta).dtype), params
     )
 
 
@@ -114,79 +106,68 @@ class AtSparsity(Barrier):
   gain: float = GAIN
 
   def __post_init__(self):
-    check_sparsity(self.sparsity)
+    schedules.check_sparsity(self.sparsity)
     check_range("every", self.every, 1, float("inf"), "count training steps")
     check_gain(self.gain)
 
   def init(self, params: PyTree, stacked: Sequence[str]) -> PyTree:
     """Returns the exact threshold of each leaf, or of each layer of a stack."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    check_targets(self.sparsity, [path_str(path) for path, _ in leaves])
-    unknown = jax.tree_util.tree_map_with_path(
-      lambda path, x: jnp.zeros(
-        x.shape[: stack_axes(stacked, path)], jnp.float32
-      ),
-      params,
-    )
-    start = Moment(jnp.zeros((), jnp.int32), on=True, now=True)
-    return self._search(params, unknown, start, stacked, exact=True)
+    paths = [path_str(path) for path, _ in leaves]
+    schedules.check_targets(self.sparsity, paths)
+
+    def unknown(path: KeyPath, x: Array) -> Array:
+      layers = x.shape[: matches_any(stacked, path_str(path))]
+      return jnp.zeros(layers, jnp.float32)
+
+    kept = jax.tree_util.tree_map_with_path(unknown, params)
+    count = jnp.zeros((), jnp.int32)
+    return self.follow(kept, params, count, lambda *_: (True, 0.0), stacked)
 
   def follow(
-    self, params: PyTree, kept: PyTree, moment: Moment, stacked: Sequence[str]
+    self,
+    kept: PyTree,
+    params: PyTree,
+    count: Array,
+    when: When,
+    stacked: Sequence[str],
   ) -> PyTree:
     """Returns the thresholds, found anew where that is due."""
-    return self._search(params, kept, moment, stacked)
-
-  def alphas(self, params: PyTree, kept: PyTree, count: Array) -> PyTree:
-    """Returns the alphas whose barriers are the thresholds."""
-    del count
-
-    def alpha(theta: Array, threshold: Array) -> Array:
-      two_squares = 2 * jnp.square(jnp.tanh(self.gain * threshold))
-      return two_squares.astype(widen(theta).dtype)
-
-    return jax.tree.map(alpha, params, kept)
-
-  def _search(
-    self,
-    params: PyTree,
-    kept: PyTree,
-    moment: Moment,
-    stacked: Sequence[str],
-    exact: bool = False,
-  ) -> PyTree:
-    count, on, now = moment
-
-    def due(target: Target) -> tuple[Array | bool, Scalar]:
-      regular, tolerance = look_at(self.every, target, count)
-      return now | (on & regular), 0.0 if exact else tolerance
-
     if isinstance(self.sparsity, AcrossLayers):
       target, leaves = self.sparsity.sparsity, jax.tree.leaves(params)
-      asked = at(target, count)
-      search, tolerance = due(target)
+      due, tolerance = when(self.every, target)
 
       def together() -> PyTree:
+        asked = schedules.at(target, count)
         found = magnitude_threshold(leaves, asked, tolerance=tolerance)
         return jax.tree.map(lambda t: jnp.broadcast_to(found, t.shape), kept)
 
-      return jax.lax.cond(search, together, lambda: kept)
+      return jax.lax.cond(due, together, lambda: kept)
 
-    def leaf(path: KeyPath, theta: Array, held: Array) -> Array:
-      target = self.sparsity
-      if isinstance(target, PerLayer):
-        target = target.of(path_str(path))
-      asked = at(target, count)
-      search, tolerance = due(target)
+    def leaf(path: KeyPath, held: Array, theta: Array) -> Array:
+      printed = path_str(path)
+      target = schedules.target_of(self.sparsity, printed)
+      due, tolerance = when(self.every, target)
 
       def find(theta: Array, guess: Array) -> Array:
+        asked = schedules.at(target, count)
         return magnitude_threshold(theta, asked, guess, tolerance)
 
       return jax.lax.cond(
-        search, lambda: lift(stacked, path, find)(theta, held), lambda: held
+        due, lambda: lift(stacked, printed, find)(theta, held), lambda: held
       )
 
-    return jax.tree_util.tree_map_with_path(leaf, params, kept)
+    return jax.tree_util.tree_map_with_path(leaf, kept, params)
+
+  def alphas(self, kept: PyTree, params: PyTree, count: Array) -> PyTree:
+    """Returns the alphas whose barriers are the thresholds."""
+    del count
+
+    def alpha(threshold: Array, theta: Array) -> Array:
+      two_squares = 2 * jnp.square(jnp.tanh(self.gain * threshold))
+      return two_squares.astype(widen(theta).dtype)
+
+    return jax.tree.map(alpha, kept, params)
 
   def __repr__(self) -> str:
     """Prints the call that makes it."""
@@ -197,11 +178,7 @@ at_sparsity = AtSparsity
 
 
 def barrier_of(alpha: Barrier | Scalar | Schedule) -> Barrier:
-  """Returns the barrier of an alpha as users give it.
-
-  Raises:
-    TypeError: alpha is nothing that could be one.
-  """
+  """Returns the barrier of an alpha as users give it."""
   if isinstance(alpha, Barrier):
     return alpha
   if not (callable(alpha) or isinstance(alpha, _NUMBERS)):

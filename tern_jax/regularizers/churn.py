@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from tern_jax.core.numerics import widen
-from tern_jax.core.paths import path_str
+from tern_jax.core.paths import lift, path_str
 from tern_jax.core.types import Array, KeyPath, PyTree
 from tern_jax.regularizers.formulas import check_floating, wdr_barrier
-from tern_jax.regularizers.layers import lift
 from tern_jax.regularizers.strengths import LateKappa, Relative, Strength
 
 
@@ -19,59 +18,51 @@ class Churn:
   """The share of a late kappa that is used, by what changed before its onset.
 
   Args:
-    late: the schedule, None where its whole kappa is always used.
-    strength: of which it is the kappa.
+    strength: whose kappa it is; nothing is counted of another.
     gain: Theta over the parameters.
     stacked: patterns of leaves whose first axis enumerates layers.
   """
 
-  late: LateKappa | None
   strength: Strength
   gain: float
   stacked: Sequence[str]
 
-  @classmethod
-  def of(
-    cls, strength: Strength, gain: float, stacked: Sequence[str]
-  ) -> "Churn":
-    """Returns what a strength asks for."""
-    kappa = strength.kappa if isinstance(strength, Relative) else None
-    late = kappa if isinstance(kappa, LateKappa) else None
-    late = late if late is not None and late.counts_churn else None
-    return cls(late, strength, gain, stacked)
+  @property
+  def late(self) -> LateKappa | None:
+    """The schedule, None where nothing is counted."""
+    kappa = self.strength.kappa if isinstance(self.strength, Relative) else None
+    return (
+      kappa if isinstance(kappa, LateKappa) and kappa.counts_churn else None
+    )
 
   def begins(self, count: Array) -> Array | bool:
     """Whether the nonzeros of this update are those to compare with."""
-    if self.late is None:
-      return False
-    return self.strength.sets_in(count + self.late.ahead)
+    late = self.late
+    return late is not None and self.strength.sets_in(count + late.ahead)
 
   def init(self, params: PyTree, alphas: PyTree) -> PyTree:
-    """Returns the nonzeros to begin with, nothing where none are counted."""
+    """Returns the nonzeros to begin with, () where none are counted."""
     return () if self.late is None else self._nonzero(params, alphas)
 
   def follow(
     self,
+    nonzero: PyTree,
+    share: Array,
     params: PyTree,
     alphas: PyTree,
-    count: Array,
-    kept: tuple[PyTree, Array],
+    now: Array | bool,
+    ends: Array,
   ) -> tuple[PyTree, Array]:
     """Returns the nonzeros to compare with and the share of kappa in use."""
-    nonzero, share = kept
-    late = self.late
-    if late is None:
-      return kept
-    ends = self.strength.sets_in(count)
-    now = jax.lax.cond(
-      self.begins(count) | ends,
-      lambda: self._nonzero(params, alphas),
-      lambda: nonzero,
+    if (late := self.late) is None:
+      return nonzero, share
+    new = jax.lax.cond(
+      now, lambda: self._nonzero(params, alphas), lambda: nonzero
     )
     share = jax.lax.cond(
-      ends, lambda: late.share(_exchanged(nonzero, now)), lambda: share
+      ends, lambda: late.share(_exchanged(nonzero, new)), lambda: share
     )
-    return now, share
+    return new, share
 
   def _nonzero(self, params: PyTree, alphas: PyTree) -> PyTree:
     """Returns which weights are beyond the barrier, eight to a byte."""
@@ -81,9 +72,9 @@ class Churn:
       return jnp.packbits(jnp.atleast_1d(w > wdr_barrier(alpha)), axis=-1)
 
     def leaf(path: KeyPath, theta: Array, alpha: Array) -> Array:
-      check_floating(path_str(path), theta)
+      check_floating(printed := path_str(path), theta)
       in_axes = (0, 0 if alpha.ndim else None)
-      return lift(self.stacked, path, layer, in_axes)(theta, alpha)
+      return lift(self.stacked, printed, layer, in_axes)(theta, alpha)
 
     return jax.tree_util.tree_map_with_path(leaf, params, alphas)
 

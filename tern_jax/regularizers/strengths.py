@@ -2,10 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from tern_jax.core.checks import call_repr, check_range
@@ -13,22 +10,11 @@ from tern_jax.core.types import Array, Count, Scalar, Schedule
 from tern_jax.targets.schedules import at
 
 
-class Dose(NamedTuple):
-  """What decides, beside a strength, how much of WDR is added to an update."""
-
-  count: Array
-  """Updates done, int32, 0-d."""
-  share: Array
-  """0-d, of a strength that is held back while codes still improve."""
-  bound: float | None
-  """Largest |r| there can be, where r shrinks as latents settle."""
-
-
 class Strength(abc.ABC):
-  """How much of WDR `wdr_transform` adds to an update."""
+  """How much of the gradient r of WDR `wdr_transform` adds to an update u."""
 
   def is_on(self, count: Array) -> Array | bool:
-    """Whether WDR does anything at an update."""
+    """Whether anything is added at an update; True for always."""
     del count
     return True
 
@@ -37,13 +23,17 @@ class Strength(abc.ABC):
     return self.is_on(count) & jnp.logical_not(self.is_on(count - 1))
 
   @abc.abstractmethod
-  def add(self, u: Array, force: Callable[[], Array], dose: Dose) -> Array:
-    """Returns u + strength * r in the dtype of u.
+  def factor(
+    self, u: Array, r: Array, count: Array, share: Array, bound: float | None
+  ) -> Array:
+    """Returns the factor of r, of the dtype of r.
 
     Args:
-      u: update of one layer.
-      force: returns r, the gradient of WDR, of the shape of u.
-      dose: what else decides how much of r is added.
+      u: update of one layer, in the precision of r.
+      r: the gradient of WDR, of the shape of u.
+      count: int32, 0-d, updates done.
+      share: 0-d, of a strength that is held back while codes still improve.
+      bound: largest |r| there can be, if r shrinks as latents settle.
     """
 
 
@@ -56,11 +46,12 @@ class Absolute(Strength):
   def __post_init__(self):
     check_strength("strength", self.strength)
 
-  def add(self, u: Array, force: Callable[[], Array], dose: Dose) -> Array:
-    """Returns u + lambda * r."""
-    r = force()
-    strength = at(self.strength, dose.count, r.dtype)
-    return (u.astype(r.dtype) + strength * r).astype(u.dtype)
+  def factor(
+    self, u: Array, r: Array, count: Array, share: Array, bound: float | None
+  ) -> Array:
+    """Returns lambda."""
+    del u, share, bound
+    return at(self.strength, count, r.dtype)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -95,20 +86,15 @@ class Relative(Strength):
     """Whether kappa is positive."""
     return at(self.kappa, count) > 0
 
-  def add(self, u: Array, force: Callable[[], Array], dose: Dose) -> Array:
-    """Returns u + kappa * share * rms(u) / rms(r) * r."""
-
-    def added() -> Array:
-      r = force()
-      # The ratio of norms is the ratio of root mean squares.
-      size = _norm(r) if dose.bound is None else dose.bound * r.size**0.5
-      size = jnp.maximum(size, jnp.finfo(r.dtype).tiny)
-      kappa = dose.share.astype(r.dtype) * at(self.kappa, dose.count, r.dtype)
-      wide = u.astype(r.dtype)
-      return (wide + kappa * _norm(wide) / size * r).astype(u.dtype)
-
-    # A late WDR is off for most of a run, and must cost nothing then.
-    return jax.lax.cond(self.is_on(dose.count), added, lambda: u)
+  def factor(
+    self, u: Array, r: Array, count: Array, share: Array, bound: float | None
+  ) -> Array:
+    """Returns kappa * share * rms(u) / rms(r)."""
+    # The ratio of norms is the ratio of root mean squares.
+    size = _norm(r) if bound is None else bound * r.size**0.5
+    size = jnp.maximum(size, jnp.finfo(r.dtype).tiny)
+    kappa = share.astype(r.dtype) * at(self.kappa, count, r.dtype)
+    return kappa * _norm(u) / size
 
   def __repr__(self) -> str:
     """Prints the call that makes it."""

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from tern_jax.core.numerics import widen
-from tern_jax.core.paths import check_patterns, path_str
+from tern_jax.core.paths import check_patterns, lift, path_str
 from tern_jax.core.types import Array, KeyPath, PyTree, Scalar, Schedule
-from tern_jax.regularizers.barriers import Barrier, Moment, barrier_of
+from tern_jax.regularizers.barriers import Barrier, barrier_of
 from tern_jax.regularizers.churn import Churn
 from tern_jax.regularizers.formulas import check_floating, wdr_grad
-from tern_jax.regularizers.layers import lift
-from tern_jax.regularizers.strengths import Dose, Strength, strength_of
+from tern_jax.regularizers.strengths import Strength, strength_of
+from tern_jax.targets.schedules import Target, look_at
 
 
 class WdrState(NamedTuple):
@@ -88,14 +88,14 @@ def wdr_transform(
     )
   where = mask if where is None else where
   barrier, force = barrier_of(alpha), strength_of(strength)
-  gain, churn = barrier.gain, Churn.of(force, barrier.gain, stacked)
+  gain, churn = barrier.gain, Churn(force, barrier.gain, stacked)
 
   def init(params: PyTree) -> WdrState:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     check_patterns(stacked, [path_str(path) for path, _ in leaves])
     count = jnp.zeros((), jnp.int32)
     threshold = barrier.init(params, stacked)
-    nonzero = churn.init(params, barrier.alphas(params, threshold, count))
+    nonzero = churn.init(params, barrier.alphas(threshold, params, count))
     return WdrState(count, threshold, nonzero, jnp.ones((), jnp.float32))
 
   def update(
@@ -107,27 +107,35 @@ def wdr_transform(
         " call tx.update(grads, opt_state, params)."
       )
     count, threshold, nonzero, share = state
-    now = churn.begins(count) | force.sets_in(count)
-    moment = Moment(count, force.is_on(count), now)
-    threshold = barrier.follow(params, threshold, moment, stacked)
-    alphas = barrier.alphas(params, threshold, count)
-    nonzero, share = churn.follow(params, alphas, count, (nonzero, share))
-    dose = Dose(count, share, bound=gain if sharp else None)
+    on, sets_in = force.is_on(count), force.sets_in(count)
+    now = churn.begins(count) | sets_in
+
+    def when(every: Array | int, target: Target) -> tuple[Array | bool, Scalar]:
+      due, tolerance = look_at(every, target, count)
+      return now | (on & due), tolerance
+
+    threshold = barrier.follow(threshold, params, count, when, stacked)
+    alphas = barrier.alphas(threshold, params, count)
+    nonzero, share = churn.follow(nonzero, share, params, alphas, now, sets_in)
 
     def layer(u: Array, theta: Array, alpha: Array) -> Array:
-      def gradient() -> Array:
-        return gain * wdr_grad(gain * widen(theta), alpha, sharp)
+      def added() -> Array:
+        r = gain * wdr_grad(gain * widen(theta), alpha, sharp)
+        wide, bound = u.astype(r.dtype), gain if sharp else None
+        factor = force.factor(wide, r, count, share, bound)
+        return (wide + factor * r).astype(u.dtype)
 
-      return force.add(u, gradient, dose)
+      # A late WDR is off for most of a run, and must cost nothing then.
+      return added() if on is True else jax.lax.cond(on, added, lambda: u)
 
     def leaf(
       path: KeyPath, u: Array | None, theta: Array, alpha: Array
     ) -> Array | None:
       if u is None:
         return None
-      check_floating(path_str(path), theta)
+      check_floating(printed := path_str(path), theta)
       in_axes = (0, 0, 0 if alpha.ndim else None)
-      return lift(stacked, path, layer, in_axes)(u, theta, alpha)
+      return lift(stacked, printed, layer, in_axes)(u, theta, alpha)
 
     updates = jax.tree_util.tree_map_with_path(
       leaf, updates, params, alphas, is_leaf=lambda x: x is None

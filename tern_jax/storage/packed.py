@@ -124,7 +124,9 @@ def pack(tree: Any) -> Any:
       axis=axis,
     )
 
-  return _map(leaf, tree, Ternary)
+  return jax.tree_util.tree_map_with_path(
+    leaf, tree, is_leaf=lambda x: isinstance(x, Ternary)
+  )
 
 
 def unpack(tree: Any) -> Any:
@@ -142,12 +144,11 @@ def unpack(tree: Any) -> Any:
   >>> unpack(packed).tolist()
   [[2.0, -0.5], [0.0, 2.0]]
   """
-
-  def leaf(path: Any, x: Any) -> Any:
-    del path
-    return x.dequantize() if isinstance(x, PackedTernary) else x
-
-  return _map(leaf, tree, PackedTernary)
+  return jax.tree.map(
+    lambda x: x.dequantize() if isinstance(x, PackedTernary) else x,
+    tree,
+    is_leaf=lambda x: isinstance(x, PackedTernary),
+  )
 
 
 def to_ternary(packed: PackedTernary) -> Ternary:
@@ -226,12 +227,6 @@ def _unpack_bits(
 def _shifts(ndim: int, axis: int) -> Array:
   return jax.lax.broadcasted_iota(
     jnp.int32, tuple(8 if i == axis else 1 for i in range(ndim)), axis
-  )
-
-
-def _map(leaf: Any, tree: Any, kind: type) -> Any:
-  return jax.tree_util.tree_map_with_path(
-    leaf, tree, is_leaf=lambda x: isinstance(x, kind)
   )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -98,7 +99,7 @@ def ramp(
   return Ramp(sparsity, steps, until)
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, init=False)
 class PerLayer:
   """A sparsity that is another one for each layer.
 
@@ -117,24 +118,20 @@ class PerLayer:
   0.9
   """
 
-  targets: "Mapping[str, Target] | Iterable[tuple[str, Target]]"
+  # Pairs, not a dict: a method with such a target can be hashed.
+  targets: "tuple[tuple[str, Target], ...]"
 
-  def __post_init__(self):
-    # Pairs, not a dict: a method with such a target can be hashed.
-    given = self.targets
-    pairs = given.items() if isinstance(given, Mapping) else given
+  def __init__(
+    self, targets: "Mapping[str, Target] | Iterable[tuple[str, Target]]"
+  ):
+    pairs = targets.items() if isinstance(targets, Mapping) else targets
     object.__setattr__(self, "targets", tuple(pairs))
-    for _, target in self.pairs:
+    for _, target in self.targets:
       check_sparsity(target)
-
-  @property
-  def pairs(self) -> "tuple[tuple[str, Target], ...]":
-    """The patterns and their targets, in order."""
-    return tuple(self.targets)  # pyrefly: ignore
 
   def map(self, fn: "Callable[[Target], Target]") -> "PerLayer":
     """Returns the targets that a function makes of these."""
-    return PerLayer((k, fn(target)) for k, target in self.pairs)
+    return PerLayer((k, fn(target)) for k, target in self.targets)
 
   def of(self, path: str) -> "Target":
     """Returns the target of a leaf: that of the first pattern that matches.
@@ -142,14 +139,14 @@ class PerLayer:
     Raises:
       ValueError: none does.
     """
-    for pattern, target in self.pairs:
+    for pattern, target in self.targets:
       if matches(pattern, path):
         return target
     raise ValueError(f"{self!r} has no target for {path}: add one.")
 
   def __repr__(self) -> str:
     """Prints the call that makes it."""
-    return f"per_layer({dict(self.pairs)})"
+    return f"per_layer({dict(self.targets)})"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -213,7 +210,10 @@ per_layer = PerLayer
 across_layers = AcrossLayers
 
 
-def target_of(sparsity: Target | None, path: str) -> Target | None:
+_Given = TypeVar("_Given", bound=Target | None)
+
+
+def target_of(sparsity: _Given | PerLayer, path: str) -> _Given | Target:
   """Returns the target of a leaf, where there is one of its own."""
   return sparsity.of(path) if isinstance(sparsity, PerLayer) else sparsity
 
@@ -221,7 +221,7 @@ def target_of(sparsity: Target | None, path: str) -> Target | None:
 def check_targets(sparsity: Target | None, paths: Sequence[str]) -> None:
   """Raises a ValueError unless each leaf has a target, and each a leaf."""
   if isinstance(sparsity, PerLayer):
-    check_patterns([pattern for pattern, _ in sparsity.pairs], paths)
+    check_patterns([pattern for pattern, _ in sparsity.targets], paths)
     for path in paths:
       sparsity.of(path)
 

@@ -1,0 +1,117 @@
+"""What all formats share: the contract of a writer, files, names of leaves."""
+
+import contextlib
+import dataclasses
+import importlib
+import math
+import os
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tern_jax.core.paths import path_str
+from tern_jax.storage import leaves
+from tern_jax.storage.packed import validate
+
+#: Version of the layouts that this package writes, the newest that is read.
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+  """A format as the command `python -m tern_jax export` sees it.
+
+  Args:
+    write: called as write(path, tree, overwrite=..., **options) with the tree
+      of a checkpoint; returns {leaf: relative RMS error} of what it rounds, or
+      None. Itself None if a checkpoint cannot be written in this format.
+    options: {keyword of write: arguments of `argparse.add_argument`}; those of
+      one name in several formats must agree. Without a default, write's holds.
+    refusal: why there is no `write`.
+  """
+
+  write: Callable[..., Mapping[str, float] | None] | None
+  options: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+    default_factory=dict
+  )
+  refusal: str = ""
+
+
+def require(package: str, task: str) -> Any:
+  """Imports an optional package.
+
+  Raises:
+    ImportError: it is missing; says how to install it.
+  """
+  try:
+    return importlib.import_module(package)
+  except ImportError as e:
+    name = package.partition(".")[0]
+    raise ImportError(
+      f"{task} needs the package {name}: pip install 'tern_jax[export]'."
+    ) from e
+
+
+@contextlib.contextmanager
+def fresh_file(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
+  """Yields a path to write to, which becomes the real one if all went well.
+
+  Raises:
+    FileExistsError: the path is taken, and is not to be overwritten.
+  """
+  path = Path(path).absolute()
+  taken = f"{path} already exists: pass overwrite=True."
+  if os.path.lexists(path) and not overwrite:
+    raise FileExistsError(taken)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+  try:
+    fresh.touch()
+    mode = fresh.stat().st_mode
+    yield fresh
+    # Some writers replace the file by one that only its owner may read.
+    fresh.chmod(mode)
+    with fresh.open("rb") as file:
+      os.fsync(file.fileno())
+    if overwrite:
+      fresh.replace(path)
+      return
+    try:
+      # Unlike a rename, a link never replaces what another writer put there.
+      path.hardlink_to(fresh)
+    except FileExistsError:
+      raise FileExistsError(taken) from None
+    except OSError:  # the file system has no links
+      if os.path.lexists(path):
+        raise FileExistsError(taken) from None
+      fresh.rename(path)
+  finally:
+    fresh.unlink(missing_ok=True)
+
+
+def checked_leaves(tree: Any) -> dict[leaves.Path, Any]:
+  """Returns the leaves of a tree by path, each an array or valid weights.
+
+  Raises:
+    TypeError: a leaf is neither packed nor an array of numbers.
+    ValueError: a packed leaf breaks an invariant.
+  """
+  found, _ = leaves.flatten(tree, depth=math.inf)
+  for path, x in found.items():
+    name = path_str(path) or "the leaf"
+    if leaves.kind_of(name, x) == "ternary":
+      validate({name: x})
+  return found
+
+
+def tensor_name(path: leaves.Path) -> str:
+  """Returns what the tensor of a leaf is called: its path joined by dots."""
+  return path_str(path).replace("/", ".") or "leaf"
+
+
+def check_unique(names: Iterable[str]) -> None:
+  """Raises a ValueError if two tensors have one name."""
+  if twice := sorted(name for name, n in Counter(names).items() if n > 1):
+    raise ValueError(f"two leaves have the name {', '.join(twice)}")

@@ -1,0 +1,268 @@
+"""Safetensors: planes and scales, checksummed; nothing is lost."""
+
+import json
+import os
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from tern_jax.export import files
+from tern_jax.storage import codecs, leaves
+from tern_jax.storage.packed import PackedTernary, validate
+from tern_jax.version import __version__
+
+#: Names of the codecs that come with the package.
+CODECS = tuple(codecs.CODECS)
+
+# What safetensors writes from NumPy and reads to it.
+_DTYPES = (
+  *("bool", "float16", "bfloat16", "float32", "float64", "complex64"),
+  *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+)
+
+
+def to_safetensors(
+  path: str | os.PathLike[str],
+  tree: Any,
+  *,
+  codec: str = "planes",
+  overwrite: bool = False,
+) -> None:
+  """Saves packed weights, and the dense leaves beside them, to one file.
+
+  A standard safetensors file: 8 bytes N, little-endian; N bytes of JSON,
+  `{tensor: {"dtype", "shape", "data_offsets"}}`; then the tensors, in C order
+  and little-endian. Its `__metadata__` has two strings, "tern_jax", which is
+  JSON itself, and "crc32", that of the former's UTF-8 bytes in decimals:
+
+    {"format": 1, "version": that of tern_jax, "leaves": [LEAF, ...]}
+
+  with, for each leaf of the tree,
+
+    "path"     list of strings: the keys that lead to the leaf;
+    "name"     what its tensors are called: the path joined by dots;
+    "kind"     "dense", "ternary" or "coded", or that of another codec;
+    "tensors"  {tensor: {"dtype": as NumPy calls it, "shape": [...]}}: NAME of
+               a dense leaf; NAME.nonzero, NAME.sign, NAME.w_p and NAME.w_n of
+               a ternary one; NAME.coded, NAME.w_p and NAME.w_n of a coded one;
+               in this order;
+    "crc32"    of the tensors' bytes, one after the other, sorted by their name;
+    "shape"    of ternary and coded weights;
+    "axis"     of ternary and coded weights that the planes pack, or null.
+
+  NAME.nonzero and NAME.sign are uint8. Bit j, least significant first, of byte
+  k along the axis belongs to weight 8 k + j along it; if the axis is null, to
+  weight 8 k + j of all in C order, and bits beyond the last are zero. A plane
+  is thus what `np.packbits(bits, axis, bitorder="little")` returns. A weight
+  is 0 if its nonzero bit is 0; else -w_n if its sign bit is 1; else w_p. An
+  axis of w_p and w_n is as long as that of the weights, is 1 for one scale
+  along the axis, or is n / g for one for each g consecutive weights. NAME.coded
+  is the bytes that `tern_jax.codec` makes of both planes.
+
+  Args:
+    path: file to write; its folder is made.
+    tree: any pytree of arrays and `PackedTernary`; bfloat16 is welcome.
+    codec: "planes", two bits a weight, read by NumPy alone; "entropy", their
+      entropy, for which constriction is needed, to load them too; or a codec
+      of your own, by its name in `tern_jax.storage.codecs.CODECS`.
+    overwrite: replace the file at `path`, once the new one is written.
+
+  Raises:
+    ValueError: an unknown codec, an invalid packed leaf, two leaves of one
+      name, or a tree deeper than 64.
+    TypeError: a leaf is neither packed nor an array, or of a dtype that
+      safetensors does not have in NumPy.
+    ImportError: safetensors, or constriction for the codec, is missing.
+    FileExistsError: the path is taken.
+
+  >>> import tempfile
+  >>> import jax.numpy as jnp
+  >>> from tern_jax.core.containers import Ternary
+  >>> from tern_jax.storage.packed import pack
+  >>> t = Ternary(jnp.eye(8, dtype=jnp.int8), jnp.array(2.0), jnp.array(2.0))
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   to_safetensors(folder + "/net.safetensors", {"kernel": pack(t)})
+  ...   net = from_safetensors(folder + "/net.safetensors")
+  >>> net["kernel"].dequantize()[0].tolist()
+  [2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+  """
+  numpy_api = files.require("safetensors.numpy", "to_safetensors")
+  stored_by = codecs.named(codec)
+  entries, tensors = [], {}
+  for keys, x in files.checked_leaves(tree).items():
+    entry, arrays = _encode(keys, x, stored_by)
+    entries.append(entry)
+    tensors |= arrays
+  facts = {"format": files.FORMAT, "version": __version__, "leaves": entries}
+  text = json.dumps(facts)
+  _check_facts(json.loads(text))
+  metadata = {"tern_jax": text, "crc32": str(zlib.crc32(text.encode()))}
+  with files.fresh_file(path, overwrite) as fresh:
+    numpy_api.save_file(tensors, fresh, metadata)
+
+
+def from_safetensors(path: str | os.PathLike[str]) -> Any:
+  """Loads and verifies what `to_safetensors` saved.
+
+  Nothing in the file is trusted: memory is bounded by its size, names are
+  keys and never paths of files.
+
+  Args:
+    path: of the file.
+
+  Returns:
+    Nested dicts by the components of the paths, with `PackedTernary` leaves
+    where the tree was packed; a leaf without a path is the whole tree.
+
+  Raises:
+    ValueError: damaged, not written by `to_safetensors`, from a newer version
+      of the format, or of 64-bit dtypes while JAX is restricted to 32 bits.
+    OSError: the file cannot be read.
+    ImportError: safetensors is missing, or constriction for coded weights.
+  """
+  safetensors = files.require("safetensors", "from_safetensors")
+  try:
+    with safetensors.safe_open(path, "numpy") as file:
+      entries = _read_facts(file.metadata() or {})
+      described = {k: t for e in entries for k, t in e["tensors"].items()}
+      shapes = {k: file.get_slice(k).get_shape() for k in file.offset_keys()}
+      if shapes != {k: t["shape"] for k, t in described.items()}:
+        raise ValueError("its tensors are not those of its metadata")
+      return leaves.nest({tuple(e["path"]): _decode(file, e) for e in entries})
+  except (OSError, ImportError):
+    raise
+  # The package raises errors of its own, and of NumPy on shapes of size 0.
+  except Exception as e:
+    raise ValueError(f"cannot load {os.fspath(path)}: {e}.") from e
+
+
+SAFETENSORS = files.Writer(
+  to_safetensors, {"codec": {"choices": codecs.CODECS, "default": "planes"}}
+)
+
+
+def _encode(
+  path: tuple[str, ...], x: Any, codec: codecs.Codec
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """Returns what the metadata says of a leaf, and its tensors."""
+  name = files.tensor_name(path)
+  if isinstance(x, PackedTernary):
+    kind, extra = codec.kind or codec.name, {"shape": x.shape, "axis": x.axis}
+    arrays = codecs.encode(codec, jax.tree.map(leaves.host, x))
+  else:
+    kind, extra, arrays = "dense", {}, {"": leaves.host(x)}
+  for a in arrays.values():
+    if a.dtype.name not in _DTYPES:
+      raise TypeError(f"{name}: safetensors has no arrays of {a.dtype}.")
+  names = _names(name, kind)
+  tensors = {names[part]: a for part, a in arrays.items()}
+  leaf = {
+    "path": list(path),
+    "name": name,
+    "kind": kind,
+    "tensors": leaves.describe(tensors),
+    "crc32": leaves.crc_of(tensors),
+  }
+  return leaf | extra, tensors
+
+
+def _names(name: str, kind: str) -> dict[str, str]:
+  """Returns the names of a leaf's tensors, by the parts of the leaf."""
+  if kind == "dense":
+    return {"": name}
+  parts = (*codecs.by_kind()[kind].arrays, "w_p", "w_n")
+  return {part: f"{name}.{part}" for part in parts}
+
+
+def _read_facts(metadata: dict[str, str]) -> list[dict[str, Any]]:
+  """Returns the leaves that a file's metadata describes."""
+  text = metadata.get("tern_jax")
+  if text is None:
+    raise ValueError("it was not written by tern_jax.export.to_safetensors")
+  if metadata.get("crc32") != str(zlib.crc32(text.encode())):
+    raise ValueError("its metadata is damaged: crc32 differs")
+  try:
+    facts = json.loads(text)
+  except (ValueError, RecursionError) as e:
+    raise ValueError("its metadata is no JSON") from e
+  return _check_facts(facts)
+
+
+def _check_facts(facts: Any) -> list[dict[str, Any]]:
+  """Returns the leaves of metadata, of which nothing is taken on trust."""
+  match facts:
+    case {"format": int(version)} if version > files.FORMAT:
+      raise ValueError(
+        f"it has format {version}, but this tern_jax reads up to"
+        f" {files.FORMAT}: upgrade tern_jax"
+      )
+    case {"format": 1, "leaves": list(entries)}:
+      pass
+    case _:
+      raise ValueError("its metadata has no format or no leaves")
+  for entry in entries:
+    _check_leaf(entry)
+  files.check_unique(name for e in entries for name in e["tensors"])
+  if leaves.clash([tuple(e["path"]) for e in entries]):
+    raise ValueError("two leaves have one path")
+  return entries
+
+
+def _check_leaf(leaf: Any) -> None:
+  match leaf:
+    case {
+      "kind": str(kind),
+      "path": list(path),
+      "name": str(name),
+      "tensors": dict(tensors),
+      "crc32": int(),
+    } if kind in {"dense", *codecs.by_kind()}:
+      pass
+    case _:
+      raise ValueError("its metadata has a leaf that lacks a field")
+  if len(path) > leaves.DEPTH or not all(isinstance(key, str) for key in path):
+    raise ValueError(
+      f"{name}: a path is up to {leaves.DEPTH} strings, got {path}"
+    )
+  names = list(_names(name, kind).values())
+  if set(tensors) != set(names):
+    raise ValueError(f"{name}: the tensors must be {names}")
+  for tensor in tensors.values():
+    match tensor:
+      case {"dtype": str(), "shape": found} if _is_shape(found):
+        pass
+      case _:
+        raise ValueError(f"{name}: a tensor lacks its dtype or shape")
+  if kind == "dense":
+    return
+  match leaf:
+    case {"shape": shape, "axis": None | int()} if _is_shape(shape):
+      pass
+    case _:
+      raise ValueError(f"{name}: the weights lack their shape or axis")
+
+
+def _is_shape(x: Any) -> bool:
+  """Whether a JSON value is a shape that NumPy could have."""
+  sizes = isinstance(x, list) and all(type(n) is int for n in x)
+  return sizes and len(x) <= 32 and all(0 <= n < 2**63 for n in x)
+
+
+def _decode(file: Any, leaf: dict[str, Any]) -> Any:
+  """Returns a verified leaf."""
+  name, kind = leaf["name"], leaf["kind"]
+  tensors = {k: file.get_tensor(k) for k in leaf["tensors"]}
+  if leaves.describe(tensors) != leaf["tensors"]:
+    raise ValueError(f"{name}: its dtypes are not those of the metadata")
+  if leaves.crc_of(tensors) != leaf["crc32"]:
+    raise ValueError(f"{name} is damaged: its crc32 differs")
+  arrays = {part: tensors[k] for part, k in _names(name, kind).items()}
+  if kind == "dense":
+    return leaves.place(arrays[""])
+  shape = tuple(leaf["shape"])
+  fields = codecs.decode(codecs.by_kind()[kind], arrays, shape)
+  x = PackedTernary(**fields, shape=shape, axis=leaf["axis"])
+  validate({name: x})
+  return leaves.place(x)

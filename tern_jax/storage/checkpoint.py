@@ -1,0 +1,289 @@
+"""Checkpoints that notice damage: packed weights, or a whole training run.
+
+A checkpoint is an orbax checkpoint of up to three parts:
+
+  spec    `{"crc32": ..., "spec": {...}}`: JSON that describes every leaf;
+  packed  the packed weights and the dense leaves beside them;
+  state   what a training run resumes from; absent from `save_packed`.
+
+The arrays of leaf 7 of a part are stored as `{"0007": {name: array}}`, so that
+a path may hold any key. Orbax does not checksum data, hence the spec has the
+crc32 of every leaf: over the bytes of its arrays, sorted by name, each in C
+order and little-endian.
+
+A codec stores other arrays in place of the planes of a leaf, "entropy" for
+instance one array, `coded`; the crc32 stays that of the planes.
+
+A path may be a directory or, with `pip install '.[bucket]'`, a place in a
+bucket, such as gs://bucket/net.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from tern_jax.storage import codecs, leaves, tensors
+from tern_jax.storage.codecs import Codec
+from tern_jax.storage.leaves import CheckpointError, Path, crc_of, name_of
+from tern_jax.storage.packed import PackedTernary, validate
+from tern_jax.storage.places import Place, absolute, explained, locate, staged
+from tern_jax.storage.spec import (
+  Entries,
+  Entry,
+  check_fit,
+  entries_of,
+  number,
+  read_spec,
+  seal,
+)
+
+
+def save_packed(
+  path: str | os.PathLike[str],
+  tree: Any,
+  *,
+  codec: str = "planes",
+  method: Any = None,
+  overwrite: bool = False,
+) -> None:
+  """Saves packed weights, and the dense leaves beside them, to a directory.
+
+  The directory appears whole or not at all. An old one that is overwritten
+  stays until then: if the process is killed, loads find the one or the other.
+  In a bucket nothing keeps another process from saving to the same path.
+
+  Args:
+    path: directory to make, parents included, or gs://bucket/path.
+    tree: any pytree of arrays and `PackedTernary`.
+    codec: how the planes are stored: "planes", two bits a weight; "entropy",
+      their entropy, for which constriction is needed, to load them too; or a
+      codec of your own, by its name in `tern_jax.storage.codecs.CODECS`.
+    method: what made the weights; its repr is kept in the spec.
+    overwrite: replace the checkpoint at `path`, once the new one is written.
+
+  Raises:
+    ValueError: unknown codec, an invalid packed leaf, or a tree deeper than 64.
+    TypeError: a leaf is neither packed nor an array.
+    ImportError: codec="entropy" without constriction.
+    CheckpointError: the path is taken, or another process is saving there, or
+      it cannot be written.
+
+  >>> import tempfile
+  >>> import jax.numpy as jnp
+  >>> from tern_jax.core.containers import Ternary
+  >>> from tern_jax.storage.packed import pack
+  >>> t = Ternary(jnp.eye(8, dtype=jnp.int8), jnp.array(2.0), jnp.array(2.0))
+  >>> with tempfile.TemporaryDirectory() as directory:
+  ...   save_packed(directory + "/net", {"Dense_0": {"kernel": pack(t)}})
+  ...   net = load_packed(directory + "/net")
+  >>> net["Dense_0"]["kernel"].dequantize()[0].tolist()
+  [2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+  """
+  stored_by = codecs.named(codec)
+  path = absolute(path)
+  parts = parts_of({"packed": tree}, stored_by, method)
+  saving = tensors.context()
+  saving.array.saving.use_compression = _compressible(parts, stored_by)
+  with explained("save", path), staged(path, overwrite) as fresh, saving:
+    tensors.ocp.save_checkpointables(fresh, tensors.lent(parts))
+
+
+def load_packed(
+  path: str | os.PathLike[str], like: Any = None, *, partial: bool = False
+) -> Any:
+  """Loads and verifies what `save_packed` or a `Checkpointer` saved.
+
+  Args:
+    path: a checkpoint, a step of a training run, or a run: its latest step.
+    like: tree of arrays, or of their shapes, with the paths of the saved tree;
+      its shardings are used too. None: nested dicts, no model code needed.
+    partial: `like` has only some of the leaves, and no others are read.
+
+  Returns:
+    The saved tree, of the structure of `like`, with `PackedTernary` leaves
+    where it was packed. Leaves of `like` that are not arrays stay as they are.
+
+  Raises:
+    CheckpointError: nothing there, damaged, from a newer version of the
+      format, or of other paths, shapes or dtypes than `like`.
+    ImportError: its codec is "entropy", and constriction is missing.
+  """
+  path = locate(path)
+  return load(path, "packed", read_spec(path), like, partial)
+
+
+def examine(
+  path: str | os.PathLike[str], part: str = "packed"
+) -> dict[tuple[str, ...], Any]:
+  """Loads and verifies each leaf alone, whatever is wrong with the others.
+
+  Damage to the arrays of a leaf is reported for this leaf. All leaves of a part
+  share an index, which says where their arrays are: orbax's `_METADATA`,
+  OCDBT's manifests and the nodes of its tree. If it cannot be read, no leaf can
+  be: any of them may be damaged, or none, and this is reported for each.
+
+  Args:
+    path: a checkpoint, a step of a training run, or a run: its latest step.
+    part: "packed" or, of a training run, "state".
+
+  Returns:
+    {keys: the leaf, on the host, or the CheckpointError of what is wrong}.
+
+  Raises:
+    CheckpointError: nothing there, or its spec is damaged, or from a newer
+      version, or there is no such part.
+    ImportError: its codec is "entropy", and constriction is missing.
+  """
+  path = locate(path)
+  spec = read_spec(path)
+  with explained("read", path):
+    entries = entries_of(path, part, spec)
+  return dict(_read(path, part, spec, entries))
+
+
+# Trees to parts.
+
+
+def parts_of(
+  trees: dict[str, Any], codec: Codec, method: Any, extra: Any = None
+) -> dict[str, Any]:
+  """Returns the parts of a checkpoint: arrays by number, and the sealed spec.
+
+  Args:
+    trees: {part: tree}; "packed" is among them.
+    codec: of the planes.
+    method: what made the weights.
+    extra: JSON value.
+  """
+  parts: dict[str, Any] = {}
+  entries: dict[str, list[Entry]] = {}
+  for part, tree in trees.items():
+    entries[part], stored = [], {}
+    for i, (path, x) in enumerate(leaves.flatten(tree)[0].items()):
+      entry, arrays = _encode(path, x, codec)
+      entries[part].append(entry)
+      # Orbax cannot store what has no elements; the spec knows all about it.
+      if arrays := {k: a for k, a in arrays.items() if a.size}:
+        stored[number(i)] = arrays
+    if stored:
+      parts[part] = stored
+  return parts | {"spec": seal(entries, codec.name, method, extra)}
+
+
+def _encode(path: Path, x: Any, codec: Codec) -> tuple[Entry, dict[str, Any]]:
+  """Returns a leaf's entry in the spec, and its arrays on the host."""
+  name = name_of(path)
+  kind, extra = leaves.kind_of(name, x, keys=True), {}
+  if kind == "ternary":
+    extra = {"axis": x.axis}
+    x = jax.tree.map(leaves.host, x)
+    validate({name: x})
+    crc = crc_of({k: getattr(x, k) for k in leaves.FIELDS})
+    arrays = codecs.encode(codec, x)
+  else:
+    if kind == "key":
+      extra = {"impl": str(jax.random.key_impl(x))}
+    data = jax.random.key_data(x) if kind == "key" else x
+    arrays = {"value": leaves.host(data)}
+    crc = crc_of(arrays)
+  entry = {
+    "path": path,
+    "kind": kind,
+    "shape": x.shape,
+    "dtype": x.dtype.name,
+    "crc32": crc,
+    "arrays": leaves.describe(arrays),
+  }
+  return entry | extra, arrays
+
+
+def _compressible(parts: dict[str, Any], codec: Codec) -> bool:
+  """Whether at least half of the bytes can be compressed at all."""
+  packed = parts.get("packed", {}).values()
+  sizes = [(name, x.nbytes) for leaf in packed for name, x in leaf.items()]
+  coded = sum(size for name, size in sizes if name in codec.arrays)
+  return not codec.incompressible or 2 * coded <= sum(n for _, n in sizes)
+
+
+# Parts to trees.
+
+
+def load(
+  path: Place, part: str, spec: dict[str, Any], like: Any, partial: bool
+) -> Any:
+  """Returns a part of a checkpoint, verified, in the structure of `like`."""
+  with explained("read", path):
+    entries = entries_of(path, part, spec)
+    wanted, structure = ({}, None) if like is None else leaves.flatten(like)
+    if structure is not None:
+      if partial:
+        entries = {k: e for k, e in entries.items() if k in wanted}
+      check_fit(path, entries, wanted)
+    found = {}
+    for keys, x in _read(path, part, spec, entries):
+      if isinstance(x, CheckpointError):
+        raise x
+      found[keys] = leaves.place(x, wanted.get(keys), "the checkpoint")
+    if structure is None:
+      return leaves.nest(found)
+    return jax.tree.unflatten(structure, (wanted | found).values())
+
+
+def _read(
+  path: Place, part: str, spec: dict[str, Any], entries: Entries
+) -> Iterator[tuple[Path, Any]]:
+  """Yields each leaf, verified, or the CheckpointError of what is wrong."""
+  codec = codecs.named(spec["codec"])
+
+  def attempt(task: Callable[..., Any], *args: Any) -> Any:
+    try:
+      with explained("read", path):
+        return task(*args)
+    except CheckpointError as e:
+      return e
+
+  def leaf(keys: Path, entry: Entry, together: Any) -> Any:
+    if isinstance(together, CheckpointError):
+      together = tensors.read(path, part, {keys: entry}, index)
+    return _leaf(path, codec, entry, together)
+
+  index = attempt(tensors.index_of, path, part)
+  groups = attempt(lambda: list(tensors.groups(entries)))
+  for failed in (index, groups):
+    if isinstance(failed, CheckpointError):
+      yield from dict.fromkeys(entries, failed).items()
+      return
+  for group in groups:
+    # One damaged chunk fails the read of all: then each is read alone.
+    together = attempt(tensors.read, path, part, group, index)
+    for keys, entry in group.items():
+      yield keys, attempt(leaf, keys, entry, together)
+
+
+def _leaf(
+  path: Place, codec: Codec, entry: Entry, stored: dict[str, Any]
+) -> Any:
+  """Returns a verified leaf, on the host; its arrays leave `stored`."""
+  name, data = name_of(entry["path"]), stored.pop(entry["number"], {})
+  arrays: dict[str, Any] = {
+    k: data[k] if k in data else np.zeros(a["shape"], a["dtype"])
+    for k, a in entry["arrays"].items()
+  }
+  shape = tuple(entry["shape"])
+  if entry["kind"] == "ternary":
+    try:
+      arrays = codecs.decode(codec, arrays, shape)
+    except ValueError as e:
+      raise CheckpointError(f"{path}: {name} is damaged: {e}") from e
+  if crc_of(arrays) != entry["crc32"]:
+    raise CheckpointError(f"{path}: {name} is damaged: its crc32 differs.")
+  if entry["kind"] == "ternary":
+    x = PackedTernary(**arrays, shape=shape, axis=entry["axis"])
+    validate({name: x})
+    return x
+  if entry["kind"] == "key":
+    return jax.random.wrap_key_data(arrays["value"], impl=entry["impl"])
+  return arrays["value"]

@@ -1,0 +1,86 @@
+"""How the planes of packed weights are stored: the codecs, by name.
+
+A codec is one `Codec` and one line of `CODECS`: nothing else of it is asked by
+checkpoints and exports. A codec of your own is added to `CODECS` under its name
+before files of it are written or read.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tern_jax.storage import entropy
+from tern_jax.storage.packed import PackedTernary
+
+#: Named arrays on the host.
+Arrays = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+  """Stores two bit-planes as named arrays.
+
+  Args:
+    name: what `save_packed(codec=)` and the spec of a checkpoint call it.
+    arrays: names of the arrays that stand for the planes.
+    encode: returns these arrays of valid weights on the host.
+    decode: returns the planes (nonzero, sign), from the arrays and the shape of
+      the weights, neither of which can be trusted; raises ValueError where it
+      sees that they are damaged.
+    kind: what the metadata of a safetensors file calls a leaf, "" for `name`.
+    incompressible: the arrays are at their entropy, so that it would be of no
+      use to compress a checkpoint once more.
+  """
+
+  name: str
+  arrays: tuple[str, ...]
+  encode: Callable[[PackedTernary], Arrays]
+  decode: Callable[[Arrays, tuple[int, ...]], Any]
+  kind: str = ""
+  incompressible: bool = False
+
+
+PLANES = Codec(
+  "planes",
+  ("nonzero", "sign"),
+  encode=lambda x: {"nonzero": x.nonzero, "sign": x.sign},
+  decode=lambda arrays, _: (arrays["nonzero"], arrays["sign"]),
+  kind="ternary",
+)
+ENTROPY = Codec(
+  "entropy",
+  ("coded",),
+  encode=lambda x: {"coded": np.frombuffer(entropy.encode(x), np.uint8)},
+  decode=lambda arrays, shape: entropy.decode(arrays["coded"], shape),
+  kind="coded",
+  incompressible=True,
+)
+
+#: All codecs by name.
+CODECS = {c.name: c for c in (PLANES, ENTROPY)}
+
+
+def named(name: str) -> Codec:
+  """Returns the codec of a name; raises ValueError if there is none."""
+  if name not in CODECS:
+    raise ValueError(f"codec must be one of {tuple(CODECS)}, got {name!r}.")
+  return CODECS[name]
+
+
+def by_kind() -> dict[str, Codec]:
+  """Returns the codecs by what the metadata of a file calls a leaf."""
+  return {c.kind or c.name: c for c in CODECS.values()}
+
+
+def encode(codec: Codec, x: PackedTernary) -> Arrays:
+  """Returns all arrays that stand for packed weights, scales included."""
+  return codec.encode(x) | {"w_p": x.w_p, "w_n": x.w_n}
+
+
+def decode(codec: Codec, arrays: Arrays, shape: tuple[int, ...]) -> Arrays:
+  """Returns the fields of `PackedTernary` that `encode` made arrays."""
+  planes = codec.decode({k: arrays[k] for k in codec.arrays}, shape)
+  scales = {k: x for k, x in arrays.items() if k not in codec.arrays}
+  return dict(zip(("nonzero", "sign"), planes, strict=True)) | scales

@@ -1,0 +1,290 @@
+"""Where checkpoints lie: a folder, or a place in a bucket.
+
+A folder appears whole by a rename. Nothing in a bucket can be renamed: there a
+checkpoint is whole once orbax's `commit_success.txt` is in it, which is written
+last. What is saved to `net` is written to `.net.new/new` first; while it takes
+the place of an older checkpoint, that one is kept in `.net.new/old`.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from tern_jax.storage.leaves import CheckpointError
+
+try:
+  import fcntl
+except ImportError:  # not POSIX: nothing tells two writers apart
+  fcntl = None
+
+#: A folder, or a place in a bucket.
+Place = Path | epath.Path
+
+#: Where orbax puts the spec.
+SPEC = Path("spec", "data.json")
+#: What orbax adds to the name of a folder until it is whole.
+UNFINISHED = ".orbax-checkpoint-tmp"
+#: What it writes last in a bucket.
+_COMMITTED = "commit_success.txt"
+
+
+def absolute(path: str | os.PathLike[str]) -> Place:
+  """Returns a path that means the same in every working directory.
+
+  >>> absolute("gs://bucket/runs/7")
+  PosixGPath('gs://bucket/runs/7')
+  >>> absolute("runs").is_absolute()
+  True
+  """
+  name = os.fspath(path)
+  if "://" not in name:
+    return Path(name).resolve()
+  # TensorStore and other hosts write there, too: no listing stays true.
+  fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+  return epath.Path(name)
+
+
+def locate(path: str | os.PathLike[str]) -> Place:
+  """Returns the folder of a checkpoint, which may be a run's latest step.
+
+  Raises:
+    CheckpointError: there is no checkpoint.
+  """
+  path = absolute(path)
+  with explained("look at", path):
+    old = _stage(path) / "old"
+    if not _taken(path) and is_whole(old):
+      return old  # A save was killed while it replaced the checkpoint.
+    if not path.is_dir():
+      what = "is a file" if path.exists() else "does not exist"
+      raise CheckpointError(f"{path} {what}: give the folder of a checkpoint.")
+    found = [] if is_whole(path) else steps(path)
+    if found:
+      path = path / str(max(found))
+    if not is_whole(path):
+      raise CheckpointError(f"{path} holds no checkpoint: its spec is missing.")
+    return path
+
+
+def disk_bytes(path: str | os.PathLike[str]) -> int:
+  """Returns the bytes of all files of a checkpoint, orbax's own included.
+
+  Args:
+    path: a checkpoint, a step of a training run, or a run: its latest step.
+
+  Raises:
+    CheckpointError: nothing there.
+  """
+  files = _files(locate(path))
+  return sum(epath.Path(file).stat().length for file in files)
+
+
+@contextlib.contextmanager
+def explained(task: str, path: Place) -> Iterator[None]:
+  """Turns whatever fails inside into a CheckpointError that names the path."""
+  try:
+    yield
+  except (CheckpointError, ImportError):
+    raise
+  except Exception as e:  # orbax and TensorStore raise errors of many kinds
+    reason = str(e).partition("\n")[0]
+    raise CheckpointError(
+      f"cannot {task} {path}: {type(e).__name__}: {reason}"
+    ) from e
+
+
+def lead(task: Callable[[], None]) -> None:
+  """Runs a task on the first of all processes; if it fails, all of them do."""
+  error: Exception | None = None
+  if jax.process_index() == 0:
+    try:
+      task()
+    except Exception as e:
+      error = e
+  failed = multihost_utils.broadcast_one_to_all(np.array(error is not None))
+  if failed:
+    raise error or CheckpointError("the first process says what is wrong.")
+
+
+# What is there.
+
+
+def in_bucket(path: Place) -> bool:
+  """Whether a place is one in a bucket."""
+  return isinstance(path, epath.Path)
+
+
+def is_whole(path: Place) -> bool:
+  """Whether there is a checkpoint, written to its end."""
+  ended = not in_bucket(path) or (path / _COMMITTED).exists()
+  return ended and (path / SPEC).exists()
+
+
+def is_unfinished(path: Place) -> bool:
+  """Whether it is a step whose save was interrupted."""
+  if not in_bucket(path):
+    return path.name.endswith(UNFINISHED)
+  parts = "packed", "state", SPEC.parts[0]
+  begun = path.name.isdecimal() and any((path / x).exists() for x in parts)
+  return begun and not is_whole(path)
+
+
+def steps(directory: Place) -> list[int]:
+  """Returns the numbers of the steps of a run."""
+  return [
+    int(path.name)
+    for path in directory.glob("*")
+    if path.name.isdecimal() and (not in_bucket(path) or is_whole(path))
+  ]
+
+
+def _taken(path: Place) -> bool:
+  """Whether the path holds anything but an incomplete checkpoint."""
+  if in_bucket(path):
+    return path.exists() and (is_whole(path) or not (path / SPEC).exists())
+  return os.path.lexists(path)
+
+
+def _files(folder: Any) -> Iterator[Any]:
+  # The walk of epath returns names without a scheme.
+  for path in folder.iterdir():
+    yield from _files(path) if path.is_dir() else [path]
+
+
+# What is changed there.
+
+
+def probe(path: Place) -> None:
+  """Raises an OSError if no folder can be made there."""
+  # A save that fails inside orbax leaves threads that wait for five minutes.
+  trial = path.with_name(f".{path.name}.probe")
+  if in_bucket(path):
+    # There are no folders there, only names.
+    trial.write_text("")
+    trial.unlink()
+  else:
+    trial.mkdir(exist_ok=True)
+    trial.rmdir()
+
+
+@contextlib.contextmanager
+def locked(folder: Place, path: Place) -> Iterator[None]:
+  """Makes this the only writer of a path, by a lock on a folder.
+
+  The system releases the lock when the process ends, in whatever way.
+  """
+  busy = CheckpointError(
+    f"{path}: another process is saving there, or a Checkpointer that was not "
+    "closed: save to another directory."
+  )
+  if fcntl is None or in_bucket(folder):
+    yield
+    return
+  try:
+    file = os.open(folder, os.O_RDONLY)
+  except FileNotFoundError:
+    raise busy from None  # removed by the writer that has just finished
+  try:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise busy from None
+    except OSError:
+      pass  # a file system without locks
+    # The folder may have been removed, and made again, before the lock.
+    if not os.path.exists(folder) or not os.path.samestat(
+      os.fstat(file), os.stat(folder)
+    ):
+      raise busy
+    yield
+  finally:
+    os.close(file)
+
+
+def remove(path: Place) -> None:
+  """Deletes a folder.
+
+  In a bucket its mark is removed first, so that a checkpoint of which only a
+  part is deleted is never taken for a whole one.
+  """
+  if isinstance(path, epath.Path):
+    (path / _COMMITTED).unlink(missing_ok=True)
+    path.rmtree(missing_ok=True)
+  else:
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _move(path: Place, target: Place) -> None:
+  """Moves a checkpoint, which appears there whole or not at all."""
+  if not isinstance(path, epath.Path):
+    # This fails if something else has appeared there.
+    path.rename(target)
+    return
+  if _taken(target):
+    raise FileExistsError(f"{target} exists")
+  remove(target)
+  # With a spec and without its mark, a partial copy is known as one.
+  first, last = path / SPEC, path / _COMMITTED
+  between = [file for file in _files(path) if file not in (first, last)]
+  for file in (first, *between, last):
+    file.copy(target / file.relative_to(path), overwrite=True)
+  remove(path)
+
+
+def _stage(path: Place) -> Place:
+  """Returns the folder of what is saved to a path before it is whole."""
+  return path.with_name(f".{path.name}.new")
+
+
+@contextlib.contextmanager
+def staged(path: Place, overwrite: bool) -> Iterator[Place]:
+  """Yields where to save a checkpoint, which then appears at its path."""
+  stage = _stage(path)
+  with contextlib.ExitStack() as stack:
+
+    def prepare() -> None:
+      stage.mkdir(parents=True, exist_ok=True)
+      stack.enter_context(locked(stage, path))
+      stack.callback(_settle, stage, path, done=True)
+      _settle(stage, path)
+      if _taken(path):
+        if not overwrite:
+          raise CheckpointError(f"{path} already exists: pass overwrite=True.")
+        if not is_whole(path):
+          raise CheckpointError(
+            f"{path} exists and is not a checkpoint: choose another path."
+          )
+      probe(stage / "new")
+
+    def publish() -> None:
+      if overwrite and _taken(path):
+        _move(path, stage / "old")
+      _move(stage / "new", path)
+
+    lead(prepare)
+    yield stage / "new"
+    lead(publish)
+
+
+def _settle(stage: Place, path: Place, done: bool = False) -> None:
+  """Undoes an interrupted replacement, and deletes what is left of it."""
+  old = stage / "old"
+  if is_whole(old) and not _taken(path):
+    _move(old, path)
+  leftovers = stage.iterdir() if stage.exists() else ()
+  for leftover in leftovers:
+    # Something else may have appeared at the path: then the old one stays.
+    if leftover != old or is_whole(path):
+      remove(leftover)
+  if done and not in_bucket(stage):
+    with contextlib.suppress(OSError):
+      stage.rmdir()

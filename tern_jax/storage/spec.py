@@ -1,0 +1,155 @@
+"""The spec of a checkpoint: JSON that describes its leaves, sealed by a crc32.
+
+It is stored as `{"crc32": ..., "spec": {...}}`; the crc32 is over the JSON text
+of the spec with sorted keys, ", " and ": " as separators.
+"""
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from tern_jax.storage.codecs import CODECS
+from tern_jax.storage.leaves import (
+  DEPTH,
+  CheckpointError,
+  Path,
+  clash,
+  is_whole,
+  name_of,
+)
+from tern_jax.storage.places import SPEC, Place, explained, locate
+from tern_jax.version import version_of
+
+#: Version of the layout that this module writes, and the newest that it reads.
+FORMAT = 1
+
+#: A leaf's entry in the spec.
+Entry = dict[str, Any]
+#: Entries by the paths of their leaves.
+Entries = dict[Path, Entry]
+
+
+def seal(
+  leaves: dict[str, list[Entry]], codec: str, method: Any, extra: Any
+) -> dict[str, Any]:
+  """Returns the sealed spec of the entries of each part of a checkpoint.
+
+  Raises:
+    TypeError: `extra` is no JSON value.
+  """
+  packages = ("tern_jax", "jax", "orbax-checkpoint")
+  selected = [e["path"] for e in leaves["packed"] if e["kind"] == "ternary"]
+  spec = {
+    "format": FORMAT,
+    "versions": {name: version_of(name) for name in packages},
+    "codec": codec,
+    "method": method if isinstance(method, str | None) else repr(method),
+    "selected": list(map(name_of, selected)),
+    "extra": extra,
+    "leaves": leaves,
+  }
+  try:
+    # As text and back, the spec is what a reader will see.
+    spec = json.loads(_text(spec))
+  except TypeError as e:
+    raise TypeError(f"extra must be a JSON value: {e}.") from e
+  return {"crc32": zlib.crc32(_text(spec).encode()), "spec": spec}
+
+
+def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
+  """Returns the verified spec of a checkpoint, without loading its arrays.
+
+  Args:
+    path: a checkpoint, a step of a training run, or a run: its latest step.
+
+  Returns:
+    The spec: "format", "versions", "codec", "method", "selected" (paths of the
+    packed leaves), "extra", and "leaves", a list for each part.
+
+  Raises:
+    CheckpointError: nothing there, damaged, or from a newer version.
+  """
+  path = locate(path)
+  with explained("read the spec of", path):
+    sealed = json.loads((path / SPEC).read_text("utf-8"))
+    spec = sealed["spec"]
+    if sealed["crc32"] != zlib.crc32(_text(spec).encode()):
+      raise CheckpointError(f"{path}: the spec is damaged: crc32 differs.")
+    if type(spec["format"]) is not int or spec["format"] < 1:
+      raise CheckpointError(
+        f"{path} has format {spec['format']!r}, but formats are numbers from "
+        f"1 to {FORMAT}: it was not written by tern_jax."
+      )
+    if spec["format"] > FORMAT:
+      raise CheckpointError(
+        f"{path} has format {spec['format']}, but this tern_jax reads up to "
+        f"{FORMAT}: upgrade tern_jax."
+      )
+    if spec["codec"] not in CODECS:
+      raise CheckpointError(
+        f"{path} has codec {spec['codec']!r}, but this tern_jax reads "
+        f"{tuple(CODECS)}: upgrade tern_jax."
+      )
+    return spec
+
+
+def entries_of(path: Place, part: str, spec: dict[str, Any]) -> Entries:
+  """Returns the entries of a part, with the numbers of their arrays."""
+  if part not in spec["leaves"]:
+    raise CheckpointError(f"{path} has packed weights only, no {part}.")
+  leaves = spec["leaves"][part]
+  for e in leaves:
+    keys = e["path"]
+    if not isinstance(keys, list) or len(keys) > DEPTH:
+      raise CheckpointError(f"{path}: a path is a list of up to {DEPTH} keys.")
+  if clash([tuple(e["path"]) for e in leaves]):
+    raise CheckpointError(f"{path}: two leaves have one path.")
+  return {
+    tuple(e["path"]): e | {"number": number(i)} for i, e in enumerate(leaves)
+  }
+
+
+def number(i: int) -> str:
+  """Returns what the arrays of leaf i of a part are stored under."""
+  return f"{i:04d}"
+
+
+def stored_bytes(entry: Entry) -> int:
+  """Returns the bytes of the arrays of a leaf, by its entry in a spec."""
+  return sum(
+    math.prod(a["shape"]) * jnp.dtype(a["dtype"]).itemsize
+    for a in entry["arrays"].values()
+  )
+
+
+def check_fit(
+  path: Place, entries: Entries, wanted: Mapping[Path, Any]
+) -> None:
+  """Raises unless the wanted leaves are the stored ones, shapes and all."""
+  arrays = {k: x for k, x in wanted.items() if hasattr(x, "dtype")}
+  wrong = [f"{name_of(k)} is not stored" for k in arrays if k not in entries]
+  for k, e in entries.items():
+    x = arrays.get(k)
+    if x is None:
+      wrong.append(f"{name_of(k)} is stored, but not in the tree")
+      continue
+    has = e["kind"], e["dtype"], e["shape"]
+    # Packed weights may take the place of the dense ones that they stand for.
+    kind = "ternary" if is_whole(x) else e["kind"]
+    wants = kind, x.dtype.name, list(x.shape)
+    if has != wants:
+      wrong.append(
+        "{} is stored as {} {}{}".format(name_of(k), *has)
+        + ", but in the tree it is {} {}{}".format(*wants)
+      )
+  if wrong:
+    raise CheckpointError(f"{path} does not fit the tree: {'; '.join(wrong)}.")
+
+
+def _text(spec: Any) -> str:
+  return json.dumps(spec, sort_keys=True)

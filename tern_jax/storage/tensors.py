@@ -1,0 +1,104 @@
+"""The arrays of a checkpoint, written and read by orbax."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1
+
+from tern_jax.storage.leaves import CheckpointError, describe, name_of
+from tern_jax.storage.places import Place
+from tern_jax.storage.spec import Entries, stored_bytes
+
+# Its own annotations refuse pathlib paths, and its own policies.
+ocp: Any = v1
+
+# Bytes that are worth a read of their own, and how many reads at most.
+_WORTH_A_READ = 1 << 22
+_READS = 8
+
+
+def context() -> Any:
+  """Returns an orbax context that stores the spec as JSON."""
+  made = ocp.Context()
+  made.checkpointables.registry = ocp.handlers.local_registry().add(
+    ocp.handlers.JsonHandler, checkpointable_name="spec"
+  )
+  return made
+
+
+class _Lent(np.ndarray):
+  """An array that nobody changes while it is saved: orbax need not copy it."""
+
+  def __deepcopy__(self, memo: Any) -> "_Lent":
+    return self
+
+
+def lent(parts: Any) -> Any:
+  """Returns the parts of a checkpoint, for a save that is waited for."""
+  return jax.tree.map(
+    lambda x: x.view(_Lent) if isinstance(x, np.ndarray) else x, parts
+  )
+
+
+def groups(entries: Entries) -> Iterator[Entries]:
+  """Divides leaves into groups of about as many bytes.
+
+  They are read group by group, so that there is never a second copy of all
+  leaves: memory that the threads of a read have freed is for such threads, not
+  for this one.
+  """
+  sizes = {keys: stored_bytes(e) for keys, e in entries.items()}
+  enough = max(_WORTH_A_READ, sum(sizes.values()) / _READS)
+  group, size = {}, 0
+  for keys, e in entries.items():
+    group[keys] = e
+    size += sizes[keys]
+    if size >= enough:
+      yield group
+      group, size = {}, 0
+  if group:
+    yield group
+
+
+def index_of(path: Place, part: str) -> Any:
+  """Returns what orbax knows of the arrays of a part, by their numbers."""
+  if not (path / part).exists():
+    return {}
+  # Of what it cannot read, orbax warns, and returns None.
+  index = ocp.metadata(path, part).metadata
+  if index is None:
+    raise CheckpointError(
+      f"{path}: the index of {part} cannot be read: any of its leaves may be "
+      "damaged."
+    )
+  return index
+
+
+def read(
+  path: Place, part: str, entries: Entries, index: Any
+) -> dict[str, Mapping[str, np.ndarray]]:
+  """Returns the arrays of leaves, by their numbers, on the host."""
+  # The index must agree with the spec before any array is allocated.
+  wanted = {}
+  for e in entries.values():
+    described = {k: a for k, a in e["arrays"].items() if math.prod(a["shape"])}
+    if describe(index.get(e["number"], {})) != described:
+      raise CheckpointError(
+        f"{path}: {name_of(e['path'])} is damaged: its arrays are not those of "
+        f"the spec, {described}."
+      )
+    if described:
+      wanted[e["number"]] = index[e["number"]]
+  if not wanted:
+    return {}
+  reading = context()
+  reading.pytree.loading.partial_load = True
+  # All arrays are read to the host: no other process has to wait for that.
+  here = jax.process_index()
+  reading.multiprocessing.active_processes = {here}
+  reading.multiprocessing.primary_host = here
+  with reading:
+    return ocp.load(path, wanted, checkpointable_name=part)
