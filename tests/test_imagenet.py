@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from experiments import imagenet
-from experiments.common import build, command, errors, methods
+from experiments.common import build, command, errors, evaluate, methods
 from experiments.common.runner import checks, float_net, pretrained, run
 from tern_jax.checkpoint import CheckpointError
 from tests import photos
@@ -60,6 +60,10 @@ def kernel_of(variables):
 
 def test_a_run_on_images_that_differ_in_size(config, floats, monkeypatch):
   monkeypatch.setattr(float_net, "train", None)
+  # The pictures, and that a fresh process reads the file, are those of every
+  # run.
+  monkeypatch.setattr(run.pictures, "draw", lambda *_: None)
+  monkeypatch.setattr(evaluate, "in_fresh_process", evaluate.evaluate)
   result = run.run(
     dataclasses.replace(config, float_from=str(config.float_directory))
   )

@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.common.data import text
 from experiments.common.data.prepared import load
-from experiments.common.data.splits import Arrays, Split, arrays, streamed
+from experiments.common.data.splits import Split, arrays, streamed
 from experiments.common.errors import DataNotPreparedError
 
 #: Mean and standard deviation of ImageNet's channels, as all use them.
@@ -50,14 +50,6 @@ class Dataset:
     """An input of zeros, [1, *input_shape], of the type that a net gets."""
     dtype = np.float32 if self.mean.size else np.int32
     return np.zeros((1, *self.input_shape), dtype)
-
-  @property
-  def train_and_validation(self) -> Arrays:
-    """All that may be trained on of a set in memory, in a new copy."""
-    return {
-      key: np.concatenate([self.train[key], self.validation[key]])
-      for key in self.train
-    }
 
 
 def load_dataset(
