@@ -38,7 +38,7 @@ def dataset(config):
 
 
 @pytest.fixture(scope="module")
-def rows(config, dataset):
+def rows(config, dataset, standard_promotion_throughout):
   return sweep.run_sweep(config.sweep(), dataset)
 
 

@@ -42,7 +42,7 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def result(config):
+def result(config, standard_promotion_throughout):
   return run.run(config)
 
 

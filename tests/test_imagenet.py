@@ -42,7 +42,7 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def floats(config):
+def floats(config, standard_promotion_throughout):
   return float_net.train(config, build.load_dataset(config))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.common import errors, guard, log
 from experiments.common.processes import on_loopback
-from tern_jax import load_packed, packed
+from tern_jax import load_packed, unpack
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ["-m", "experiments.digits"]
@@ -83,4 +83,4 @@ def test_two_processes_train_as_one_though_interrupted(tmp_path):
     assert len(alone) == 2 * 19
     np.testing.assert_allclose(shared, alone, rtol=0, atol=off)
   assert (two / "result.json").exists()
-  assert packed.unpack(load_packed(two / "packed"))
+  assert unpack(load_packed(two / "packed"))
