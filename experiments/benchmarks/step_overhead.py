@@ -126,7 +126,7 @@ def methods(options: OverheadOptions) -> dict[str, tuple[Any, Any]]:
     "SCA(sparsity)": (sca.method, wdr),
     "SCA(alpha)": (
       tern_jax.SCA(alpha=0.1),
-      tern_jax.wdr_transform(0.1, 1e-3, mask=sca.where),
+      tern_jax.wdr_transform(0.1, 1e-3, where=sca.where),
     ),
     "TWN()": (tern_jax.TWN(), optax.identity()),
     "TWN(sparsity)": (tern_jax.TWN(sparsity=target), optax.identity()),
