@@ -192,7 +192,9 @@ def test_layers_of_a_stack_are_ternarized_one_by_one(tiny):
 
 def norm(x, variables, name):
   """Batch norm by the running statistics, in NumPy."""
-  p, s = (variables[k][name] for k in ("params", "batch_stats"))
+  x, p, s = jax.tree.map(
+    np.asarray, (x, *(variables[k][name] for k in ("params", "batch_stats")))
+  )
   x = (x - s["mean"]) / np.sqrt(s["var"] + 1e-5)
   return x * p["scale"] + p["bias"]
 
@@ -245,7 +247,7 @@ def test_the_forward_is_that_of_the_blocks_one_by_one(tiny):
       x = block(x, inside(stage, "first"), stride)
     for i in range(2 if n == 0 else 1):
       x = block(x, jax.tree.map(lambda leaf, i=i: leaf[i], stack))
-  head = variables["params"]["head"]
+  head = jax.tree.map(np.asarray, variables["params"]["head"])
   expected = np.maximum(x, 0).mean((1, 2)) @ head["kernel"] + head["bias"]
   assert x.shape == (6, 2, 2, 32)
   logits = model.apply(variables, images, train=False)

@@ -57,7 +57,7 @@ class Transformer(nn.Module):
     del train
     positions = jnp.arange(x.shape[1])
     x = nn.Embed(self.classes, self.width, name="tokens")(x)
-    x += nn.Embed(self.context, self.width, name="positions")(positions)
+    x += nn.Embed(self.context, self.width, name="positions")(positions[None])
     blocks = nn.scan(
       lambda block, x, _: (block(x), None),
       variable_axes={"params": 0},
