@@ -9,7 +9,7 @@ saved, restored and looked at as on one device.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ def init_state(
   >>> int(float_run.step), float_run.tern_state
   (0, {})
   """
-  params, tern_state = tree, {}
+  params, tern_state = cast(Any, tree), {}
   if tern is not None:
     params, tern_state = tern.init(tree)
   return TrainState(
@@ -252,8 +252,8 @@ def data_mesh(
 def split_batch(batch: PyTree, devices: int, parts: str = "devices") -> PyTree:
   """Adds the leading axis of devices that `pmap_step` maps over.
 
-  Arrays [batch, ...] become [devices, batch / devices, ...]. A batch that cannot
-  be shared evenly is a ValueError, which calls the devices parts.
+  Arrays [batch, ...] become [devices, batch / devices, ...]. If a batch cannot
+  be shared evenly, the ValueError calls the devices parts.
 
   >>> import numpy as np
   >>> split_batch(np.zeros((8, 3)), 4).shape
