@@ -10,9 +10,9 @@ from tern_jax.storage.places import absolute as absolute
 from tern_jax.storage.places import disk_bytes as disk_bytes
 from tern_jax.storage.places import locate as locate
 from tern_jax.storage.run import Checkpointer as Checkpointer
-from tern_jax.storage.spec import FORMAT as FORMAT
-from tern_jax.storage.spec import read_spec as read_spec
-from tern_jax.storage.spec import stored_bytes as stored_bytes
+from tern_jax.storage.specs import FORMAT as FORMAT
+from tern_jax.storage.specs import read_spec as read_spec
+from tern_jax.storage.specs import stored_bytes as stored_bytes
 
 #: Names of the codecs that come with the package.
 CODECS = tuple(codecs.CODECS)

@@ -30,7 +30,7 @@ from tern_jax.storage.codecs import Codec
 from tern_jax.storage.leaves import CheckpointError, Path, crc_of, name_of
 from tern_jax.storage.packed import PackedTernary, validate
 from tern_jax.storage.places import Place, absolute, explained, locate, staged
-from tern_jax.storage.spec import (
+from tern_jax.storage.specs import (
   Entries,
   Entry,
   check_fit,

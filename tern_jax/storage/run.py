@@ -10,7 +10,7 @@ from typing import Any
 from tern_jax.storage import codecs, places
 from tern_jax.storage.checkpoint import load, parts_of
 from tern_jax.storage.leaves import CheckpointError
-from tern_jax.storage.spec import read_spec
+from tern_jax.storage.specs import read_spec
 from tern_jax.storage.tensors import context, lent, ocp
 
 

@@ -10,7 +10,7 @@ from orbax.checkpoint import v1
 
 from tern_jax.storage.leaves import CheckpointError, describe, name_of
 from tern_jax.storage.places import Place
-from tern_jax.storage.spec import Entries, stored_bytes
+from tern_jax.storage.specs import Entries, stored_bytes
 
 # Its own annotations refuse pathlib paths, and its own policies.
 ocp: Any = v1
