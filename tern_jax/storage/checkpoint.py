@@ -25,28 +25,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from tern_jax.storage import codecs, leaves, tensors
+from tern_jax.core.types import PyTree
+from tern_jax.storage import codecs, leaves, specs, tensors
 from tern_jax.storage.codecs import Codec
-from tern_jax.storage.leaves import CheckpointError, Path, crc_of, name_of
+from tern_jax.storage.leaves import CheckpointError, Json, Leaf, Path
 from tern_jax.storage.packed import PackedTernary, validate
 from tern_jax.storage.places import Place, absolute, explained, locate, staged
-from tern_jax.storage.specs import (
-  Entries,
-  Entry,
-  check_fit,
-  entries_of,
-  number,
-  read_spec,
-  seal,
-)
 
 
 def save_packed(
   path: str | os.PathLike[str],
-  tree: Any,
+  tree: PyTree,
   *,
   codec: str = "planes",
-  method: Any = None,
+  method: object = None,
   overwrite: bool = False,
 ) -> None:
   """Saves packed weights, and the dense leaves beside them, to a directory.
@@ -92,8 +84,8 @@ def save_packed(
 
 
 def load_packed(
-  path: str | os.PathLike[str], like: Any = None, *, partial: bool = False
-) -> Any:
+  path: str | os.PathLike[str], like: PyTree = None, *, partial: bool = False
+) -> PyTree:
   """Loads and verifies what `save_packed` or a `Checkpointer` saved.
 
   Args:
@@ -112,12 +104,12 @@ def load_packed(
     ImportError: its codec is "entropy", and constriction is missing.
   """
   path = locate(path)
-  return load(path, "packed", read_spec(path), like, partial)
+  return load(path, "packed", specs.read_spec(path), like, partial)
 
 
 def examine(
   path: str | os.PathLike[str], part: str = "packed"
-) -> dict[tuple[str, ...], Any]:
+) -> dict[Path, Leaf | CheckpointError]:
   """Loads and verifies each leaf alone, whatever is wrong with the others.
 
   Damage to the arrays of a leaf is reported for this leaf. All leaves of a part
@@ -138,28 +130,21 @@ def examine(
     ImportError: its codec is "entropy", and constriction is missing.
   """
   path = locate(path)
-  spec = read_spec(path)
+  spec = specs.read_spec(path)
   with explained("read", path):
-    entries = entries_of(path, part, spec)
+    entries = specs.entries_of(path, part, spec)
   return dict(_read(path, part, spec, entries))
 
 
-# Trees to parts.
-
-
 def parts_of(
-  trees: dict[str, Any], codec: Codec, method: Any, extra: Any = None
-) -> dict[str, Any]:
-  """Returns the parts of a checkpoint: arrays by number, and the sealed spec.
-
-  Args:
-    trees: {part: tree}; "packed" is among them.
-    codec: of the planes.
-    method: what made the weights.
-    extra: JSON value.
-  """
-  parts: dict[str, Any] = {}
-  entries: dict[str, list[Entry]] = {}
+  trees: dict[str, PyTree],
+  codec: Codec,
+  method: object,
+  extra: object = None,
+) -> dict[str, Json]:
+  """Returns {part: arrays by number}, of trees, and the sealed spec."""
+  parts: dict[str, Json] = {}
+  entries: dict[str, list[Json]] = {}
   for part, tree in trees.items():
     entries[part], stored = [], {}
     for i, (path, x) in enumerate(leaves.flatten(tree)[0].items()):
@@ -167,40 +152,39 @@ def parts_of(
       entries[part].append(entry)
       # Orbax cannot store what has no elements; the spec knows all about it.
       if arrays := {k: a for k, a in arrays.items() if a.size}:
-        stored[number(i)] = arrays
+        stored[specs.number(i)] = arrays
     if stored:
       parts[part] = stored
-  return parts | {"spec": seal(entries, codec.name, method, extra)}
+  return parts | {"spec": specs.seal(entries, codec.name, method, extra)}
 
 
-def _encode(path: Path, x: Any, codec: Codec) -> tuple[Entry, dict[str, Any]]:
+def _encode(path: Path, x: PyTree, codec: Codec) -> tuple[Json, codecs.Arrays]:
   """Returns a leaf's entry in the spec, and its arrays on the host."""
-  name = name_of(path)
-  kind, extra = leaves.kind_of(name, x, keys=True), {}
+  name, extra = leaves.name_of(path), {}
+  kind = leaves.kind_of(name, x, keys=True)
   if kind == "ternary":
     extra = {"axis": x.axis}
     x = jax.tree.map(leaves.host, x)
     validate({name: x})
-    crc = crc_of({k: getattr(x, k) for k in leaves.FIELDS})
+    checked = {k: getattr(x, k) for k in leaves.FIELDS}
     arrays = codecs.encode(codec, x)
   else:
     if kind == "key":
       extra = {"impl": str(jax.random.key_impl(x))}
     data = jax.random.key_data(x) if kind == "key" else x
-    arrays = {"value": leaves.host(data)}
-    crc = crc_of(arrays)
+    checked = arrays = {"value": leaves.host(data)}
   entry = {
     "path": path,
     "kind": kind,
     "shape": x.shape,
     "dtype": x.dtype.name,
-    "crc32": crc,
+    "crc32": leaves.crc_of(checked),
     "arrays": leaves.describe(arrays),
   }
   return entry | extra, arrays
 
 
-def _compressible(parts: dict[str, Any], codec: Codec) -> bool:
+def _compressible(parts: dict[str, Json], codec: Codec) -> bool:
   """Whether at least half of the bytes can be compressed at all."""
   packed = parts.get("packed", {}).values()
   sizes = [(name, x.nbytes) for leaf in packed for name, x in leaf.items()]
@@ -208,20 +192,17 @@ def _compressible(parts: dict[str, Any], codec: Codec) -> bool:
   return not codec.incompressible or 2 * coded <= sum(n for _, n in sizes)
 
 
-# Parts to trees.
-
-
 def load(
-  path: Place, part: str, spec: dict[str, Any], like: Any, partial: bool
-) -> Any:
+  path: Place, part: str, spec: Json, like: PyTree, partial: bool
+) -> PyTree:
   """Returns a part of a checkpoint, verified, in the structure of `like`."""
   with explained("read", path):
-    entries = entries_of(path, part, spec)
+    entries = specs.entries_of(path, part, spec)
     wanted, structure = ({}, None) if like is None else leaves.flatten(like)
     if structure is not None:
       if partial:
         entries = {k: e for k, e in entries.items() if k in wanted}
-      check_fit(path, entries, wanted)
+      specs.check_fit(path, entries, wanted)
     found = {}
     for keys, x in _read(path, part, spec, entries):
       if isinstance(x, CheckpointError):
@@ -233,19 +214,19 @@ def load(
 
 
 def _read(
-  path: Place, part: str, spec: dict[str, Any], entries: Entries
-) -> Iterator[tuple[Path, Any]]:
+  path: Place, part: str, spec: Json, entries: specs.Entries
+) -> Iterator[tuple[Path, Leaf | CheckpointError]]:
   """Yields each leaf, verified, or the CheckpointError of what is wrong."""
   codec = codecs.named(spec["codec"])
 
-  def attempt(task: Callable[..., Any], *args: Any) -> Any:
+  def attempt(task: Callable, *args: object) -> Any:
     try:
       with explained("read", path):
         return task(*args)
     except CheckpointError as e:
       return e
 
-  def leaf(keys: Path, entry: Entry, together: Any) -> Any:
+  def leaf(keys: Path, entry: Json, together: Json | CheckpointError) -> Leaf:
     if isinstance(together, CheckpointError):
       together = tensors.read(path, part, {keys: entry}, index)
     return _leaf(path, codec, entry, together)
@@ -263,12 +244,10 @@ def _read(
       yield keys, attempt(leaf, keys, entry, together)
 
 
-def _leaf(
-  path: Place, codec: Codec, entry: Entry, stored: dict[str, Any]
-) -> Any:
+def _leaf(path: Place, codec: Codec, entry: Json, stored: Json) -> Leaf:
   """Returns a verified leaf, on the host; its arrays leave `stored`."""
-  name, data = name_of(entry["path"]), stored.pop(entry["number"], {})
-  arrays: dict[str, Any] = {
+  name, data = leaves.name_of(entry["path"]), stored.pop(entry["number"], {})
+  arrays: codecs.Arrays = {
     k: data[k] if k in data else np.zeros(a["shape"], a["dtype"])
     for k, a in entry["arrays"].items()
   }
@@ -278,7 +257,7 @@ def _leaf(
       arrays = codecs.decode(codec, arrays, shape)
     except ValueError as e:
       raise CheckpointError(f"{path}: {name} is damaged: {e}") from e
-  if crc_of(arrays) != entry["crc32"]:
+  if leaves.crc_of(arrays) != entry["crc32"]:
     raise CheckpointError(f"{path}: {name} is damaged: its crc32 differs.")
   if entry["kind"] == "ternary":
     x = PackedTernary(**arrays, shape=shape, axis=entry["axis"])

@@ -6,7 +6,7 @@ before files of it are written or read.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ class Codec:
   name: str
   arrays: tuple[str, ...]
   encode: Callable[[PackedTernary], Arrays]
-  decode: Callable[[Arrays, tuple[int, ...]], Any]
+  decode: Callable[[Arrays, tuple[int, ...]], Iterable[np.ndarray]]
   kind: str = ""
   incompressible: bool = False
 

@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from tern_jax.storage import codecs, places
-from tern_jax.storage.checkpoint import load, parts_of
+from tern_jax.core.types import PyTree
+from tern_jax.storage import checkpoint, codecs, places
 from tern_jax.storage.leaves import CheckpointError
 from tern_jax.storage.specs import read_spec
 from tern_jax.storage.tensors import context, lent, ocp
@@ -55,11 +55,8 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     keep: int | None = None,
     keep_every: int | None = None,
   ):
-    for name, value in (
-      ("save_interval", save_interval),
-      ("keep", keep),
-      ("keep_every", keep_every),
-    ):
+    given = {"save_interval": save_interval, "keep": keep}
+    for name, value in (given | {"keep_every": keep_every}).items():
       if value is not None and value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
     policies = ocp.training.preservation_policies
@@ -78,17 +75,16 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
       self._run = self._open()
     #: The step that is being saved, and what waits for it.
     self._saving: tuple[places.Place, Any] | None = None
-    self._lock = contextlib.ExitStack()
-    self._locked = False
+    self._lock: contextlib.ExitStack | None = None
 
   def save(
     self,
     step: int,
-    state: Any,
-    packed: Any,
+    state: PyTree,
+    packed: PyTree,
     *,
-    extra: Any = None,
-    method: Any = None,
+    extra: object = None,
+    method: object = None,
     force: bool = False,
     wait: bool = True,
   ) -> bool:
@@ -127,7 +123,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     if step == latest or not due:
       return False
     trees = {"state": state, "packed": packed}
-    parts = parts_of(trees, codecs.PLANES, method, extra)
+    parts = checkpoint.parts_of(trees, codecs.PLANES, method, extra)
     with places.explained("save", path):
       places.lead(lambda: self._prepare(path))
       if places.in_bucket(path):
@@ -158,16 +154,16 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     Raises:
       CheckpointError: it could not be written.
     """
-    with self._lock:
-      self._locked = False
+    with self._lock or contextlib.nullcontext():
+      self._lock = None
       try:
         self.wait()
       finally:
         self._run.close()
 
   def restore(
-    self, like: Any, step: int | None = None, *, partial: bool = False
-  ) -> tuple[Any, Any, int]:
+    self, like: PyTree, step: int | None = None, *, partial: bool = False
+  ) -> tuple[PyTree, Any, int]:
     """Restores the state of a step, or a part of it.
 
     Args:
@@ -190,7 +186,8 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
       raise CheckpointError(f"{self.directory} holds no checkpoint: save one.")
     path = places.locate(self.directory / str(step))
     spec = read_spec(path)
-    return load(path, "state", spec, like, partial), spec["extra"], step
+    state = checkpoint.load(path, "state", spec, like, partial)
+    return state, spec["extra"], step
 
   def latest_step(self) -> int | None:
     """Returns the number of the latest saved step, None if there is none."""
@@ -201,9 +198,9 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
 
   def _prepare(self, path: places.Place) -> None:
     """Makes sure that this is the only writer, and that it can write."""
-    if not self._locked:
+    if not self._lock:
+      self._lock = contextlib.ExitStack()
       self._lock.enter_context(places.locked(self.directory, self.directory))
-      self._locked = True
       for leftover in self.directory.glob("*"):
         if places.is_unfinished(leftover):
           places.remove(leftover)

@@ -9,49 +9,37 @@ import math
 import os
 import zlib
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 
+from tern_jax.core.types import PyTree
+from tern_jax.storage import leaves
 from tern_jax.storage.codecs import CODECS
-from tern_jax.storage.leaves import (
-  DEPTH,
-  CheckpointError,
-  Path,
-  clash,
-  is_whole,
-  name_of,
-)
+from tern_jax.storage.leaves import CheckpointError, Json, Path, name_of
 from tern_jax.storage.places import SPEC, Place, explained, locate
 from tern_jax.version import version_of
 
 #: Version of the layout that this module writes, and the newest that it reads.
 FORMAT = 1
 
-#: A leaf's entry in the spec.
-Entry = dict[str, Any]
-#: Entries by the paths of their leaves.
-Entries = dict[Path, Entry]
+#: The spec's entries of leaves, by their paths.
+Entries = dict[Path, Json]
 
 
 def seal(
-  leaves: dict[str, list[Entry]], codec: str, method: Any, extra: Any
-) -> dict[str, Any]:
-  """Returns the sealed spec of the entries of each part of a checkpoint.
-
-  Raises:
-    TypeError: `extra` is no JSON value.
-  """
+  entries: dict[str, list[Json]], codec: str, method: object, extra: object
+) -> Json:
+  """Returns the sealed spec of the entries of each part of a checkpoint."""
   packages = ("tern_jax", "jax", "orbax-checkpoint")
-  selected = [e["path"] for e in leaves["packed"] if e["kind"] == "ternary"]
+  ternary = (e["path"] for e in entries["packed"] if e["kind"] == "ternary")
   spec = {
     "format": FORMAT,
     "versions": {name: version_of(name) for name in packages},
     "codec": codec,
     "method": method if isinstance(method, str | None) else repr(method),
-    "selected": list(map(name_of, selected)),
+    "selected": list(map(name_of, ternary)),
     "extra": extra,
-    "leaves": leaves,
+    "leaves": entries,
   }
   try:
     # As text and back, the spec is what a reader will see.
@@ -61,7 +49,7 @@ def seal(
   return {"crc32": zlib.crc32(_text(spec).encode()), "spec": spec}
 
 
-def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_spec(path: str | os.PathLike[str]) -> Json:
   """Returns the verified spec of a checkpoint, without loading its arrays.
 
   Args:
@@ -98,20 +86,19 @@ def read_spec(path: str | os.PathLike[str]) -> dict[str, Any]:
     return spec
 
 
-def entries_of(path: Place, part: str, spec: dict[str, Any]) -> Entries:
+def entries_of(path: Place, part: str, spec: Json) -> Entries:
   """Returns the entries of a part, with the numbers of their arrays."""
   if part not in spec["leaves"]:
     raise CheckpointError(f"{path} has packed weights only, no {part}.")
-  leaves = spec["leaves"][part]
-  for e in leaves:
-    keys = e["path"]
-    if not isinstance(keys, list) or len(keys) > DEPTH:
-      raise CheckpointError(f"{path}: a path is a list of up to {DEPTH} keys.")
-  if clash([tuple(e["path"]) for e in leaves]):
+  entries, depth = spec["leaves"][part], leaves.DEPTH
+  for e in entries:
+    if not isinstance(e["path"], list) or len(e["path"]) > depth:
+      raise CheckpointError(f"{path}: a path is a list of up to {depth} keys.")
+  paths = [tuple(e["path"]) for e in entries]
+  if leaves.clash(paths):
     raise CheckpointError(f"{path}: two leaves have one path.")
-  return {
-    tuple(e["path"]): e | {"number": number(i)} for i, e in enumerate(leaves)
-  }
+  numbered = (e | {"number": number(i)} for i, e in enumerate(entries))
+  return dict(zip(paths, numbered, strict=True))
 
 
 def number(i: int) -> str:
@@ -119,7 +106,7 @@ def number(i: int) -> str:
   return f"{i:04d}"
 
 
-def stored_bytes(entry: Entry) -> int:
+def stored_bytes(entry: Json) -> int:
   """Returns the bytes of the arrays of a leaf, by its entry in a spec."""
   return sum(
     math.prod(a["shape"]) * jnp.dtype(a["dtype"]).itemsize
@@ -128,7 +115,7 @@ def stored_bytes(entry: Entry) -> int:
 
 
 def check_fit(
-  path: Place, entries: Entries, wanted: Mapping[Path, Any]
+  path: Place, entries: Entries, wanted: Mapping[Path, PyTree]
 ) -> None:
   """Raises unless the wanted leaves are the stored ones, shapes and all."""
   arrays = {k: x for k, x in wanted.items() if hasattr(x, "dtype")}
@@ -138,18 +125,15 @@ def check_fit(
     if x is None:
       wrong.append(f"{name_of(k)} is stored, but not in the tree")
       continue
-    has = e["kind"], e["dtype"], e["shape"]
     # Packed weights may take the place of the dense ones that they stand for.
-    kind = "ternary" if is_whole(x) else e["kind"]
-    wants = kind, x.dtype.name, list(x.shape)
-    if has != wants:
-      wrong.append(
-        "{} is stored as {} {}{}".format(name_of(k), *has)
-        + ", but in the tree it is {} {}{}".format(*wants)
-      )
+    kind = "ternary" if leaves.is_whole(x) else e["kind"]
+    wants = f"{kind} {x.dtype.name}{list(x.shape)}"
+    if (has := f"{e['kind']} {e['dtype']}{e['shape']}") != wants:
+      what = f"stored as {has}, but in the tree it is {wants}"
+      wrong.append(f"{name_of(k)} is {what}")
   if wrong:
     raise CheckpointError(f"{path} does not fit the tree: {'; '.join(wrong)}.")
 
 
-def _text(spec: Any) -> str:
+def _text(spec: Json) -> str:
   return json.dumps(spec, sort_keys=True)

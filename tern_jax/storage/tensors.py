@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1
 
-from tern_jax.storage.leaves import CheckpointError, describe, name_of
+from tern_jax.core.types import PyTree
+from tern_jax.storage.leaves import CheckpointError, Json, describe, name_of
 from tern_jax.storage.places import Place
 from tern_jax.storage.specs import Entries, stored_bytes
 
@@ -22,9 +23,9 @@ _READS = 8
 
 def context() -> Any:
   """Returns an orbax context that stores the spec as JSON."""
-  made = ocp.Context()
-  made.checkpointables.registry = ocp.handlers.local_registry().add(
-    ocp.handlers.JsonHandler, checkpointable_name="spec"
+  made, handlers = ocp.Context(), ocp.handlers
+  made.checkpointables.registry = handlers.local_registry().add(
+    handlers.JsonHandler, checkpointable_name="spec"
   )
   return made
 
@@ -32,11 +33,11 @@ def context() -> Any:
 class _Lent(np.ndarray):
   """An array that nobody changes while it is saved: orbax need not copy it."""
 
-  def __deepcopy__(self, memo: Any) -> "_Lent":
+  def __deepcopy__(self, memo: object) -> "_Lent":
     return self
 
 
-def lent(parts: Any) -> Any:
+def lent(parts: PyTree) -> PyTree:
   """Returns the parts of a checkpoint, for a save that is waited for."""
   return jax.tree.map(
     lambda x: x.view(_Lent) if isinstance(x, np.ndarray) else x, parts
@@ -50,12 +51,12 @@ def groups(entries: Entries) -> Iterator[Entries]:
   leaves: memory that the threads of a read have freed is for such threads, not
   for this one.
   """
-  sizes = {keys: stored_bytes(e) for keys, e in entries.items()}
-  enough = max(_WORTH_A_READ, sum(sizes.values()) / _READS)
+  whole = sum(map(stored_bytes, entries.values()))
+  enough = max(_WORTH_A_READ, whole / _READS)
   group, size = {}, 0
   for keys, e in entries.items():
     group[keys] = e
-    size += sizes[keys]
+    size += stored_bytes(e)
     if size >= enough:
       yield group
       group, size = {}, 0
@@ -63,7 +64,7 @@ def groups(entries: Entries) -> Iterator[Entries]:
     yield group
 
 
-def index_of(path: Place, part: str) -> Any:
+def index_of(path: Place, part: str) -> Json:
   """Returns what orbax knows of the arrays of a part, by their numbers."""
   if not (path / part).exists():
     return {}
@@ -78,7 +79,7 @@ def index_of(path: Place, part: str) -> Any:
 
 
 def read(
-  path: Place, part: str, entries: Entries, index: Any
+  path: Place, part: str, entries: Entries, index: Json
 ) -> dict[str, Mapping[str, np.ndarray]]:
   """Returns the arrays of leaves, by their numbers, on the host."""
   # The index must agree with the spec before any array is allocated.

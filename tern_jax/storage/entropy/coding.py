@@ -1,16 +1,17 @@
 """Bits in and out of the range coder of constriction; bytes in and out."""
 
 import concurrent.futures
-import dataclasses
 import functools
 import importlib
 import os
 import struct
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 #: Probabilities are integers, in units of 1 / ONE.
 ONE = 1 << 16
@@ -32,44 +33,61 @@ def stream() -> Any:
     ) from e
 
 
-# Bits of one probability.
+class Encoder:
+  """Codes symbols, and bits, to words."""
+
+  def __init__(self):
+    self._coder = stream().queue.RangeEncoder()
+
+  def symbols(self, data: np.ndarray, model: object) -> None:
+    """Codes symbols of a model."""
+    self._coder.encode(data.astype(np.int32), model)
+
+  def bits(self, bits: np.ndarray, p: int) -> None:
+    """Codes flat bits that are set with a probability of p / ONE."""
+    data, (n, rest) = pack_bits(bits), divmod(bits.size, 8)
+    for i in range(0, n, _BLOCK):
+      self.symbols(data[i : min(i + _BLOCK, n)], _byte(p, 8))
+    if rest:
+      self.symbols(data[n:], _byte(p, rest))
+
+  def words(self) -> bytes:
+    """Returns what was coded."""
+    return self._coder.get_compressed().astype("<u4").tobytes()
 
 
-def put(coder: Any, bits: np.ndarray, p: int) -> None:
-  """Codes flat bits that are set with a probability of p / ONE."""
-  data, (n, rest) = pack_bits(bits), divmod(bits.size, 8)
-  for i in range(0, n, _BLOCK):
-    coder.encode(data[i : min(i + _BLOCK, n)].astype(np.int32), _byte(p, 8))
-  if rest:
-    coder.encode(data[n:].astype(np.int32), _byte(p, rest))
+class Decoder:
+  """Decodes what an `Encoder` coded."""
 
+  def __init__(self, words: memoryview):
+    numbers = np.frombuffer(words, "<u4").astype(np.uint32)
+    self._coder = stream().queue.RangeDecoder(numbers)
 
-def get(coder: Any, size: int, p: int) -> np.ndarray:
-  """Decodes what `put` coded."""
-  n, rest = divmod(size, 8)
-  data = np.empty(n + (rest > 0), np.uint8)
-  data[:n] = symbols(coder, _byte(p, 8), n)
-  if rest:
-    data[n:] = symbols(coder, _byte(p, rest), 1)
-  return unpack_bits(data, size)
+  def symbols(self, n: int, model: object) -> np.ndarray:
+    """Decodes n symbols of a model."""
+    try:
+      return self._coder.decode(model, n)
+    except AssertionError as e:
+      raise ValueError(f"the coded words are damaged: {e}") from e
 
-
-def symbols(coder: Any, model: Any, n: int) -> np.ndarray:
-  """Decodes n symbols of a model."""
-  try:
-    return coder.decode(model, n)
-  except AssertionError as e:
-    raise ValueError(f"the coded words are damaged: {e}") from e
+  def bits(self, size: int, p: int) -> np.ndarray:
+    """Decodes flat bits that are set with a probability of p / ONE."""
+    n, rest = divmod(size, 8)
+    data = np.empty(n + (rest > 0), np.uint8)
+    data[:n] = self.symbols(n, _byte(p, 8))
+    if rest:
+      data[n:] = self.symbols(1, _byte(p, rest))
+    return unpack_bits(data, size)
 
 
 @functools.lru_cache(1024)
-def _byte(p: int, n: int) -> Any:
+def _byte(p: int, n: int) -> object:
   """Returns the model of n <= 8 bits as one symbol, the first bit lowest."""
   by_count = [p**k * (ONE - p) ** (n - k) for k in range(n + 1)]
   return categorical(tuple(by_count[i.bit_count()] for i in range(1 << n)))
 
 
-def categorical(weights: tuple[int, ...]) -> Any:
+def categorical(weights: tuple[int, ...]) -> object:
   """Returns a model of probabilities in proportion to integers.
 
   The library scales what it is given to _TOTAL less the number of symbols,
@@ -81,9 +99,6 @@ def categorical(weights: tuple[int, ...]) -> Any:
   chances[weights.index(max(weights))] += total - sum(chances)
   model = stream().model.Categorical
   return model(np.array(chances, np.float32), lazy=False, perfect=False)
-
-
-# Masks.
 
 
 def take(x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
@@ -111,9 +126,6 @@ def give(x: np.ndarray, mask: np.ndarray | None, found: np.ndarray) -> None:
     n += at.size
 
 
-# Bytes.
-
-
 def pack_bits(bits: np.ndarray) -> np.ndarray:
   """Returns bits as bytes, in C order, the first bit lowest."""
   return np.packbits(bits, bitorder="little")
@@ -129,11 +141,11 @@ def crc_of(nonzero: np.ndarray, sign: np.ndarray) -> int:
   return zlib.crc32(pack_bits(sign).data, zlib.crc32(pack_bits(nonzero).data))
 
 
-@dataclasses.dataclass
 class Reader:
   """Reads bytes from the front."""
 
-  data: memoryview
+  def __init__(self, data: memoryview):
+    self.data = data
 
   def take(self, n: int) -> memoryview:
     """Returns the next n bytes."""
@@ -147,14 +159,9 @@ class Reader:
     return struct.unpack(layout, self.take(struct.calcsize(layout)))
 
 
-# Threads.
-
-
-def threads(f: Callable[[int], Any], n: int) -> list[Any]:
+def threads(f: Callable[[int], T], n: int) -> list[T]:
   """Returns [f(0), ..., f(n - 1)], computed by a few threads."""
-  if n < 2:
-    return list(map(f, range(n)))
-  return list(_pool().map(f, range(n)))
+  return list((map if n < 2 else _pool().map)(f, range(n)))
 
 
 @functools.cache

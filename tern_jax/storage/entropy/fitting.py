@@ -4,7 +4,6 @@ import functools
 import itertools
 import operator
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -25,14 +24,10 @@ def fit(
   ks: dict[int, np.ndarray],
   ns: dict[int, np.ndarray] | None,
 ) -> Model:
-  """Returns the model of least cost.
+  """Returns the model of least cost of a plane, an array of the grid.
 
-  Args:
-    layout: of the plane.
-    plane: array of the grid.
-    mask: where its bits are coded, an array of the grid; None for everywhere.
-    ks: tallies of the plane.
-    ns: tallies of the mask, None for everywhere.
+  Its bits are coded where the mask is set, everywhere for None. `ks` and `ns`
+  are the tallies of the plane and of the mask.
   """
   cost = operator.itemgetter(0)
   best = min(_fit_neighbors(layout, plane, mask), key=cost)
@@ -55,20 +50,17 @@ def _fit_neighbors(
     if wide not in counted:
       counted[wide] = _count_neighbors(layout, plane, mask, wide)
     others = tuple(1 + i for i, axis in enumerate(wide) if axis not in axes)
-    ks, ns = _by_sum(counted[wide].sum(others))
+    # Those of neighbors that have the same sum are added up.
+    counts = counted[wide].sum(others)
+    _, *states = counts.shape
+    ks, ns = np.zeros((2, sum(states) - len(states) + 1), np.int64)
+    for at in np.ndindex(*states):
+      ks[sum(at)] += counts[0, *at]
+      ns[sum(at)] += counts[1, *at]
     chances = _ratios(ks, ns, ONE // 2)
     cost = ks @ bits[chances] + (ns - ks) @ bits[ONE - chances]
     model = Neighbors(axes.start, len(axes), tuple(chances.tolist()))
     yield int(cost) + 8 * len(model.header()) * _BIT, model
-
-
-def _by_sum(counts: np.ndarray) -> np.ndarray:
-  """Adds up the counts of neighbors that have the same sum."""
-  _, *states = counts.shape
-  added = np.zeros((2, sum(states) - len(states) + 1), np.int64)
-  for at in np.ndindex(*states):
-    added[:, sum(at)] += counts[:, *at]
-  return added
 
 
 def _count_neighbors(
@@ -76,8 +68,7 @@ def _count_neighbors(
 ) -> np.ndarray:
   """Counts the bits that are set, and all coded ones, by their neighbors.
 
-  Returns:
-    int64 [2, codes of the neighbor along each axis, from the lowest].
+  The other axes are the code of the neighbor along each of `axes`.
   """
   # Eight weights are counted at once: as no neighbor lies along the axis that
   # is packed, the bits of a byte have theirs in one other byte.
@@ -114,11 +105,8 @@ def _fit_levels(
   bits = _costs()
   for axis, ks in tallies.items():
     length = len(ks)
-    if coded is None:
-      ns = np.full(length, layout.size // length)
-    else:
-      ns = coded[axis]
-    n = int(ns.sum())
+    ns = coded[axis] if coded else np.full(length, layout.size // length)
+    n = ns.sum()
     mean = int(_ratios(ks.sum(), n, ONE // 2))
     ratios = _ratios(ks, ns, mean)
     if ks @ bits[ratios] + (ns - ks) @ bits[ONE - ratios] >= limit:
@@ -147,7 +135,7 @@ def _fit_levels(
       yield int(cost) + 8 * (len(model.header()) + 8) * _BIT, model
 
 
-def _ratios(ks: Any, ns: Any, otherwise: int) -> np.ndarray:
+def _ratios(ks: np.ndarray, ns: np.ndarray, otherwise: int) -> np.ndarray:
   """Returns k / n in 1 / ONE, more than 0 and less than 1."""
   ratios = (ks * ONE + ns // 2) // np.maximum(ns, 1)
   # np.clip looks up the limits of the dtype, which takes longer than this.
@@ -159,7 +147,7 @@ def _to_front(x: np.ndarray, axes: range) -> np.ndarray:
   return np.ascontiguousarray(np.moveaxis(x, axes, range(len(axes))))
 
 
-def _shift(x: np.ndarray, axis: int, edge: Any) -> np.ndarray:
+def _shift(x: np.ndarray, axis: int, edge: int | np.uint8) -> np.ndarray:
   """Returns an array of what is before each element along an axis."""
   moved = np.roll(x, 1, axis)
   moved[(*[slice(None)] * axis, 0)] = edge

@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tern_jax.storage.entropy.coding import pack_bits, unpack_bits
 from tern_jax.storage.packed import packed_axis, plane_shape
@@ -98,7 +98,7 @@ class Layout:
     pairs = zip(unit, box, strict=True)
     return tuple(slice(k * s.start, k * s.stop) for k, s in pairs)
 
-  def spread(self, plane: Any) -> np.ndarray:
+  def spread(self, plane: ArrayLike) -> np.ndarray:
     """Returns a plane as an array of the grid."""
     plane = np.asarray(plane)
     if self.axis is not None:
@@ -116,9 +116,8 @@ class Layout:
     # Shifts are many times as fast as np.unpackbits along such an axis.
     bits = np.expand_dims(x, self.axis + 1) >> self._shifts()
     bits &= 1
-    shape = list(x.shape)
-    shape[self.axis] *= 8
-    return bits.reshape(shape).view(bool)
+    shape = (n * 8 if i == self.axis else n for i, n in enumerate(x.shape))
+    return bits.reshape(*shape).view(bool)
 
   def pack(self, bits: np.ndarray) -> np.ndarray:
     """Returns what `unpack` unpacked."""
@@ -131,8 +130,8 @@ class Layout:
 
   def tallies(self, x: np.ndarray) -> dict[int, np.ndarray]:
     """Counts the bits set at each index of the axes that may have levels."""
-    axes = filter(self.may_level, range(len(self.shape)))
-    return {axis: self._tally(x, axis) for axis in axes}
+    axes = range(len(self.shape))
+    return {i: self._tally(x, i) for i in axes if self.may_level(i)}
 
   def _tally(self, x: np.ndarray, axis: int) -> np.ndarray:
     rows = np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)

@@ -11,7 +11,6 @@ import functools
 import itertools
 import struct
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 
@@ -23,7 +22,7 @@ _LEVELS = 128
 
 #: Index of bits in the chunk; where they are coded, flat, None for everywhere;
 #: and, of those that are coded, (where, probability) of each context.
-Part = tuple[Any, np.ndarray | None, Iterable[tuple[np.ndarray | None, int]]]
+Part = tuple[tuple, np.ndarray | None, Iterable[tuple[np.ndarray | None, int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +61,8 @@ class Neighbors:
   ) -> Iterator[Part]:
     """Yields the parts, one for each index of the axes of the neighbors.
 
-    Args:
-      box: of the chunk in the weights.
-      bits: arranged; those of a part must be known when the next is asked for.
-      mask: where they are coded, arranged; None for everywhere.
+    Bits and mask are arranged; the bits of a part must be known when the next
+    part is asked for.
     """
     del box
     # What a neighbor counts for: its bit of `nonzero`, or its code if the bits
@@ -87,7 +84,8 @@ class Neighbors:
         # All neighbors are beyond the edge: the sum is 0.
         yield here, coded, [(None, self.chances[-1 - self.m])]
       if self.m:
-        values[step] = _values(bits[here].reshape(-1), coded)
+        flat = bits[here].reshape(-1).view(np.int8)
+        values[step] = flat if coded is None else coded.view(np.int8) - 2 * flat
 
 
 @dataclasses.dataclass
@@ -99,14 +97,14 @@ class Levels:
     grid: number of levels of the grid.
     low: lowest level in use.
     weights: e_j of each level from there on.
-    index: int [shape[axis]], the level of each index of the axis.
+    index: int [shape[axis]], the level of each index, set by `get_index`.
   """
 
   axis: int
   grid: int
   low: int
   weights: tuple[int, ...]
-  index: Any = None
+  index: np.ndarray
 
   def header(self) -> bytes:
     """Returns what `read` reads."""
@@ -114,16 +112,16 @@ class Levels:
     pairs = itertools.zip_longest(*[iter(self.weights)] * 2, fillvalue=0)
     return bytes((*facts, *(a | b << 4 for a, b in pairs)))
 
-  def put_index(self, coder: Any) -> None:
+  def put_index(self, coder: coding.Encoder) -> None:
     """Codes the level of each index."""
     if len(self.weights) > 1:
-      coder.encode((self.index - self.low).astype(np.int32), self._prior())
+      coder.symbols(self.index - self.low, self._prior())
 
-  def get_index(self, coder: Any, n: int) -> None:
+  def get_index(self, coder: coding.Decoder, n: int) -> None:
     """Decodes what `put_index` coded."""
     self.index = np.full(n, self.low)
     if len(self.weights) > 1:
-      self.index += coding.symbols(coder, self._prior(), n)
+      self.index += coder.symbols(n, self._prior())
 
   def arrange(self, x: np.ndarray, box: Box, back: bool = False) -> np.ndarray:
     """Sorts the indices of the axis by their level, or undoes that."""
@@ -143,7 +141,7 @@ class Levels:
       coded = None if mask is None else mask[here].reshape(-1)
       yield here, coded, [(None, int(levels(self.grid)[level]))]
 
-  def _prior(self) -> Any:
+  def _prior(self) -> object:
     return coding.categorical(tuple(1 << e >> 1 for e in self.weights))
 
 
@@ -152,27 +150,23 @@ Model = Neighbors | Levels
 
 
 def put_bits(
-  coder: Any, model: Model, box: Box, bits: np.ndarray, mask: np.ndarray | None
+  coder: coding.Encoder,
+  model: Model,
+  box: Box,
+  bits: np.ndarray,
+  mask: np.ndarray | None,
 ) -> None:
-  """Codes the bits of a chunk.
-
-  Args:
-    coder: encoder of constriction.
-    model: of the bits.
-    box: of the chunk in the weights.
-    bits: bool, of the shape of the box.
-    mask: where they are coded; None for everywhere.
-  """
+  """Codes the bits of a chunk where the mask is set; everywhere for None."""
   bits = model.arrange(bits, box)
   mask = mask if mask is None else model.arrange(mask, box)
   for here, coded, contexts in model.parts(box, bits, mask):
     flat = coding.take(bits[here].reshape(-1), coded)
     for at, p in contexts:
-      coding.put(coder, coding.take(flat, at), p)
+      coder.bits(coding.take(flat, at), p)
 
 
 def get_bits(
-  coder: Any, model: Model, box: Box, mask: np.ndarray | None
+  coder: coding.Decoder, model: Model, box: Box, mask: np.ndarray | None
 ) -> np.ndarray:
   """Decodes what `put_bits` coded; bits that are not coded are 0."""
   if mask is None:
@@ -181,14 +175,12 @@ def get_bits(
     mask = model.arrange(mask, box)
     bits = np.zeros_like(mask)
   for here, coded, contexts in model.parts(box, bits, mask):
-    shape = bits[here].shape
     flat = np.zeros(bits[here].size, bool)
     found = np.zeros(_count(coded, flat.size), bool)
     for at, p in contexts:
-      n = _count(at, found.size)
-      coding.give(found, at, coding.get(coder, n, p))
+      coding.give(found, at, coder.bits(_count(at, found.size), p))
     coding.give(flat, coded, found)
-    bits[here] = flat.reshape(shape)
+    bits[here] = flat.reshape(bits[here].shape)
   return model.arrange(bits, box, back=True)
 
 
@@ -213,7 +205,7 @@ def read(reader: coding.Reader, layout: Layout, signed: bool) -> Model:
   weights = tuple(e for byte in halves for e in (byte & 15, byte >> 4))[:n]
   if grid < 2 or low + n > grid or not any(weights):
     raise ValueError(f"{n} levels from {low} are not of a grid of {grid}.")
-  return Levels(axis, grid, low, weights)
+  return Levels(axis, grid, low, weights, np.zeros(0, int))
 
 
 @functools.cache
@@ -230,12 +222,3 @@ def levels(grid: int) -> np.ndarray:
 
 def _count(mask: np.ndarray | None, size: int) -> int:
   return size if mask is None else int(np.count_nonzero(mask))
-
-
-def _values(bits: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-  """Returns bits as int8; or codes, -1 and 1 where there are signs, else 0."""
-  values = bits.view(np.int8)
-  if mask is None:
-    return values
-  twice = values + values
-  return np.subtract(mask.view(np.int8), twice, out=twice)
