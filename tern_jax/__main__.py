@@ -20,6 +20,7 @@ from tern_jax.checkpoint import CheckpointError
 from tern_jax.storage.leaves import Json, Leaf
 from tern_jax.storage.packed import PackedTernary, to_ternary
 
+Options = argparse.Namespace
 PATH = "a checkpoint, a step of a training run, or a run: its latest step"
 LAYER = ("layer", "shape", "zeros", "bits", "entropy", "scales", "crc32")
 DIFFERS = ("only_a", "only_b", "kinds", "others")
@@ -45,9 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog="python -m tern_jax", description="Looks at checkpoints of tern_jax."
-  )
+  about = "Looks at checkpoints of tern_jax."
+  parser = argparse.ArgumentParser("python -m tern_jax", description=about)
   commands = parser.add_subparsers(dest="command", required=True)
 
   def add(run: Callable, text: str, *paths: str) -> Any:
@@ -74,9 +74,7 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _print(
-  options: argparse.Namespace, report: Json, lines: Iterable[str]
-) -> None:
+def _print(options: Options, report: Json, lines: Iterable[str]) -> None:
   """Prints the report as JSON, or the lines that say it as text."""
   print(json.dumps(report, indent=2) if options.json else "\n".join(lines))
 
@@ -89,7 +87,7 @@ def _table(*rows: tuple[str, ...]) -> Iterator[str]:
     yield "  ".join([first.ljust(widths[0]), *cells]).rstrip()
 
 
-def _inspect(options: argparse.Namespace) -> int:
+def _inspect(options: Options) -> int:
   path = checkpoint.locate(options.path)
   spec, leaves = checkpoint.read_spec(path), checkpoint.examine(path)
   layers, others = [], []
@@ -105,21 +103,19 @@ def _inspect(options: argparse.Namespace) -> int:
     "total": total,
   }
 
-  def lines() -> Iterator[str]:
-    yield f"{path}: {spec['method'] or 'no method'}, {spec['codec']}"
-    yield from _table(LAYER, *map(_cells, layers))
-    yield from _total_lines(total)
-    size = sum(x["bytes"] for x in others)
-    yield f"{len(others)} other arrays of {size:,} bytes"
-    bad = (x for x in others if x["crc32"] != "ok")
-    yield from (f"  {x['path']}: {x['crc32']}" for x in bad)
-
-  _print(options, report, lines())
+  lines = (
+    f"{path}: {spec['method'] or 'no method'}, {spec['codec']}",
+    *_table(LAYER, *map(_cells, layers)),
+    *_total_lines(total),
+    f"{len(others)} other arrays of {sum(x['bytes'] for x in others):,} bytes",
+    *(f"  {x['path']}: {x['crc32']}" for x in others if x["crc32"] != "ok"),
+  )
+  _print(options, report, lines)
   return int(any(x["crc32"] != "ok" for x in layers + others))
 
 
 def _row(entry: Json, leaf: Leaf | CheckpointError) -> Json:
-  """Returns what there is to say about a leaf, as JSON."""
+  """Returns what there is to say about a leaf."""
   row = {
     "path": "/".join(entry["path"]),
     "shape": entry["shape"],
@@ -147,8 +143,7 @@ def _row(entry: Json, leaf: Leaf | CheckpointError) -> Json:
 
 def _total(layers: list[Json]) -> Json:
   """Returns the sums over layers that are whole."""
-  n = sum(x["weights"] for x in layers)
-  stored = sum(x["bytes"] for x in layers)
+  n, stored = (sum(x[k] for x in layers) for k in ("weights", "bytes"))
   bound = sum(x["weights"] * x["entropy"] for x in layers) / 8
   return {
     "weights": n,
@@ -181,14 +176,12 @@ def _total_lines(total: Json) -> Iterator[str]:
   for name in ("float32", "stored", "entropy"):
     size = total["bytes" if name == "stored" else f"{name}_bytes"]
     yield f"  {name:8}{size:>16,.0f} bytes {8 * size / n:8.3f} bits a weight"
-  if total["entropy_ratio"]:
-    yield (
-      f"  stored is 1 / {total['float32_ratio']:.2f} of float32, and"
-      f" {total['entropy_ratio']:.3f} times the entropy"
-    )
+  if ratio := total["entropy_ratio"]:
+    share = f"1 / {total['float32_ratio']:.2f} of float32"
+    yield f"  stored is {share}, and {ratio:.3f} times the entropy"
 
 
-def _verify(options: argparse.Namespace) -> int:
+def _verify(options: Options) -> int:
   path = checkpoint.locate(options.path)
   try:
     parts = checkpoint.read_spec(path)["leaves"]
@@ -209,7 +202,7 @@ def _verify(options: argparse.Namespace) -> int:
   return int(bool(faults))
 
 
-def _diff(options: argparse.Namespace) -> int:
+def _diff(options: Options) -> int:
   a, b = (_whole(path) for path in (options.a, options.b))
   layers, changed, kinds = [], [], {}
   for keys in (k for k in a if k in b):
@@ -283,7 +276,7 @@ def _diff_lines(report: Json) -> Iterator[str]:
   yield from (f"{name}: other values" for name in report["others"])
 
 
-def _export(options: argparse.Namespace) -> int:
+def _export(options: Options) -> int:
   writer = export.FORMATS[options.to]
   if writer.write is None:
     raise ValueError(writer.refusal)

@@ -18,7 +18,6 @@ A path may be a directory or, with `pip install '.[bucket]'`, a place in a
 bucket, such as gs://bucket/net.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,13 +27,13 @@ import numpy as np
 from tern_jax.core.types import PyTree
 from tern_jax.storage import codecs, leaves, specs, tensors
 from tern_jax.storage.codecs import Codec
-from tern_jax.storage.leaves import CheckpointError, Json, Leaf, Path
-from tern_jax.storage.packed import PackedTernary, validate
+from tern_jax.storage.leaves import CheckpointError, Json, Leaf, Path, PathLike
+from tern_jax.storage.packed import validate
 from tern_jax.storage.places import Place, absolute, explained, locate, staged
 
 
 def save_packed(
-  path: str | os.PathLike[str],
+  path: PathLike,
   tree: PyTree,
   *,
   codec: str = "planes",
@@ -84,7 +83,7 @@ def save_packed(
 
 
 def load_packed(
-  path: str | os.PathLike[str], like: PyTree = None, *, partial: bool = False
+  path: PathLike, like: PyTree = None, *, partial: bool = False
 ) -> PyTree:
   """Loads and verifies what `save_packed` or a `Checkpointer` saved.
 
@@ -108,7 +107,7 @@ def load_packed(
 
 
 def examine(
-  path: str | os.PathLike[str], part: str = "packed"
+  path: PathLike, part: str = "packed"
 ) -> dict[Path, Leaf | CheckpointError]:
   """Loads and verifies each leaf alone, whatever is wrong with the others.
 
@@ -137,10 +136,7 @@ def examine(
 
 
 def parts_of(
-  trees: dict[str, PyTree],
-  codec: Codec,
-  method: object,
-  extra: object = None,
+  trees: dict[str, PyTree], codec: Codec, method: object, extra: object = None
 ) -> dict[str, Json]:
   """Returns {part: arrays by number}, of trees, and the sealed spec."""
   parts: dict[str, Json] = {}
@@ -251,18 +247,16 @@ def _leaf(path: Place, codec: Codec, entry: Json, stored: Json) -> Leaf:
     k: data[k] if k in data else np.zeros(a["shape"], a["dtype"])
     for k, a in entry["arrays"].items()
   }
-  shape = tuple(entry["shape"])
+  x: Any = None
   if entry["kind"] == "ternary":
     try:
-      arrays = codecs.decode(codec, arrays, shape)
+      x = codecs.decode(codec, arrays, entry)
     except ValueError as e:
       raise CheckpointError(f"{path}: {name} is damaged: {e}") from e
+    arrays = {k: getattr(x, k) for k in leaves.FIELDS}
   if leaves.crc_of(arrays) != entry["crc32"]:
     raise CheckpointError(f"{path}: {name} is damaged: its crc32 differs.")
-  if entry["kind"] == "ternary":
-    x = PackedTernary(**arrays, shape=shape, axis=entry["axis"])
-    validate({name: x})
-    return x
+  validate({name: x})
   if entry["kind"] == "key":
     return jax.random.wrap_key_data(arrays["value"], impl=entry["impl"])
-  return arrays["value"]
+  return arrays["value"] if x is None else x

@@ -5,6 +5,7 @@ and the crc32 of its bytes.
 """
 
 import dataclasses
+import os
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -23,6 +24,8 @@ from tern_jax.storage.packed import PackedTernary
 Path = tuple[str, ...]
 #: What a leaf is once it is loaded.
 Leaf = Array | np.ndarray | PackedTernary
+#: What names a file or folder.
+PathLike = str | os.PathLike[str]
 #: A JSON object: what a file says of itself, or of a leaf.
 Json = dict[str, Any]
 
@@ -96,10 +99,9 @@ def kind_of(name: str, x: object, *, keys: bool = False) -> str:
   if isinstance(x, PackedTernary):
     return "ternary"
   if not isinstance(x, jax.Array | np.ndarray | np.generic):
-    raise TypeError(
-      f"{name}: leaves must be arrays or PackedTernary, got"
-      f" {type(x).__name__}: leave it out of the tree."
-    )
+    wanted = "leaves must be arrays or PackedTernary"
+    got = f"{type(x).__name__}: leave it out of the tree"
+    raise TypeError(f"{name}: {wanted}, got {got}.")
   if keys and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
     return "key"
   if x.dtype == bool or jnp.issubdtype(x.dtype, jnp.number):

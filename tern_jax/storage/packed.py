@@ -46,9 +46,9 @@ class PackedTernary:
     nonzero: uint8 bit-plane, set where the weight is not zero.
     sign: uint8 bit-plane, set where the weight is negative.
     w_p: float, magnitude of the +1 weights, as in `Ternary`.
-    w_n: float, magnitude of the -1 weights, as in `Ternary`.
-    shape: shape of the weights.
-    axis: axis of the weights that is packed, None if they are flattened.
+    w_n: float, magnitude of the -1 weights.
+    shape: of the weights.
+    axis: of the weights that is packed, None if they are flattened.
 
   >>> codes = jnp.array([1, 0, -1, 0, 0, 0, 0, 1], jnp.int8)
   >>> packed = pack(Ternary(codes, jnp.array(2.0), jnp.array(3.0)))
@@ -91,9 +91,6 @@ def pack(tree: PyTree) -> PyTree:
   Args:
     tree: any pytree with `Ternary` leaves, or one `Ternary`.
 
-  Returns:
-    The same tree with a `PackedTernary` in place of each `Ternary`.
-
   Raises:
     TypeError: codes are not int8.
     ValueError: scales are not floating of one dtype or do not divide the
@@ -124,12 +121,10 @@ def pack(tree: PyTree) -> PyTree:
 def unpack(tree: PyTree) -> PyTree:
   """Expands the packed leaves of a tree to dense weights.
 
+  They equal `Ternary.dequantize` bit for bit; other leaves pass through.
+
   Args:
     tree: any pytree with `PackedTernary` leaves, or one `PackedTernary`.
-
-  Returns:
-    The same tree with a dense array in place of each `PackedTernary`, equal
-    bit for bit to `Ternary.dequantize`; other leaves pass through unchanged.
 
   >>> codes = jnp.array([[1, -1], [0, 1]], jnp.int8)
   >>> packed = pack(Ternary(codes, jnp.array(2.0), jnp.array(0.5)))
@@ -150,10 +145,7 @@ def to_ternary(packed: PackedTernary) -> Ternary:
 
 
 def validate(tree: PyTree) -> None:
-  """Checks the invariants of every packed leaf of a tree, on the host.
-
-  Args:
-    tree: any pytree of concrete arrays, with `PackedTernary` leaves or none.
+  """Checks the invariants of every packed leaf of a tree of concrete arrays.
 
   Raises:
     ValueError: a leaf breaks an invariant; names the leaf and what is wrong.
@@ -214,19 +206,16 @@ def _shifts(ndim: int, axis: int) -> Array:
 
 def _check_ternary(name: str, t: Ternary) -> None:
   if t.codes.dtype != jnp.int8:
-    raise TypeError(
-      f"{name}: codes must be int8, got {t.codes.dtype}: "
-      "use codes.astype(jnp.int8)."
-    )
+    hint = "use codes.astype(jnp.int8)"
+    raise TypeError(f"{name}: codes must be int8, got {t.codes.dtype}: {hint}.")
   if wrong := "; ".join(_scale_faults(t.w_p, t.w_n, t.codes.shape)):
     raise ValueError(f"{name}: {wrong}.")
   if concrete(t.codes):
     codes = jnp.asarray(t.codes).astype(jnp.int32)
     if not jnp.all(jnp.abs(codes) <= 1):
-      raise ValueError(
-        f"{name}: codes must be -1, 0 or 1, got values from {codes.min()} "
-        f"to {codes.max()}: discretize the weights first."
-      )
+      got = f"values from {codes.min()} to {codes.max()}"
+      hint = f"got {got}: discretize the weights first"
+      raise ValueError(f"{name}: codes must be -1, 0 or 1, {hint}.")
 
 
 def _scale_faults(w_p: Array, w_n: Array, shape: tuple) -> Iterator[str]:

@@ -3,13 +3,12 @@
 import contextlib
 import functools
 import operator
-import os
 from collections.abc import Iterator
 from typing import Any
 
 from tern_jax.core.types import PyTree
 from tern_jax.storage import checkpoint, codecs, places
-from tern_jax.storage.leaves import CheckpointError
+from tern_jax.storage.leaves import CheckpointError, PathLike
 from tern_jax.storage.specs import read_spec
 from tern_jax.storage.tensors import context, lent, ocp
 
@@ -49,7 +48,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
 
   def __init__(
     self,
-    directory: str | os.PathLike[str],
+    directory: PathLike,
     *,
     save_interval: int = 1,
     keep: int | None = None,
@@ -88,7 +87,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     force: bool = False,
     wait: bool = True,
   ) -> bool:
-    """Saves one step, if it is due.
+    """Saves one step, if it is due; returns whether it was saved now.
 
     Args:
       step: number of the step, not below that of a saved step.
@@ -102,9 +101,6 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         so that they can be donated or changed; what goes wrong after that is
         raised by the next save that is due, `wait`, `restore` or `close`.
 
-    Returns:
-      Whether the step is saved now: it was due and not saved already.
-
     Raises:
       TypeError: a leaf is no array, or `extra` is no JSON value.
       CheckpointError: a later step exists, or another process saves to this
@@ -116,10 +112,10 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
       self.wait()
     path, latest = self.directory / str(step), self.latest_step()
     if latest is not None and step < latest:
-      raise CheckpointError(
-        f"{path}: step {latest} is saved already: save later steps, or go on "
-        "from an older step in another directory."
+      hint = (
+        "save later steps, or go on from an older step in another directory"
       )
+      raise CheckpointError(f"{path}: step {latest} is saved already: {hint}.")
     if step == latest or not due:
       return False
     trees = {"state": state, "packed": packed}
@@ -138,22 +134,14 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     return True
 
   def wait(self) -> None:
-    """Returns once the last save is on disk.
-
-    Raises:
-      CheckpointError: it could not be written.
-    """
+    """Returns once the last save is on disk; raises if it could not be."""
     if self._saving:
       (path, saving), self._saving = self._saving, None
       with self._cleaned(path):
         saving.result()
 
   def close(self) -> None:
-    """Finishes the last save; then other processes can save.
-
-    Raises:
-      CheckpointError: it could not be written.
-    """
+    """Finishes the last save, as `wait`; then other processes can save."""
     with self._lock or contextlib.nullcontext():
       self._lock = None
       try:
@@ -164,7 +152,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
   def restore(
     self, like: PyTree, step: int | None = None, *, partial: bool = False
   ) -> tuple[PyTree, Any, int]:
-    """Restores the state of a step, or a part of it.
+    """Returns (state, extra, step) of a step, or of it a part of the state.
 
     Args:
       like: state, or its shapes, of the structure, shapes, dtypes and
@@ -172,9 +160,6 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
       step: number of the step, None for the latest.
       partial: `like` has only some of the leaves, at their paths in the state,
         such as `{"params": params}`; no others are read.
-
-    Returns:
-      (state, extra, step).
 
     Raises:
       CheckpointError: no such step, damaged, or of other paths, shapes or
@@ -199,8 +184,9 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
   def _prepare(self, path: places.Place) -> None:
     """Makes sure that this is the only writer, and that it can write."""
     if not self._lock:
-      self._lock = contextlib.ExitStack()
-      self._lock.enter_context(places.locked(self.directory, self.directory))
+      lock = contextlib.ExitStack()
+      lock.enter_context(places.locked(self.directory, self.directory))
+      self._lock = lock
       for leftover in self.directory.glob("*"):
         if places.is_unfinished(leftover):
           places.remove(leftover)

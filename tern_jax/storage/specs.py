@@ -4,9 +4,9 @@ It is stored as `{"crc32": ..., "spec": {...}}`; the crc32 is over the JSON text
 of the spec with sorted keys, ", " and ": " as separators.
 """
 
+import functools
 import json
 import math
-import os
 import zlib
 from collections.abc import Mapping
 
@@ -21,6 +21,8 @@ from tern_jax.version import version_of
 
 #: Version of the layout that this module writes, and the newest that it reads.
 FORMAT = 1
+
+_text = functools.partial(json.dumps, sort_keys=True)
 
 #: The spec's entries of leaves, by their paths.
 Entries = dict[Path, Json]
@@ -42,22 +44,20 @@ def seal(
     "leaves": entries,
   }
   try:
-    # As text and back, the spec is what a reader will see.
-    spec = json.loads(_text(spec))
+    spec = json.loads(_text(spec))  # what a reader will see
   except TypeError as e:
     raise TypeError(f"extra must be a JSON value: {e}.") from e
   return {"crc32": zlib.crc32(_text(spec).encode()), "spec": spec}
 
 
-def read_spec(path: str | os.PathLike[str]) -> Json:
+def read_spec(path: leaves.PathLike) -> Json:
   """Returns the verified spec of a checkpoint, without loading its arrays.
+
+  It has "format", "versions", "codec", "method", "selected" (the paths of the
+  packed leaves), "extra", and "leaves", a list for each part.
 
   Args:
     path: a checkpoint, a step of a training run, or a run: its latest step.
-
-  Returns:
-    The spec: "format", "versions", "codec", "method", "selected" (paths of the
-    packed leaves), "extra", and "leaves", a list for each part.
 
   Raises:
     CheckpointError: nothing there, damaged, or from a newer version.
@@ -74,15 +74,13 @@ def read_spec(path: str | os.PathLike[str]) -> Json:
         f"1 to {FORMAT}: it was not written by tern_jax."
       )
     if spec["format"] > FORMAT:
-      raise CheckpointError(
-        f"{path} has format {spec['format']}, but this tern_jax reads up to "
-        f"{FORMAT}: upgrade tern_jax."
-      )
+      newer = f"format {spec['format']}, but this tern_jax reads up to {FORMAT}"
+      raise CheckpointError(f"{path} has {newer}: upgrade tern_jax.")
     if spec["codec"] not in CODECS:
-      raise CheckpointError(
-        f"{path} has codec {spec['codec']!r}, but this tern_jax reads "
-        f"{tuple(CODECS)}: upgrade tern_jax."
+      newer = (
+        f"codec {spec['codec']!r}, but this tern_jax reads {tuple(CODECS)}"
       )
+      raise CheckpointError(f"{path} has {newer}: upgrade tern_jax.")
     return spec
 
 
@@ -108,10 +106,8 @@ def number(i: int) -> str:
 
 def stored_bytes(entry: Json) -> int:
   """Returns the bytes of the arrays of a leaf, by its entry in a spec."""
-  return sum(
-    math.prod(a["shape"]) * jnp.dtype(a["dtype"]).itemsize
-    for a in entry["arrays"].values()
-  )
+  facts = [(a["shape"], a["dtype"]) for a in entry["arrays"].values()]
+  return sum(math.prod(n) * jnp.dtype(dtype).itemsize for n, dtype in facts)
 
 
 def check_fit(
@@ -133,7 +129,3 @@ def check_fit(
       wrong.append(f"{name_of(k)} is {what}")
   if wrong:
     raise CheckpointError(f"{path} does not fit the tree: {'; '.join(wrong)}.")
-
-
-def _text(spec: Json) -> str:
-  return json.dumps(spec, sort_keys=True)

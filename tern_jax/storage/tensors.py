@@ -71,10 +71,8 @@ def index_of(path: Place, part: str) -> Json:
   # Of what it cannot read, orbax warns, and returns None.
   index = ocp.metadata(path, part).metadata
   if index is None:
-    raise CheckpointError(
-      f"{path}: the index of {part} cannot be read: any of its leaves may be "
-      "damaged."
-    )
+    fault = f"the index of {part} cannot be read"
+    raise CheckpointError(f"{path}: {fault}: any of its leaves may be damaged.")
   return index
 
 
@@ -87,9 +85,9 @@ def read(
   for e in entries.values():
     described = {k: a for k, a in e["arrays"].items() if math.prod(a["shape"])}
     if describe(index.get(e["number"], {})) != described:
+      fault = f"its arrays are not those of the spec, {described}"
       raise CheckpointError(
-        f"{path}: {name_of(e['path'])} is damaged: its arrays are not those of "
-        f"the spec, {described}."
+        f"{path}: {name_of(e['path'])} is damaged: {fault}."
       )
     if described:
       wanted[e["number"]] = index[e["number"]]

@@ -67,8 +67,8 @@ VERSION = 1
 def encode(packed: PackedTernary) -> bytes:
   """Codes the planes of packed weights, without their scales.
 
-  If k_i of n_i bits are set at index i, or beside neighbors of sum i, the cost
-  is
+  The same planes give the same bytes, wherever they are coded. If k_i of n_i
+  bits are set at index i, or beside neighbors of sum i, the cost is
 
     sum_i -k_i log2 p_i - (n_i - k_i) log2(1 - p_i)
 
@@ -79,9 +79,6 @@ def encode(packed: PackedTernary) -> bytes:
 
   Args:
     packed: weights of any shape, on the host or a device.
-
-  Returns:
-    The same bytes for the same planes, wherever they are coded.
 
   Raises:
     ValueError: the weights break an invariant of `PackedTernary`.
@@ -108,10 +105,8 @@ def encode(packed: PackedTernary) -> bytes:
   layout = Layout.of(packed.shape)
   planes = [layout.spread(x) for x in (packed.nonzero, packed.sign)]
   tallies = [layout.tallies(x) for x in planes]
-  models = (
-    fit(layout, planes[0], None, tallies[0], None),
-    fit(layout, planes[1], planes[0], *tallies[::-1]),
-  )
+  of_nonzero = fit(layout, planes[0], None, tallies[0], None)
+  models = of_nonzero, fit(layout, planes[1], planes[0], *tallies[::-1])
   parts = [bytes([VERSION]), *(m.header() for m in models)]
   if leveled := [m for m in models if isinstance(m, Levels)]:
     coder = coding.Encoder()

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 T = TypeVar("T")
+#: Where bits are coded; None for everywhere.
+Mask = np.ndarray | None
 
 #: Probabilities are integers, in units of 1 / ONE.
 ONE = 1 << 16
@@ -77,7 +79,7 @@ class Decoder:
     data[:n] = self.symbols(n, _byte(p, 8))
     if rest:
       data[n:] = self.symbols(1, _byte(p, rest))
-    return unpack_bits(data, size)
+    return np.unpackbits(data, count=size, bitorder="little").view(bool)
 
 
 @functools.lru_cache(1024)
@@ -88,12 +90,10 @@ def _byte(p: int, n: int) -> object:
 
 
 def categorical(weights: tuple[int, ...]) -> object:
-  """Returns a model of probabilities in proportion to integers.
-
-  The library scales what it is given to _TOTAL less the number of symbols,
-  takes the integer parts and adds 1 to each. Integers that have that sum are
-  scaled by exactly 1, and are exact in float32.
-  """
+  """Returns a model of probabilities in proportion to integers."""
+  # The library scales what it is given to _TOTAL less the number of symbols,
+  # takes the integer parts and adds 1 to each. Integers that have that sum are
+  # scaled by exactly 1, and are exact in float32.
   total = _TOTAL - len(weights)
   chances = [w * total // sum(weights) for w in weights]
   chances[weights.index(max(weights))] += total - sum(chances)
@@ -101,7 +101,7 @@ def categorical(weights: tuple[int, ...]) -> object:
   return model(np.array(chances, np.float32), lazy=False, perfect=False)
 
 
-def take(x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+def take(x: np.ndarray, mask: Mask) -> np.ndarray:
   """Returns x[mask] of flat arrays, in less time and memory; all for None."""
   if mask is None:
     return x
@@ -114,7 +114,7 @@ def take(x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
   return found[:n]
 
 
-def give(x: np.ndarray, mask: np.ndarray | None, found: np.ndarray) -> None:
+def give(x: np.ndarray, mask: Mask, found: np.ndarray) -> None:
   """Sets x[mask] of flat arrays to `found`, the inverse of `take`."""
   if mask is None:
     x[:] = found
@@ -129,11 +129,6 @@ def give(x: np.ndarray, mask: np.ndarray | None, found: np.ndarray) -> None:
 def pack_bits(bits: np.ndarray) -> np.ndarray:
   """Returns bits as bytes, in C order, the first bit lowest."""
   return np.packbits(bits, bitorder="little")
-
-
-def unpack_bits(data: np.ndarray, n: int) -> np.ndarray:
-  """Returns the first n bits of bytes as bools."""
-  return np.unpackbits(data, count=n, bitorder="little").view(bool)
 
 
 def crc_of(nonzero: np.ndarray, sign: np.ndarray) -> int:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tern_jax.storage.entropy.coding import ONE
-from tern_jax.storage.entropy.layout import Layout
+from tern_jax.storage.entropy.coding import ONE, Mask
+from tern_jax.storage.entropy.layout import Layout, Tallies
 from tern_jax.storage.entropy.models import Levels, Model, Neighbors, levels
 
 # Costs are integers, in units of 1 / _BIT bits.
@@ -18,17 +18,9 @@ _GRIDS = (3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 
 
 def fit(
-  layout: Layout,
-  plane: np.ndarray,
-  mask: np.ndarray | None,
-  ks: dict[int, np.ndarray],
-  ns: dict[int, np.ndarray] | None,
+  layout: Layout, plane: np.ndarray, mask: Mask, ks: Tallies, ns: Tallies | None
 ) -> Model:
-  """Returns the model of least cost of a plane, an array of the grid.
-
-  Its bits are coded where the mask is set, everywhere for None. `ks` and `ns`
-  are the tallies of the plane and of the mask.
-  """
+  """Returns the model of least cost; `ks` and `ns` are of plane and mask."""
   cost = operator.itemgetter(0)
   best = min(_fit_neighbors(layout, plane, mask), key=cost)
   leveled = _fit_levels(layout, ks, ns, best[0])
@@ -36,7 +28,7 @@ def fit(
 
 
 def _fit_neighbors(
-  layout: Layout, plane: np.ndarray, mask: np.ndarray | None
+  layout: Layout, plane: np.ndarray, mask: Mask
 ) -> Iterator[tuple[int, Neighbors]]:
   """Yields models by neighbors, first that without any, and their costs."""
   bits = _costs()
@@ -64,12 +56,9 @@ def _fit_neighbors(
 
 
 def _count_neighbors(
-  layout: Layout, plane: np.ndarray, mask: np.ndarray | None, axes: range
+  layout: Layout, plane: np.ndarray, mask: Mask, axes: range
 ) -> np.ndarray:
-  """Counts the bits that are set, and all coded ones, by their neighbors.
-
-  The other axes are the code of the neighbor along each of `axes`.
-  """
+  """Counts the bits that are set, and all, by the neighbors along the axes."""
   # Eight weights are counted at once: as no neighbor lies along the axis that
   # is packed, the bits of a byte have theirs in one other byte.
   full = np.uint8(1 if layout.axis is None else 255)
@@ -96,10 +85,7 @@ def _count_neighbors(
 
 
 def _fit_levels(
-  layout: Layout,
-  tallies: dict[int, np.ndarray],
-  coded: dict[int, np.ndarray] | None,
-  limit: int,
+  layout: Layout, tallies: Tallies, coded: Tallies | None, limit: int
 ) -> Iterator[tuple[int, Levels]]:
   """Yields models by levels, and their costs, that may be below a limit."""
   bits = _costs()
@@ -118,10 +104,8 @@ def _fit_levels(
       counts = np.bincount(index)
       low = int(np.flatnonzero(counts)[0])
       # e of the power of two, 2^(e - 1), that is closest in the logarithm.
-      weights = tuple(
-        min(15, ((2 * c * c).bit_length() + 1) // 2)
-        for c in counts[low:].tolist()
-      )
+      lengths = ((2 * c * c).bit_length() for c in counts[low:].tolist())
+      weights = tuple(min(15, (n + 1) // 2) for n in lengths)
       model = Levels(axis, grid, low, weights, index)
       prior = np.array([1 << e >> 1 for e in weights])
       prior = _ratios(prior, prior.sum(), 0)

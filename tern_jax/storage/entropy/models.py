@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from tern_jax.storage.entropy import coding
+from tern_jax.storage.entropy.coding import Decoder, Encoder, Mask, Reader
 from tern_jax.storage.entropy.layout import Box, Layout
 
 # The first byte of a model is this and the axis that has levels; or less.
@@ -22,7 +23,7 @@ _LEVELS = 128
 
 #: Index of bits in the chunk; where they are coded, flat, None for everywhere;
 #: and, of those that are coded, (where, probability) of each context.
-Part = tuple[tuple, np.ndarray | None, Iterable[tuple[np.ndarray | None, int]]]
+Part = tuple[tuple, np.ndarray | None, Iterable[tuple[Mask, int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +31,8 @@ class Neighbors:
   """One probability for each sum of neighbors; for all bits, if m is 0.
 
   The neighbors of a weight are those before it along m axes from `first`.
-  Beyond the edge of a chunk they are 0.
-
-  Args:
-    first: the first of the axes.
-    m: how many.
-    chances: probability at each sum: 0 ... m for `nonzero`, -m ... m for
-      `sign`.
+  Beyond the edge of a chunk they are 0. `chances` has the probability at each
+  sum: 0 ... m for `nonzero`, -m ... m for `sign`.
   """
 
   first: int
@@ -56,9 +52,7 @@ class Neighbors:
       return np.moveaxis(x, front, axes)
     return np.ascontiguousarray(np.moveaxis(x, axes, front))
 
-  def parts(
-    self, box: Box, bits: np.ndarray, mask: np.ndarray | None
-  ) -> Iterator[Part]:
+  def parts(self, box: Box, bits: np.ndarray, mask: Mask) -> Iterator[Part]:
     """Yields the parts, one for each index of the axes of the neighbors.
 
     Bits and mask are arranged; the bits of a part must be known when the next
@@ -90,21 +84,13 @@ class Neighbors:
 
 @dataclasses.dataclass
 class Levels:
-  """One probability for each index of an axis, from a grid of levels.
-
-  Args:
-    axis: of the weights.
-    grid: number of levels of the grid.
-    low: lowest level in use.
-    weights: e_j of each level from there on.
-    index: int [shape[axis]], the level of each index, set by `get_index`.
-  """
+  """One probability for each index of an axis, from a grid of levels."""
 
   axis: int
-  grid: int
-  low: int
-  weights: tuple[int, ...]
-  index: np.ndarray
+  grid: int  # number of levels
+  low: int  # the lowest in use
+  weights: tuple[int, ...]  # e_j of each from there on
+  index: np.ndarray  # int [shape[axis]], the level of each index
 
   def header(self) -> bytes:
     """Returns what `read` reads."""
@@ -112,12 +98,12 @@ class Levels:
     pairs = itertools.zip_longest(*[iter(self.weights)] * 2, fillvalue=0)
     return bytes((*facts, *(a | b << 4 for a, b in pairs)))
 
-  def put_index(self, coder: coding.Encoder) -> None:
+  def put_index(self, coder: Encoder) -> None:
     """Codes the level of each index."""
     if len(self.weights) > 1:
       coder.symbols(self.index - self.low, self._prior())
 
-  def get_index(self, coder: coding.Decoder, n: int) -> None:
+  def get_index(self, coder: Decoder, n: int) -> None:
     """Decodes what `put_index` coded."""
     self.index = np.full(n, self.low)
     if len(self.weights) > 1:
@@ -129,9 +115,7 @@ class Levels:
     order = np.argsort(self.index[box[self.axis]], kind="stable")
     return x.take(np.argsort(order) if back else order, self.axis)
 
-  def parts(
-    self, box: Box, bits: np.ndarray, mask: np.ndarray | None
-  ) -> Iterator[Part]:
+  def parts(self, box: Box, bits: np.ndarray, mask: Mask) -> Iterator[Part]:
     """Yields the parts, one for each level, as `Neighbors.parts`."""
     del bits
     used, counts = np.unique(self.index[box[self.axis]], return_counts=True)
@@ -150,13 +134,9 @@ Model = Neighbors | Levels
 
 
 def put_bits(
-  coder: coding.Encoder,
-  model: Model,
-  box: Box,
-  bits: np.ndarray,
-  mask: np.ndarray | None,
+  coder: Encoder, model: Model, box: Box, bits: np.ndarray, mask: Mask
 ) -> None:
-  """Codes the bits of a chunk where the mask is set; everywhere for None."""
+  """Codes the bits of a chunk."""
   bits = model.arrange(bits, box)
   mask = mask if mask is None else model.arrange(mask, box)
   for here, coded, contexts in model.parts(box, bits, mask):
@@ -165,9 +145,7 @@ def put_bits(
       coder.bits(coding.take(flat, at), p)
 
 
-def get_bits(
-  coder: coding.Decoder, model: Model, box: Box, mask: np.ndarray | None
-) -> np.ndarray:
+def get_bits(coder: Decoder, model: Model, box: Box, mask: Mask) -> np.ndarray:
   """Decodes what `put_bits` coded; bits that are not coded are 0."""
   if mask is None:
     bits = model.arrange(np.zeros([s.stop - s.start for s in box], bool), box)
@@ -184,7 +162,7 @@ def get_bits(
   return model.arrange(bits, box, back=True)
 
 
-def read(reader: coding.Reader, layout: Layout, signed: bool) -> Model:
+def read(reader: Reader, layout: Layout, signed: bool) -> Model:
   """Reads the header of a model of `nonzero`, or of `sign`."""
   (kind,) = reader.numbers("<B")
   if kind < _LEVELS:
@@ -220,5 +198,5 @@ def levels(grid: int) -> np.ndarray:
   return np.clip(p, 1, coding.ONE - 1)
 
 
-def _count(mask: np.ndarray | None, size: int) -> int:
+def _count(mask: Mask, size: int) -> int:
   return size if mask is None else int(np.count_nonzero(mask))
