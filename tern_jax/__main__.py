@@ -102,7 +102,6 @@ def _inspect(options: Options) -> int:
     "others": others,
     "total": total,
   }
-
   lines = (
     f"{path}: {spec['method'] or 'no method'}, {spec['codec']}",
     *_table(LAYER, *map(_cells, layers)),

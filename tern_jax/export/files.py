@@ -46,10 +46,8 @@ def require(package: str, task: str) -> Any:
   try:
     return importlib.import_module(package)
   except ImportError as e:
-    name = package.partition(".")[0]
-    raise ImportError(
-      f"{task} needs the package {name}: pip install 'tern_jax[export]'."
-    ) from e
+    hint = f"{package.partition('.')[0]}: pip install 'tern_jax[export]'"
+    raise ImportError(f"{task} needs the package {hint}.") from e
 
 
 @contextlib.contextmanager
@@ -75,9 +73,7 @@ def fresh_file(path: PathLike, overwrite: bool) -> Iterator[Path]:
     try:
       # Unlike a rename, a link never replaces what another writer put there.
       path.hardlink_to(fresh)
-    except FileExistsError:
-      raise FileExistsError(taken) from None
-    except OSError:  # the file system has no links
+    except OSError:  # it is taken, or the file system has no links
       if os.path.lexists(path):
         raise FileExistsError(taken) from None
       fresh.rename(path)

@@ -71,8 +71,7 @@ def to_gguf(
     FileExistsError: the path is taken.
 
   >>> import tempfile
-  >>> from tern_jax.core.containers import Ternary
-  >>> from tern_jax.storage.packed import pack
+  >>> from tern_jax import Ternary, pack
   >>> codes = jnp.ones((256, 3), jnp.int8)
   >>> tree = {"kernel": pack(Ternary(codes, jnp.array(0.5), jnp.array(0.5)))}
   >>> with tempfile.TemporaryDirectory() as folder:
@@ -142,12 +141,7 @@ GGUF = files.Writer(to_gguf, _OPTIONS)
 def _fit(
   x: PackedTernary, channel_axis: int
 ) -> tuple[np.ndarray, float, list[str]]:
-  """Fits one scale to each block: the common one, or the mean magnitude.
-
-  Returns:
-    float32 [..., inputs], the weights as they would be stored; their relative
-    root mean square error; and why they are not stored so.
-  """
+  """Fits one scale to each block: the common one, or the mean magnitude."""
   codes, w = (_rows(np.asarray(a), channel_axis) for a in _decode(x))
   codes = codes.astype(np.float32)
   w = w.astype(np.promote_types(w.dtype, np.float32))
@@ -175,6 +169,7 @@ def _fit(
     differ = not np.array_equal(x.w_p, x.w_n)
     what = "w_p and w_n differ" if differ else "its scale changes"
     faults.append(f"{what} within {_BLOCK} weights (forced: their mean)")
+  # The weights as they would be stored, their error, and what forbids it.
   return stored.reshape(padded.shape)[..., :n], relative, faults
 
 

@@ -78,10 +78,8 @@ def to_safetensors(
     ImportError: safetensors, or constriction for the codec, is missing.
     FileExistsError: the path is taken.
 
-  >>> import tempfile
-  >>> import jax.numpy as jnp
-  >>> from tern_jax.core.containers import Ternary
-  >>> from tern_jax.storage.packed import pack
+  >>> import tempfile, jax.numpy as jnp
+  >>> from tern_jax import Ternary, pack
   >>> t = Ternary(jnp.eye(8, dtype=jnp.int8), jnp.array(2.0), jnp.array(2.0))
   >>> with tempfile.TemporaryDirectory() as folder:
   ...   to_safetensors(folder + "/net.safetensors", {"kernel": pack(t)})

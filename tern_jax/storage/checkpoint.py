@@ -62,10 +62,8 @@ def save_packed(
     CheckpointError: the path is taken, or another process is saving there, or
       it cannot be written.
 
-  >>> import tempfile
-  >>> import jax.numpy as jnp
-  >>> from tern_jax.core.containers import Ternary
-  >>> from tern_jax.storage.packed import pack
+  >>> import tempfile, jax.numpy as jnp
+  >>> from tern_jax import Ternary, pack
   >>> t = Ternary(jnp.eye(8, dtype=jnp.int8), jnp.array(2.0), jnp.array(2.0))
   >>> with tempfile.TemporaryDirectory() as directory:
   ...   save_packed(directory + "/net", {"Dense_0": {"kernel": pack(t)}})
@@ -169,14 +167,8 @@ def _encode(path: Path, x: PyTree, codec: Codec) -> tuple[Json, codecs.Arrays]:
       extra = {"impl": str(jax.random.key_impl(x))}
     data = jax.random.key_data(x) if kind == "key" else x
     checked = arrays = {"value": leaves.host(data)}
-  entry = {
-    "path": path,
-    "kind": kind,
-    "shape": x.shape,
-    "dtype": x.dtype.name,
-    "crc32": leaves.crc_of(checked),
-    "arrays": leaves.describe(arrays),
-  }
+  entry = {"path": path, "kind": kind, "shape": x.shape, "dtype": x.dtype.name}
+  entry |= {"crc32": leaves.crc_of(checked), "arrays": leaves.describe(arrays)}
   return entry | extra, arrays
 
 

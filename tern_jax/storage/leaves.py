@@ -45,11 +45,7 @@ def is_whole(x: object) -> bool:
 
 
 def flatten(tree: PyTree, depth: float = DEPTH) -> tuple[dict[Path, Any], Any]:
-  """Returns the leaves by path, weights whole, and the tree's structure.
-
-  Raises:
-    ValueError: two leaves have one path, or a path has more keys than `depth`.
-  """
+  """Returns the leaves by path, weights whole, and the tree's structure."""
   flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_whole)
   leaves = {}
   for keys, x in flat:
@@ -89,11 +85,7 @@ def clash(paths: list[Path]) -> bool:
 
 
 def kind_of(name: str, x: object, *, keys: bool = False) -> str:
-  """Returns the kind of a leaf: "ternary", "dense", or "key" if those may be.
-
-  Raises:
-    TypeError: it cannot be stored; says why.
-  """
+  """Returns "ternary", "dense" or, if allowed, "key"; raises for other leaves."""
   if isinstance(x, Ternary):
     raise TypeError(f"{name} is a Ternary: call tern_jax.pack first.")
   if isinstance(x, PackedTernary):
@@ -120,11 +112,7 @@ def host(x: Array | np.ndarray | np.generic) -> np.ndarray:
 
 
 def place(x: Leaf, like: object = None, source: str = "it") -> Any:
-  """Puts a loaded leaf on the devices of `like`, else on the default device.
-
-  Raises:
-    CheckpointError: a 64-bit dtype, while JAX is restricted to 32 bits.
-  """
+  """Puts a loaded leaf on the devices of `like`, else on the default device."""
   if isinstance(x, PackedTernary):
     pairs = ((k, getattr(x, k), getattr(like, k, None)) for k in FIELDS)
     fields = {k: place(a, b, source) for k, a, b in pairs}
@@ -134,9 +122,8 @@ def place(x: Leaf, like: object = None, source: str = "it") -> Any:
   sharding = getattr(like, "sharding", None) if fixed else None
   placed = jax.device_put(x, sharding) if sharding else jnp.asarray(x)
   if placed.dtype != x.dtype:
-    raise CheckpointError(
-      f"{source} has {x.dtype} arrays: set jax_enable_x64 to load them."
-    )
+    hint = "set jax_enable_x64 to load them"
+    raise CheckpointError(f"{source} has {x.dtype} arrays: {hint}.")
   return placed
 
 

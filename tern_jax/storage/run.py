@@ -33,8 +33,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     ValueError: `save_interval`, `keep` or `keep_every` below 1.
     CheckpointError: the directory cannot be made or read.
 
-  >>> import tempfile
-  >>> import jax.numpy as jnp
+  >>> import tempfile, jax.numpy as jnp
   >>> state = {"w": jnp.arange(3.0)}
   >>> with (
   ...   tempfile.TemporaryDirectory() as directory,
@@ -112,10 +111,10 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
       self.wait()
     path, latest = self.directory / str(step), self.latest_step()
     if latest is not None and step < latest:
-      hint = (
-        "save later steps, or go on from an older step in another directory"
+      raise CheckpointError(
+        f"{path}: step {latest} is saved already: save later steps, or go on "
+        "from an older step in another directory."
       )
-      raise CheckpointError(f"{path}: step {latest} is saved already: {hint}.")
     if step == latest or not due:
       return False
     trees = {"state": state, "packed": packed}

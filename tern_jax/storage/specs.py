@@ -74,13 +74,11 @@ def read_spec(path: leaves.PathLike) -> Json:
         f"1 to {FORMAT}: it was not written by tern_jax."
       )
     if spec["format"] > FORMAT:
-      newer = f"format {spec['format']}, but this tern_jax reads up to {FORMAT}"
-      raise CheckpointError(f"{path} has {newer}: upgrade tern_jax.")
+      reads = f"this tern_jax reads up to {FORMAT}: upgrade tern_jax"
+      raise CheckpointError(f"{path} has format {spec['format']}, but {reads}.")
     if spec["codec"] not in CODECS:
-      newer = (
-        f"codec {spec['codec']!r}, but this tern_jax reads {tuple(CODECS)}"
-      )
-      raise CheckpointError(f"{path} has {newer}: upgrade tern_jax.")
+      reads = f"this tern_jax reads {tuple(CODECS)}: upgrade tern_jax"
+      raise CheckpointError(f"{path} has codec {spec['codec']!r}, but {reads}.")
     return spec
 
 

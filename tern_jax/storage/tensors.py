@@ -86,9 +86,8 @@ def read(
     described = {k: a for k, a in e["arrays"].items() if math.prod(a["shape"])}
     if describe(index.get(e["number"], {})) != described:
       fault = f"its arrays are not those of the spec, {described}"
-      raise CheckpointError(
-        f"{path}: {name_of(e['path'])} is damaged: {fault}."
-      )
+      name = name_of(e["path"])
+      raise CheckpointError(f"{path}: {name} is damaged: {fault}.")
     if described:
       wanted[e["number"]] = index[e["number"]]
   if not wanted:

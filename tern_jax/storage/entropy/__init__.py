@@ -85,8 +85,7 @@ def encode(packed: PackedTernary) -> bytes:
     ImportError: constriction is not installed.
 
   >>> import jax.numpy as jnp
-  >>> from tern_jax.core.containers import Ternary
-  >>> from tern_jax.storage.packed import pack
+  >>> from tern_jax import Ternary, pack
   >>> codes = jnp.eye(64, dtype=jnp.int8)
   >>> packed = pack(Ternary(codes, jnp.ones(()), jnp.ones(())))
   >>> data = encode(packed)

@@ -30,9 +30,8 @@ def stream() -> Any:
   try:
     return importlib.import_module("constriction").stream
   except ImportError as e:
-    raise ImportError(
-      "codec='entropy' needs constriction: pip install 'tern_jax[codec]'."
-    ) from e
+    hint = "pip install 'tern_jax[codec]'"
+    raise ImportError(f"codec='entropy' needs constriction: {hint}.") from e
 
 
 class Encoder:

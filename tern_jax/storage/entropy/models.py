@@ -65,11 +65,8 @@ class Neighbors:
     for step in np.ndindex(bits.shape[: self.m]):
       here = (*step, ...)
       coded = None if mask is None else mask[here].reshape(-1)
-      near = [
-        values[*step[:i], k - 1, *step[i + 1 :]]
-        for i, k in enumerate(step)
-        if k
-      ]
+      at = ((*step[:i], k - 1, *step[i + 1 :]) for i, k in enumerate(step) if k)
+      near = [values[x] for x in at]
       if near:
         sums = coding.take(functools.reduce(np.add, near), coded)
         totals = enumerate(self.chances, self.m + 1 - len(self.chances))
@@ -147,11 +144,9 @@ def put_bits(
 
 def get_bits(coder: Decoder, model: Model, box: Box, mask: Mask) -> np.ndarray:
   """Decodes what `put_bits` coded; bits that are not coded are 0."""
-  if mask is None:
-    bits = model.arrange(np.zeros([s.stop - s.start for s in box], bool), box)
-  else:
-    mask = model.arrange(mask, box)
-    bits = np.zeros_like(mask)
+  mask = mask if mask is None else model.arrange(mask, box)
+  empty = np.zeros([s.stop - s.start for s in box], bool)
+  bits = model.arrange(empty, box) if mask is None else np.zeros_like(mask)
   for here, coded, contexts in model.parts(box, bits, mask):
     flat = np.zeros(bits[here].size, bool)
     found = np.zeros(_count(coded, flat.size), bool)
