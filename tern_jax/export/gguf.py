@@ -183,8 +183,7 @@ def _rows(x: np.ndarray, channel_axis: int) -> np.ndarray:
   """Moves the inputs of [..., in, out] or [out, in, ...] to the last axis."""
   if x.ndim < 2:
     return np.atleast_1d(x)
-  outputs_inputs = (-1, -2) if channel_axis == -1 else (0, 1)
-  return np.moveaxis(x, outputs_inputs, (-2, -1))
+  return np.moveaxis(x, (-1, -2) if channel_axis == -1 else (0, 1), (-2, -1))
 
 
 def _faults(name: str, x: Leaf) -> list[str]:

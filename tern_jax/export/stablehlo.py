@@ -85,8 +85,6 @@ def to_stablehlo(
   return data
 
 
-STABLEHLO = files.Writer(
-  write=None,
-  refusal="a StableHLO artefact has the model in it, which no checkpoint holds:"
-  " call tern_jax.export.to_stablehlo in Python.",
-)
+_WHY = "a StableHLO artefact has the model in it, which no checkpoint holds"
+_HINT = "call tern_jax.export.to_stablehlo in Python"
+STABLEHLO = files.Writer(write=None, refusal=f"{_WHY}: {_HINT}.")

@@ -9,7 +9,8 @@ A checkpoint is an orbax checkpoint of up to three parts:
 The arrays of leaf 7 of a part are stored as `{"0007": {name: array}}`, so that
 a path may hold any key. Orbax does not checksum data, hence the spec has the
 crc32 of every leaf: over the bytes of its arrays, sorted by name, each in C
-order and little-endian.
+order and little-endian. The crc32 of the spec itself is over its JSON text with
+sorted keys, ", " and ": " as separators.
 
 A codec stores other arrays in place of the planes of a leaf, "entropy" for
 instance one array, `coded`; the crc32 stays that of the planes.
@@ -18,18 +19,28 @@ A path may be a directory or, with `pip install '.[bucket]'`, a place in a
 bucket, such as gs://bucket/net.
 """
 
-from collections.abc import Callable, Iterator
+import functools
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from tern_jax.core.types import PyTree
-from tern_jax.storage import codecs, leaves, specs, tensors
+from tern_jax.storage import codecs, leaves, places, tensors
 from tern_jax.storage.codecs import Codec
 from tern_jax.storage.leaves import CheckpointError, Json, Leaf, Path, PathLike
 from tern_jax.storage.packed import validate
-from tern_jax.storage.places import Place, absolute, explained, locate, staged
+from tern_jax.storage.places import Place, explained, locate
+from tern_jax.storage.tensors import Entries
+from tern_jax.version import version_of
+
+#: Version of the layout that this module writes, and the newest that it reads.
+FORMAT = 1
+
+_text = functools.partial(json.dumps, sort_keys=True)
 
 
 def save_packed(
@@ -72,11 +83,11 @@ def save_packed(
   [2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
   """
   stored_by = codecs.named(codec)
-  path = absolute(path)
+  path = places.absolute(path)
   parts = parts_of({"packed": tree}, stored_by, method)
   saving = tensors.context()
   saving.array.saving.use_compression = _compressible(parts, stored_by)
-  with explained("save", path), staged(path, overwrite) as fresh, saving:
+  with explained("save", path), places.staged(path, overwrite) as fresh, saving:
     tensors.ocp.save_checkpointables(fresh, tensors.lent(parts))
 
 
@@ -101,7 +112,7 @@ def load_packed(
     ImportError: its codec is "entropy", and constriction is missing.
   """
   path = locate(path)
-  return load(path, "packed", specs.read_spec(path), like, partial)
+  return load(path, "packed", read_spec(path), like, partial)
 
 
 def examine(
@@ -127,10 +138,42 @@ def examine(
     ImportError: its codec is "entropy", and constriction is missing.
   """
   path = locate(path)
-  spec = specs.read_spec(path)
+  spec = read_spec(path)
   with explained("read", path):
-    entries = specs.entries_of(path, part, spec)
+    entries = _entries_of(path, part, spec)
   return dict(_read(path, part, spec, entries))
+
+
+def read_spec(path: PathLike) -> Json:
+  """Returns the verified spec of a checkpoint, without loading its arrays.
+
+  It has "format", "versions", "codec", "method", "selected" (the paths of the
+  packed leaves), "extra", and "leaves", a list for each part.
+
+  Args:
+    path: a checkpoint, a step of a training run, or a run: its latest step.
+
+  Raises:
+    CheckpointError: nothing there, damaged, or from a newer version.
+  """
+  path = locate(path)
+  with explained("read the spec of", path):
+    sealed = json.loads((path / places.SPEC).read_text("utf-8"))
+    spec = sealed["spec"]
+    if sealed["crc32"] != zlib.crc32(_text(spec).encode()):
+      raise CheckpointError(f"{path}: the spec is damaged: crc32 differs.")
+    if type(spec["format"]) is not int or spec["format"] < 1:
+      raise CheckpointError(
+        f"{path} has format {spec['format']!r}, but formats are numbers from "
+        f"1 to {FORMAT}: it was not written by tern_jax."
+      )
+    if spec["format"] > FORMAT:
+      reads = f"this tern_jax reads up to {FORMAT}: upgrade tern_jax"
+      raise CheckpointError(f"{path} has format {spec['format']}, but {reads}.")
+    if spec["codec"] not in codecs.CODECS:
+      reads = f"this tern_jax reads {tuple(codecs.CODECS)}: upgrade tern_jax"
+      raise CheckpointError(f"{path} has codec {spec['codec']!r}, but {reads}.")
+    return spec
 
 
 def parts_of(
@@ -146,10 +189,26 @@ def parts_of(
       entries[part].append(entry)
       # Orbax cannot store what has no elements; the spec knows all about it.
       if arrays := {k: a for k, a in arrays.items() if a.size}:
-        stored[specs.number(i)] = arrays
+        stored[f"{i:04d}"] = arrays
     if stored:
       parts[part] = stored
-  return parts | {"spec": specs.seal(entries, codec.name, method, extra)}
+  packages = ("tern_jax", "jax", "orbax-checkpoint")
+  ternary = (e["path"] for e in entries["packed"] if e["kind"] == "ternary")
+  spec = {
+    "format": FORMAT,
+    "versions": {name: version_of(name) for name in packages},
+    "codec": codec.name,
+    "method": method if isinstance(method, str | None) else repr(method),
+    "selected": list(map(leaves.name_of, ternary)),
+    "extra": extra,
+    "leaves": entries,
+  }
+  try:
+    spec = json.loads(_text(spec))  # what a reader will see
+  except TypeError as e:
+    raise TypeError(f"extra must be a JSON value: {e}.") from e
+  sealed = {"crc32": zlib.crc32(_text(spec).encode()), "spec": spec}
+  return parts | {"spec": sealed}
 
 
 def _encode(path: Path, x: PyTree, codec: Codec) -> tuple[Json, codecs.Arrays]:
@@ -185,12 +244,12 @@ def load(
 ) -> PyTree:
   """Returns a part of a checkpoint, verified, in the structure of `like`."""
   with explained("read", path):
-    entries = specs.entries_of(path, part, spec)
+    entries = _entries_of(path, part, spec)
     wanted, structure = ({}, None) if like is None else leaves.flatten(like)
     if structure is not None:
       if partial:
         entries = {k: e for k, e in entries.items() if k in wanted}
-      specs.check_fit(path, entries, wanted)
+      _check_fit(path, entries, wanted)
     found = {}
     for keys, x in _read(path, part, spec, entries):
       if isinstance(x, CheckpointError):
@@ -201,8 +260,45 @@ def load(
     return jax.tree.unflatten(structure, (wanted | found).values())
 
 
+def _entries_of(path: Place, part: str, spec: Json) -> Entries:
+  """Returns the entries of a part, with the numbers of their arrays."""
+  if part not in spec["leaves"]:
+    raise CheckpointError(f"{path} has packed weights only, no {part}.")
+  entries, depth = spec["leaves"][part], leaves.DEPTH
+  for e in entries:
+    if not isinstance(e["path"], list) or len(e["path"]) > depth:
+      raise CheckpointError(f"{path}: a path is a list of up to {depth} keys.")
+  paths = [tuple(e["path"]) for e in entries]
+  if leaves.clash(paths):
+    raise CheckpointError(f"{path}: two leaves have one path.")
+  numbered = (e | {"number": f"{i:04d}"} for i, e in enumerate(entries))
+  return dict(zip(paths, numbered, strict=True))
+
+
+def _check_fit(
+  path: Place, entries: Entries, wanted: Mapping[Path, PyTree]
+) -> None:
+  """Raises unless the wanted leaves are the stored ones, shapes and all."""
+  arrays = {k: x for k, x in wanted.items() if hasattr(x, "dtype")}
+  named = {k: leaves.name_of(k) for k in (*arrays, *entries)}
+  wrong = [f"{named[k]} is not stored" for k in arrays if k not in entries]
+  for k, e in entries.items():
+    x = arrays.get(k)
+    if x is None:
+      wrong.append(f"{named[k]} is stored, but not in the tree")
+      continue
+    # Packed weights may take the place of the dense ones that they stand for.
+    kind = "ternary" if leaves.is_whole(x) else e["kind"]
+    wants = f"{kind} {x.dtype.name}{list(x.shape)}"
+    if (has := f"{e['kind']} {e['dtype']}{e['shape']}") != wants:
+      what = f"stored as {has}, but in the tree it is {wants}"
+      wrong.append(f"{named[k]} is {what}")
+  if wrong:
+    raise CheckpointError(f"{path} does not fit the tree: {'; '.join(wrong)}.")
+
+
 def _read(
-  path: Place, part: str, spec: Json, entries: specs.Entries
+  path: Place, part: str, spec: Json, entries: Entries
 ) -> Iterator[tuple[Path, Leaf | CheckpointError]]:
   """Yields each leaf, verified, or the CheckpointError of what is wrong."""
   codec = codecs.named(spec["codec"])

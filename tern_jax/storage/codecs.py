@@ -83,7 +83,6 @@ def encode(codec: Codec, x: PackedTernary) -> Arrays:
 def decode(codec: Codec, arrays: Arrays, entry: Json) -> PackedTernary:
   """Returns the weights that `encode` made arrays, of an entry's shape."""
   shape = tuple(entry["shape"])
-  stored = {k: arrays[k] for k in codec.arrays}
-  nonzero, sign = codec.decode(stored, shape)
-  scales = arrays["w_p"], arrays["w_n"]
-  return PackedTernary(nonzero, sign, *scales, shape, entry["axis"])
+  nonzero, sign = codec.decode({k: arrays[k] for k in codec.arrays}, shape)
+  scales = {k: x for k, x in arrays.items() if k not in codec.arrays}
+  return PackedTernary(nonzero, sign, **scales, shape=shape, axis=entry["axis"])

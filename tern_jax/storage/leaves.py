@@ -85,7 +85,7 @@ def clash(paths: list[Path]) -> bool:
 
 
 def kind_of(name: str, x: object, *, keys: bool = False) -> str:
-  """Returns "ternary", "dense" or, if allowed, "key"; raises for other leaves."""
+  """Returns "ternary", "dense" or, if allowed, "key"; raises for the rest."""
   if isinstance(x, Ternary):
     raise TypeError(f"{name} is a Ternary: call tern_jax.pack first.")
   if isinstance(x, PackedTernary):

@@ -53,7 +53,11 @@ def absolute(path: PathLike) -> Place:
 
 
 def locate(path: PathLike) -> Place:
-  """Returns the folder of a checkpoint, which may be a run's latest step."""
+  """Returns the folder of a checkpoint, which may be a run's latest step.
+
+  Raises:
+    CheckpointError: there is no checkpoint.
+  """
   path = absolute(path)
   with explained("look at", path):
     old = _stage(path) / "old"
@@ -70,7 +74,7 @@ def locate(path: PathLike) -> Place:
 
 
 def disk_bytes(path: PathLike) -> int:
-  """Returns the bytes of all files of a checkpoint, orbax's own included.
+  """Returns the bytes of all files of what `locate` finds, orbax's own too.
 
   Raises:
     CheckpointError: nothing there.
@@ -117,8 +121,9 @@ def is_unfinished(path: Place) -> bool:
   """Whether it is a step whose save was interrupted."""
   if not in_bucket(path):
     return path.name.endswith(UNFINISHED)
-  begun = any((path / x).exists() for x in ("packed", "state", "spec"))
-  return path.name.isdecimal() and begun and not is_whole(path)
+  parts = "packed", "state", SPEC.parts[0]
+  begun = path.name.isdecimal() and any((path / x).exists() for x in parts)
+  return begun and not is_whole(path)
 
 
 def steps(directory: Place) -> list[int]:

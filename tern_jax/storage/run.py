@@ -9,7 +9,6 @@ from typing import Any
 from tern_jax.core.types import PyTree
 from tern_jax.storage import checkpoint, codecs, places
 from tern_jax.storage.leaves import CheckpointError, PathLike
-from tern_jax.storage.specs import read_spec
 from tern_jax.storage.tensors import context, lent, ocp
 
 
@@ -124,16 +123,15 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
       if places.in_bucket(path):
         self._run.reload()  # Forget the incomplete step that was removed.
     with self._cleaned(path):
-      saving = self._run.save_checkpointables_async(
-        step, lent(parts) if wait else parts, force=True
-      )
+      parts = lent(parts) if wait else parts
+      saving = self._run.save_checkpointables_async(step, parts, force=True)
     self._saving = path, saving
     if wait:
       self.wait()
     return True
 
   def wait(self) -> None:
-    """Returns once the last save is on disk; raises if it could not be."""
+    """Returns once the last save is on disk, or raises a CheckpointError."""
     if self._saving:
       (path, saving), self._saving = self._saving, None
       with self._cleaned(path):
@@ -151,7 +149,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
   def restore(
     self, like: PyTree, step: int | None = None, *, partial: bool = False
   ) -> tuple[PyTree, Any, int]:
-    """Returns (state, extra, step) of a step, or of it a part of the state.
+    """Restores a step, or a part of its state, as (state, extra, step).
 
     Args:
       like: state, or its shapes, of the structure, shapes, dtypes and
@@ -169,7 +167,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     if step is None:
       raise CheckpointError(f"{self.directory} holds no checkpoint: save one.")
     path = places.locate(self.directory / str(step))
-    spec = read_spec(path)
+    spec = checkpoint.read_spec(path)
     state = checkpoint.load(path, "state", spec, like, partial)
     return state, spec["extra"], step
 

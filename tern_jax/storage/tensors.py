@@ -5,17 +5,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1
 
 from tern_jax.core.types import PyTree
-from tern_jax.storage.leaves import CheckpointError, Json, describe, name_of
+from tern_jax.storage import leaves
+from tern_jax.storage.leaves import CheckpointError, Json, Path
 from tern_jax.storage.places import Place
-from tern_jax.storage.specs import Entries, stored_bytes
 
 # Its own annotations refuse pathlib paths, and its own policies.
 ocp: Any = v1
 
+#: Entries of leaves in the spec of a checkpoint, by their paths.
+Entries = dict[Path, Json]
 # Bytes that are worth a read of their own, and how many reads at most.
 _WORTH_A_READ = 1 << 22
 _READS = 8
@@ -42,6 +45,12 @@ def lent(parts: PyTree) -> PyTree:
   return jax.tree.map(
     lambda x: x.view(_Lent) if isinstance(x, np.ndarray) else x, parts
   )
+
+
+def stored_bytes(entry: Json) -> int:
+  """Returns the bytes of the arrays of a leaf, by its entry in a spec."""
+  facts = [(a["shape"], a["dtype"]) for a in entry["arrays"].values()]
+  return sum(math.prod(n) * jnp.dtype(dtype).itemsize for n, dtype in facts)
 
 
 def groups(entries: Entries) -> Iterator[Entries]:
@@ -84,9 +93,9 @@ def read(
   wanted = {}
   for e in entries.values():
     described = {k: a for k, a in e["arrays"].items() if math.prod(a["shape"])}
-    if describe(index.get(e["number"], {})) != described:
+    if leaves.describe(index.get(e["number"], {})) != described:
       fault = f"its arrays are not those of the spec, {described}"
-      name = name_of(e["path"])
+      name = leaves.name_of(e["path"])
       raise CheckpointError(f"{path}: {name} is damaged: {fault}.")
     if described:
       wanted[e["number"]] = index[e["number"]]

@@ -177,8 +177,7 @@ def decode(data: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     sign = get_bits(coder, models[1], box, nonzero)
     if coding.crc_of(nonzero, sign) != table[i, 1]:
       raise ValueError(f"the crc32 of chunk {i} of {layout.chunks} differs.")
-    for plane, bits in zip(planes, (nonzero, sign), strict=True):
-      plane[grid] = layout.pack(bits)
+    planes[0][grid], planes[1][grid] = layout.pack(nonzero), layout.pack(sign)
 
   coding.threads(chunk, layout.chunks)
   return layout.gather(planes[0]), layout.gather(planes[1])

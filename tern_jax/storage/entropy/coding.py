@@ -14,7 +14,6 @@ import numpy as np
 T = TypeVar("T")
 #: Where bits are coded; None for everywhere.
 Mask = np.ndarray | None
-
 #: Probabilities are integers, in units of 1 / ONE.
 ONE = 1 << 16
 # What the fixed-point probabilities of constriction add up to.

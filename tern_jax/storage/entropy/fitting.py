@@ -1,7 +1,6 @@
 """Which model codes a plane in the fewest bits, decided in integers alone."""
 
 import functools
-import itertools
 import operator
 from collections.abc import Iterator
 
@@ -23,8 +22,7 @@ def fit(
   """Returns the model of least cost; `ks` and `ns` are of plane and mask."""
   cost = operator.itemgetter(0)
   best = min(_fit_neighbors(layout, plane, mask), key=cost)
-  leveled = _fit_levels(layout, ks, ns, best[0])
-  return min(itertools.chain([best], leveled), key=cost)[1]
+  return min([best, *_fit_levels(layout, ks, ns, best[0])], key=cost)[1]
 
 
 def _fit_neighbors(
@@ -110,11 +108,8 @@ def _fit_levels(
       prior = np.array([1 << e >> 1 for e in weights])
       prior = _ratios(prior, prior.sum(), 0)
       chances = levels(grid)[index]
-      cost = (
-        counts[low:] @ bits[prior]
-        + ks @ bits[chances]
-        + (ns - ks) @ bits[ONE - chances]
-      )
+      cost = ks @ bits[chances] + (ns - ks) @ bits[ONE - chances]
+      cost += counts[low:] @ bits[prior]
       # 8 bytes more: the number of words of the index, and their end.
       yield int(cost) + 8 * (len(model.header()) + 8) * _BIT, model
 

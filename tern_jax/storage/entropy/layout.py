@@ -70,9 +70,9 @@ class Layout:
   def may_neighbor(self, axes: range) -> bool:
     """Whether there are these axes, short and not packed."""
     sizes = [self.shape[i] for i in axes if i < len(self.shape)]
-    short = all(1 < n <= _SHORT for n in sizes)
-    short = short and math.prod(sizes) <= _SHORT**2
-    return short and len(sizes) == len(axes) and self.axis not in axes
+    if len(sizes) < len(axes) or self.axis in axes:
+      return False
+    return all(1 < n <= _SHORT for n in sizes) and math.prod(sizes) <= _SHORT**2
 
   def box(self, i: int) -> Box:
     """Returns where chunk i lies in an array of the grid."""

@@ -23,7 +23,7 @@ _LEVELS = 128
 
 #: Index of bits in the chunk; where they are coded, flat, None for everywhere;
 #: and, of those that are coded, (where, probability) of each context.
-Part = tuple[tuple, np.ndarray | None, Iterable[tuple[Mask, int]]]
+Part = tuple[tuple, Mask, Iterable[tuple[Mask, int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,9 +163,8 @@ def read(reader: Reader, layout: Layout, signed: bool) -> Model:
   if kind < _LEVELS:
     first = reader.numbers("<B")[0] if kind else 0
     if not layout.may_neighbor(range(first, first + kind)):
-      raise ValueError(
-        f"{layout.shape} has no neighbors along {kind} axes from {first}."
-      )
+      fault = f"no neighbors along {kind} axes from {first}"
+      raise ValueError(f"{layout.shape} has {fault}.")
     chances = reader.numbers(f"<{(1 + signed) * kind + 1}H")
     if 0 in chances:
       raise ValueError("a probability must not be 0.")
