@@ -31,21 +31,9 @@ VGG-small takes 3.7e9 operations an image and step, 50 times as many: it wants
 an accelerator.
 """
 
-from experiments.common import cli, command
+from experiments.common import command, configs
 
-DEFAULT = cli.Config(
-  data="cifar10",
-  model="resnet8",
-  augment="flip_crop",
-  exclude=("stem", "head"),
-  init="float",
-  epochs=3,
-  float_epochs=6,
-  batch_size=128,
-  float_learning_rate=3e-3,
-  log_every=117,
-  checkpoint_every=351,
-)
+DEFAULT = configs.CIFAR10
 
 
 def main() -> None:

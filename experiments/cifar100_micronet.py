@@ -30,11 +30,10 @@ in 13 ms meanwhile.
 
 import dataclasses
 
-from experiments import cifar10_micronet
-from experiments.common import command, methods
+from experiments.common import command, configs, methods
 
 DEFAULT = dataclasses.replace(
-  cifar10_micronet.DEFAULT,
+  configs.CIFAR10_MICRONET,
   method=methods.Ec2t(gamma=0.15, s=0.45, frozen=1 / 2),
   data="cifar100",
   epochs=40,

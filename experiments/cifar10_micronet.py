@@ -35,27 +35,9 @@ in 13 ms meanwhile. On 2 CPU cores a step takes 20 seconds, or 2 unscaled, with
 --scaling 1 1 0.
 """
 
-from experiments.common import cli, command, methods
+from experiments.common import command, configs
 
-DEFAULT = cli.Config(
-  method=methods.Ec2t(gamma=0.15, s=0.45, frozen=15 / 35),
-  data="cifar10",
-  augment="flip_crop_jitter_cutout",
-  model="micronet",
-  scaling=(1.4, 1.2, 3.5),
-  exclude=("stem", "head", "shortcut"),
-  epochs=35,
-  float_epochs=200,
-  batch_size=128,
-  learning_rate=1e-4,
-  scale_learning_rate=1e-5,
-  rest_learning_rate=1e-4,
-  float_learning_rate=0.1,
-  float_optimizer="sgd",
-  float_weight_decay=5e-4,
-  log_every=351,
-  checkpoint_every=3510,
-)
+DEFAULT = configs.CIFAR10_MICRONET
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ every layer at .800, and 16,352 bytes against 246,824.
 Time: 6 minutes on 2 CPU cores.
 """
 
-from experiments.common import cli, command
+from experiments.common import command, configs
 
-DEFAULT = cli.Config(data="mnist", model="lenet5", epochs=10, batch_size=128)
+DEFAULT = configs.MNIST
 
 
 def main() -> None:

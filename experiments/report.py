@@ -18,52 +18,47 @@ from typing import Any
 
 import tyro
 
-from experiments.benchmarks import accuracy_table, budget, equal_sparsity
-from experiments.common import cli, evaluate, page, plot
+from experiments.common import bench, errors, page
+from experiments.common.build import title_of
+from experiments.common.plots import compare
+from experiments.common.tables import Column, Table, summary
 
 TITLE = "Results of tern_jax"
 INTRODUCTION = (
   "Sparse ternary networks. Accuracy on the test split, which is read once a"
   " run, at its end: mean ± standard deviation over seeds."
 )
-NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
-NAMES |= {"fashion_mnist": "Fashion-MNIST"}
-NAMES |= {"lenet5": "LeNet-5", "vgg_small": "VGG-small"}
-NAMES |= {"imagenet2012": "ImageNet", "micronet": "MicroNet"}
-NAMES |= {
-  f"resnet{depth}": f"ResNet-{depth}" for depth in (8, 18, 20, 32, 44, 50, 56)
-}
-#: Columns of the tables of single runs, as those of `accuracy_table`.
-COLUMNS = (
-  ("float %", "float", 100, ".2f"),
-  ("ternary %", "unrounded", 100, ".2f"),
-  ("packed %", "packed", 100, ".2f"),
-  ("zeros %", "sparsity", 100, ".1f"),
+#: Of single runs of images.
+OF_IMAGES = (
+  Column("float %", "float", 100),
+  Column("ternary %", "unrounded", 100),
+  Column("packed %", "packed", 100),
+  Column("zeros %", "sparsity", 100, ".1f"),
 )
 #: The same of text, in bits a character, of both splits.
 OF_TEXT = (
-  ("validation, float", "validation_float", 1, ".3f"),
-  ("validation, ternary", "validation_rounded", 1, ".3f"),
-  ("test, float", "float", 1, ".3f"),
-  ("test, ternary", "unrounded", 1, ".3f"),
-  ("test, packed", "packed", 1, ".3f"),
-  ("zeros %", "sparsity", 100, ".1f"),
+  Column("validation, float", "validation_float", form=".3f"),
+  Column("validation, ternary", "validation_rounded", form=".3f"),
+  Column("test, float", "float", form=".3f"),
+  Column("test, ternary", "unrounded", form=".3f"),
+  Column("test, packed", "packed", form=".3f"),
+  Column("zeros %", "sparsity", 100, ".1f"),
 )
 SIZES = (
-  ("entropy, bit/weight", "entropy_bits_per_weight", 1, ".2f"),
-  ("packed, bit/weight", "bits_per_weight", 1, ".2f"),
-  ("float32, bytes", "float_bytes", 1, ",.0f"),
-  ("packed, bytes", "packed_bytes", 1, ",.0f"),
-  ("on disk, bytes", "disk_bytes", 1, ",.0f"),
+  Column("entropy, bit/weight", "entropy_bits_per_weight"),
+  Column("packed, bit/weight", "bits_per_weight"),
+  Column("float32, bytes", "float_bytes", form=",.0f"),
+  Column("packed, bytes", "packed_bytes", form=",.0f"),
+  Column("on disk, bytes", "disk_bytes", form=",.0f"),
 )
 #: What the parts of a record must have, by the first word of its file's name.
 EXPECTED = {
-  "accuracy_table": {key for _, key, *_ in accuracy_table.COLUMNS},
+  "accuracy_table": {column.key for column in bench.ACCURACY},
   "equal_sparsity": {"rate", "test", "zeros"},
-  "budget": {key for _, key, *_ in budget.COLUMNS},
+  "budget": {column.key for column in bench.BUDGET},
 }
 #: The same of every other file.
-OF_A_RUN = {"correct", "total", "sparsity", *(key for _, key, *_ in SIZES)}
+OF_A_RUN = {"correct", "total", "sparsity", *(c.key for c in SIZES)}
 #: What a record may tell of where it comes from.
 PROVENANCE = (
   *("command", "commit", "date", "method"),
@@ -90,7 +85,7 @@ PUBLISHED: dict[str, tuple[str, str, tuple[Any, ...]]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class ReportOptions:
   """Command line of the report."""
 
   results: Path = Path(__file__).parent / "results"
@@ -99,9 +94,9 @@ class Options:
   """Directory to write to."""
 
 
-def main(options: Options) -> None:
+def main(options: ReportOptions) -> None:
   """Writes the report, and prints its tables."""
-  with evaluate.explained_errors():
+  with errors.explained():
     records = read(options.results)
   options.out.mkdir(parents=True, exist_ok=True)
   sections = build(records, options.results, options.out)
@@ -137,13 +132,13 @@ def read(results: Path) -> dict[str, Any]:
       parts, lacking = [], set()
     if lacking or not parts:
       names = ", ".join(sorted(lacking or expected))
-      raise cli.UsageError(
+      raise errors.UsageError(
         f"{path} is no record that this report knows: it lacks {names}."
         f" Expected result.json of a run, or table.json of a benchmark under"
         f" the benchmark's name: {', '.join(EXPECTED)}."
       )
   if not records:
-    raise cli.UsageError(f"{results} has no *.json: give --results.")
+    raise errors.UsageError(f"{results} has no *.json: give --results.")
   return records
 
 
@@ -166,13 +161,13 @@ def build(
     elif kind == "equal_sparsity":
       sections.append(same_sparsity(name, record, out))
     elif kind == "budget":
-      rows = page.cells(accuracy_table.markdown(record, budget.COLUMNS))
+      table = summary(record, bench.BUDGET, "Test accuracy")
       text = (
         "One sparsity in all layers, against the same bytes shared over them."
         " Sizes are those of whole models at the entropy of their weights."
       )
       title = f"The same bytes: {named(*parts)}"
-      sections.append(page.Section(title, [text], [("Test accuracy", rows)]))
+      sections.append(page.Section(title, [text], [table]))
     else:
       runs.setdefault(re.sub(r"-seed\d+$", "", name), []).append(record)
   if runs:
@@ -184,17 +179,17 @@ def single_runs(
   groups: dict[str, list[Any]], results: Path, out: Path
 ) -> page.Section:
   """Sets single runs side by side, the seeds of a configuration in one row."""
-  images, texts, table = {}, {}, {}
+  images, texts = {}, {}
   for group, runs in groups.items():
     is_text = all("text_sha256" in run for run in runs)
     rows = [run | (bits(run) if is_text else shares(run)) for run in runs]
-    (texts if is_text else images)[group] = table[group] = rows
+    (texts if is_text else images)[group] = rows
   tables = [
-    (title, page.cells(accuracy_table.markdown(part, columns)))
+    summary(part, columns, title)
     for title, part, columns in (
-      ("Test accuracy", images, COLUMNS),
+      ("Test accuracy", images, OF_IMAGES),
       ("Text, bits a character", texts, OF_TEXT),
-      ("Size", table, SIZES),
+      ("Size", images | texts, SIZES),
     )
     if part
   ]
@@ -247,7 +242,7 @@ def side_by_side(name: str, record: dict[str, Any], out: Path) -> page.Section:
       "Every method continues the float net of its seed, at its own sparsity."
       " The float row is trained for the epochs of both."
     ],
-    [("Measured", page.cells(accuracy_table.markdown(table)))],
+    [summary(table, bench.ACCURACY, "Measured")],
   )
   panels: dict[str, Any] = {
     f"{named(*model)}, measured": {
@@ -258,25 +253,33 @@ def side_by_side(name: str, record: dict[str, Any], out: Path) -> page.Section:
   caption = "Higher is more accurate, further left is smaller."
   if data in PUBLISHED:
     net, note, figures = PUBLISHED[data]
-    head = (net, "test %", "zeros %", "bit/weight", "source")
-    rows: page.Rows = [head]
-    points = {}
-    for label, test, zeros, source in figures:
-      bits = None if zeros is None else most_entropy(zeros / 100)
-      shown = ("-", "-") if bits is None else (f"{zeros}", f"≤ {bits:.2f}")
-      rows.append((label, f"{test:.2f}", *shown, source))
-      points[label] = [(bits, test)]
     section.text.append(note)
-    section.tables.append(("Published, of another network", rows))
+    section.tables.append(published(net, figures))
+    points = {
+      label: [(most_entropy(zeros), test)] for label, test, zeros, _ in figures
+    }
     panels = {f"{net}, published": points} | panels
     caption += (
       f" Hollow: published, of {net}, at the most bits that its share of zeros"
       " can have; dotted where no such share is told."
     )
-  plot.accuracy_over_bits(panels, out / f"{name}.svg")
+  compare.accuracy_over_bits(panels, out / f"{name}.svg")
   alt = f"Test accuracy over bits a weight: {'; '.join(table)}."
   section.pictures.append(page.Picture(f"{name}.svg", alt, caption))
   return section
+
+
+def published(net: str, figures: tuple[Any, ...]) -> Table:
+  """Returns a table of what papers say of a network."""
+  table = Table(
+    (net, "test %", "zeros %", "bit/weight", "source"),
+    caption="Published, of another network",
+  )
+  for label, test, zeros, source in figures:
+    bits = most_entropy(zeros)
+    shown = ("-", "-") if bits is None else (f"{zeros}", f"≤ {bits:.2f}")
+    table.rows.append((label, f"{test:.2f}", *shown, source))
+  return table
 
 
 def same_sparsity(name: str, record: dict[str, Any], out: Path) -> page.Section:
@@ -291,13 +294,14 @@ def same_sparsity(name: str, record: dict[str, Any], out: Path) -> page.Section:
     }
     for label, row in record.items()
   }
-  plot.accuracy_over_sparsity(lines, out / f"{name}.svg")
+  compare.accuracy_over_sparsity(lines, out / f"{name}.svg")
   alt = f"Test accuracy over zeros: {'; '.join(record)}."
   caption = (
     "Mean and standard deviation over seeds. Both axes are logarithmic in what"
     " is left: weights, and errors."
   )
-  rows = page.cells(equal_sparsity.markdown(record, shares))
+  table = bench.equal_sparsity(record, shares)
+  table.caption = "Test accuracy"
   zeros = "all layers together" if "across" in net else "every layer"
   return page.Section(
     f"The same sparsity: {named(data)}, {network(*net)}",
@@ -306,18 +310,18 @@ def same_sparsity(name: str, record: dict[str, Any], out: Path) -> page.Section:
       f" zeros in {zeros}. Behind each figure is the learning rate, chosen"
       " by validation accuracy."
     ],
-    [("Test accuracy", rows)],
+    [table],
     [page.Picture(f"{name}.svg", alt, caption)],
   )
 
 
 def named(*parts: str) -> str:
-  """Returns parts of a file's name for people.
+  """Returns parts of a file's name as a title shows them.
 
   >>> named("cifar10", "resnet8")
   'CIFAR-10, ResNet-8'
   """
-  return ", ".join(NAMES.get(part, part) for part in parts)
+  return ", ".join(map(title_of, parts))
 
 
 def network(*parts: str) -> str:
@@ -343,17 +347,20 @@ def network(*parts: str) -> str:
   return ", ".join(told)
 
 
-def most_entropy(zeros: float) -> float:
+def most_entropy(zeros: float | None) -> float | None:
   """Returns the bits a weight where -1 and +1 are equally frequent.
 
   Args:
-    zeros: share, above 0 and below 1.
+    zeros: in %, above 0 and below 100; None where not told, as is then what
+      is returned.
 
-  >>> most_entropy(0.5)
+  >>> most_entropy(50)
   1.5
   """
-  signs = 1 - zeros
-  return signs - zeros * math.log2(zeros) - signs * math.log2(signs)
+  if zeros is None:
+    return None
+  share, signs = zeros / 100, 1 - zeros / 100
+  return signs - share * math.log2(share) - signs * math.log2(signs)
 
 
 def provenance(records: dict[str, Any]) -> page.Section:
@@ -364,9 +371,8 @@ def provenance(records: dict[str, Any]) -> page.Section:
     table.append({"record": name, **row})
   known = [key for key in table[0] if any(row[key] for row in table)]
   rows = [tuple(row[key] or "-" for key in known) for row in table]
-  return page.Section(
-    "Records", tables=[("Of each file", [tuple(known), *rows])]
-  )
+  whole = Table(tuple(known), rows, "Of each file")
+  return page.Section("Records", tables=[whole])
 
 
 def told(record: Any, key: str) -> list[str]:
@@ -385,4 +391,4 @@ def told(record: Any, key: str) -> list[str]:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(Options, description=__doc__))
+  main(tyro.cli(ReportOptions, description=__doc__))

@@ -5,10 +5,13 @@ from typing import Any
 
 from flax import linen as nn
 
+from tern_jax.core.types import PyTree
 from tern_jax.trees.transform import ParamTransform
 
 
-def init(tern: ParamTransform, variables: dict[str, Any]) -> dict[str, Any]:
+def init(
+  tern: ParamTransform, variables: dict[str, PyTree]
+) -> dict[str, PyTree]:
   """Makes a model's variables ternary.
 
   Args:
@@ -41,7 +44,7 @@ def apply_fn(model: nn.Module, tern: ParamTransform) -> Callable[..., Any]:
   (1, 4)
   """
 
-  def apply(variables: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+  def apply(variables: dict[str, PyTree], *args: Any, **kwargs: Any) -> Any:
     rest = {k: v for k, v in variables.items() if k not in ("params", "tern")}
     weights = tern(variables["params"], variables["tern"])
     return model.apply({"params": weights, **rest}, *args, **kwargs)

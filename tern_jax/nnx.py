@@ -5,12 +5,13 @@ from typing import Any
 from flax import nnx
 
 from tern_jax.core.containers import TernParams
+from tern_jax.core.types import PyTree
 from tern_jax.trees.transform import ParamTransform
 
 
 def split(
   tern: ParamTransform, model: nnx.Module
-) -> tuple[nnx.GraphDef, TernParams, dict[str, Any], Any]:
+) -> tuple[nnx.GraphDef, TernParams, dict[str, PyTree], Any]:
   """Splits a model for training with ternary weights.
 
   Args:
@@ -39,8 +40,8 @@ def merge(
   tern: ParamTransform,
   graphdef: nnx.GraphDef,
   params: TernParams,
-  state: dict[str, Any],
-  rest: Any,
+  state: dict[str, PyTree],
+  rest: PyTree,
 ) -> Any:
   """Merges what `split` returned into a model with ternary weights.
 

@@ -1,18 +1,17 @@
 """Back into training: a deployed file becomes latents, scales and state."""
 
-from typing import Any
-
 import jax
 
 from tern_jax.core.containers import TernParams
 from tern_jax.core.method import Ternarizer
+from tern_jax.core.types import Count, PyTree
 from tern_jax.storage.packed import PackedTernary, to_ternary
 from tern_jax.trees.transform import ParamTransform
 
 
 def from_packed(
-  packed: Any, tern: ParamTransform | Ternarizer, step: Any = 0
-) -> tuple[TernParams, dict[str, Any]]:
+  packed: PyTree, tern: ParamTransform | Ternarizer, step: Count = 0
+) -> tuple[TernParams, dict[str, PyTree]]:
   """Makes trainable parameters of packed weights: the inverse of deployment.
 
   `pack(tern.discretize(*from_packed(packed, tern)))` has the codes of packed,

@@ -18,14 +18,15 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tern_jax.core.types import Array
+from tern_jax.core.types import Array, PyTree
 from tern_jax.trees.transform import ParamTransform
 
 #: loss_fn(weights, model_state, batch, key) -> (loss, (model_state, metrics)).
 LossFn = Callable[
-  [Any, Any, Any, Array], tuple[Array, tuple[Any, dict[str, Array]]]
+  [PyTree, PyTree, PyTree, Array],
+  tuple[Array, tuple[PyTree, dict[str, Array]]],
 ]
-Step = Callable[["TrainState", Any], tuple["TrainState", dict[str, Array]]]
+Step = Callable[["TrainState", PyTree], tuple["TrainState", dict[str, Array]]]
 
 
 @jax.tree_util.register_dataclass
@@ -47,15 +48,15 @@ class TrainState:
   params: Any
   tern_state: Any
   opt_state: Any
-  model_state: Any
+  model_state: PyTree
   key: Array
 
 
 def init_state(
-  tree: Any,
+  tree: PyTree,
   tx: optax.GradientTransformation,
   tern: ParamTransform | None = None,
-  model_state: Any = None,
+  model_state: PyTree = None,
   seed: int = 0,
 ) -> TrainState:
   """Makes the state of a run from the user's initial parameters.
@@ -127,17 +128,19 @@ def make_step(
       "scales_first=True needs tern: a float run has no scales to update."
     )
 
-  def average(tree: Any) -> Any:
+  def average(tree: PyTree) -> PyTree:
     return tree if axis_name is None else _pmean(tree, axis_name)
 
-  def step(state: TrainState, batch: Any) -> tuple[TrainState, dict]:
+  def step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
-    def loss(params: Any, model_state: Any, batch: Any, key: Array) -> Any:
+    def loss(
+      params: PyTree, model_state: PyTree, batch: PyTree, key: Array
+    ) -> PyTree:
       weights = params if tern is None else tern(params, state.tern_state)
       return loss_fn(weights, model_state, batch, key)
 
-    def value_and_grad(params: Any) -> Any:
+    def value_and_grad(params: PyTree) -> PyTree:
       fn = jax.value_and_grad(loss, has_aux=True)
       if micro_batches == 1:
         return fn(params, state.model_state, batch, key)
@@ -192,8 +195,7 @@ def pmap_step(
     devices: the devices to use; None takes all.
 
   Returns:
-    A step whose batch has a leading axis of devices (see `split_batch`), and
-    whose state and metrics have none.
+    A step whose batch has a leading axis of devices (see `split_batch`).
   """
   mapped = jax.pmap(
     step, axis_name=axis_name, in_axes=(None, 0), out_axes=None, devices=devices
@@ -202,7 +204,7 @@ def pmap_step(
     return mapped  # It places the state of each process by itself.
   these = jax.local_devices() if devices is None else list(devices)
 
-  def spread(state: TrainState, batch: Any) -> tuple[TrainState, dict]:
+  def spread(state: TrainState, batch: PyTree) -> tuple[TrainState, dict]:
     count = jax.tree.leaves(batch)[0].shape[0]
     mesh = Mesh(np.array(these[:count]), (axis_name,))
     return mapped(_replicated(state, mesh), batch)
@@ -236,7 +238,7 @@ def shard_map_step(
   )
   compiled = jax.jit(mapped, donate_argnums=0)
 
-  def spread(state: TrainState, batch: Any) -> tuple[TrainState, dict]:
+  def spread(state: TrainState, batch: PyTree) -> tuple[TrainState, dict]:
     return compiled(_replicated(state, mesh), batch)
 
   return spread
@@ -252,7 +254,7 @@ def data_mesh(
   )
 
 
-def split_batch(batch: Any, devices: int, parts: str = "devices") -> Any:
+def split_batch(batch: PyTree, devices: int, parts: str = "devices") -> PyTree:
   """Adds the leading axis of devices that `pmap_step` maps over.
 
   Args:
@@ -271,7 +273,7 @@ def split_batch(batch: Any, devices: int, parts: str = "devices") -> Any:
   (4, 2, 3)
   """
 
-  def split(x: Any) -> Any:
+  def split(x: Array) -> PyTree:
     if x.shape[0] % devices:
       raise ValueError(
         f"A batch of {x.shape[0]} cannot be shared evenly by {devices}"
@@ -282,17 +284,17 @@ def split_batch(batch: Any, devices: int, parts: str = "devices") -> Any:
   return jax.tree.map(split, batch)
 
 
-def effective_weights(state: TrainState, tern: ParamTransform | None) -> Any:
+def effective_weights(state: TrainState, tern: ParamTransform | None) -> PyTree:
   """Returns the weights that the model is applied to in training."""
   return state.params if tern is None else tern(state.params, state.tern_state)
 
 
 def reestimate_model_state(
-  update_fn: Callable[[Any, Any, Any], Any],
-  weights: Any,
-  model_state: Any,
-  batches: Iterable[Any],
-) -> Any:
+  update_fn: Callable[[PyTree, PyTree, PyTree], PyTree],
+  weights: PyTree,
+  model_state: PyTree,
+  batches: Iterable[PyTree],
+) -> PyTree:
   """Re-estimates batch-norm statistics for weights that changed, by rounding.
 
   Args:
@@ -313,14 +315,14 @@ def reestimate_model_state(
 
 
 def _mean_over_parts(
-  value_and_grad: Callable[[Any, Any, Array], Any],
-  model_state: Any,
-  parts: Any,
+  value_and_grad: Callable[[PyTree, PyTree, Array], PyTree],
+  model_state: PyTree,
+  parts: PyTree,
   keys: Array,
-) -> Any:
+) -> PyTree:
   """Calls a function of parts of a batch, and returns what it would of all."""
 
-  def add(carry: Any, part: Any) -> Any:
+  def add(carry: PyTree, part: PyTree) -> PyTree:
     model_state, total = carry
     (value, (model_state, metrics)), grads = value_and_grad(model_state, *part)
     total = jax.tree.map(jnp.add, total, (value, metrics, grads))
@@ -349,7 +351,7 @@ def _replicated(state: TrainState, mesh: Mesh) -> TrainState:
   return jax.device_put(state, whole)
 
 
-def _pmean(tree: Any, axis_name: str) -> Any:
+def _pmean(tree: PyTree, axis_name: str) -> PyTree:
   # Masks and counts are equal on all devices; a mean would make them floats.
   def mean(x: Array) -> Array:
     is_float = jnp.issubdtype(x.dtype, jnp.floating)

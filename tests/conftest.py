@@ -1,5 +1,6 @@
-"""Eight devices, strict promotion, a cache; set before JAX starts."""
+"""Eight devices, no promotion, a cache; set before JAX starts."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -19,6 +20,14 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_finish():
+  # What is there now stays; looking it through again and again takes time.
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_unconfigure():

@@ -10,7 +10,9 @@ import pytest
 import tern_jax
 from experiments import alpha_sweep
 from experiments.benchmarks import equal_sparsity
-from experiments.common import cli, data, evaluate, log, run
+from experiments.common import build, data, errors, evaluate, log, sweep
+from experiments.common.runner import stages
+from experiments.common.runner.step import make_step
 from tern_jax import metrics
 
 pytestmark = pytest.mark.usefixtures("standard_promotion_throughout")
@@ -19,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion_throughout")
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
   directory = tmp_path_factory.mktemp("sweep")
-  return alpha_sweep.Config(
+  return alpha_sweep.SweepOptions(
     values=(0.05, 0.2, 0.4),
     seeds=1,
     hidden=(),
@@ -36,8 +38,8 @@ def dataset(config):
 
 
 @pytest.fixture(scope="module")
-def rows(config, dataset):
-  return alpha_sweep.sweep(config, dataset)
+def rows(config, dataset, standard_promotion_throughout):
+  return sweep.run_sweep(config.sweep(), dataset)
 
 
 def test_more_alpha_makes_more_zeros_as_predicted(rows):
@@ -62,12 +64,12 @@ def test_more_alpha_makes_more_zeros_as_predicted(rows):
 def test_a_run_is_that_of_the_experiments(config, dataset, rows):
   """Step by step in Python, on the same batches: the same net."""
   options = config.run(0.2, seed=0)
-  params, model_state = run.initial_variables(options, dataset)
+  params, model_state = build.initial_variables(options, dataset)
   epoch_steps = 1257 // config.batch_size
   steps = config.epochs * epoch_steps
-  phase = run.ternary_phase(options, steps, params, model_state)
+  phase = stages.ternary_phase(options, steps, params, model_state)
   stage, state = phase.final, phase.state
-  step = run.make_step(options, stage, dataset.num_classes)
+  step = make_step(options, stage, dataset.num_classes)
   key = jax.random.fold_in(jax.random.key(0), 1)
   for epoch in jax.random.split(key, config.epochs):
     order = np.asarray(jax.random.permutation(epoch, 1257))
@@ -81,7 +83,7 @@ def test_a_run_is_that_of_the_experiments(config, dataset, rows):
       images = data.standardize(images, dataset.mean, dataset.std)
       batch = {"input": images, "label": dataset.train["label"][some]}
       state, _ = step(state, batch)
-  score = evaluate.make_scorer(evaluate.make_model(options, 10), dataset)
+  score = evaluate.make_scorer(build.make_model(options, 10), dataset)
   right = score(stage.variables(state), dataset.validation).correct
   row = rows[1]
   assert row["validation"] == pytest.approx(right / 180, abs=2.5 / 180)
@@ -92,10 +94,23 @@ def test_a_run_is_that_of_the_experiments(config, dataset, rows):
   assert row["predicted"] == pytest.approx(predicted, abs=0.01)
 
 
+def test_three_runs_on_two_devices_come_out_in_order():
+  def train(value, seed, splits):
+    return {"sum": 10 * value + seed + splits["x"]}
+
+  program = sweep.in_one_program(train, 2)
+  values, seeds = np.float32([1, 2, 3]), np.int32([4, 5, 6])
+  found = program(values, seeds, {"x": np.float32(0.5)})
+  np.testing.assert_array_equal(found["sum"], [14.5, 25.5, 36.5])
+
+
+@pytest.mark.long
 def test_runs_shared_by_two_devices(config, dataset, rows):
   """Three runs on two devices: one is repeated, and dropped."""
   two = dataclasses.replace(config, devices=2)
-  for mine, other in zip(alpha_sweep.sweep(two, dataset), rows, strict=True):
+  for mine, other in zip(
+    sweep.run_sweep(two.sweep(), dataset), rows, strict=True
+  ):
     assert mine.keys() == other.keys()
     for name, value in mine.items():
       assert value == pytest.approx(other[name], abs=0.015), name
@@ -125,16 +140,17 @@ def test_a_sweep_of_sparsity_is_exact(config, dataset, monkeypatch, capsys):
   for name in ("sparsity", "accuracy"):
     assert (mine.directory / f"{name}.png").stat().st_size > 10_000
   # A finished sweep is not repeated, and another one does not overwrite it.
-  monkeypatch.setattr(alpha_sweep, "sweep", None)
+  monkeypatch.setattr(sweep, "run_sweep", None)
   alpha_sweep.main(mine)
   assert capsys.readouterr().out == table
-  with pytest.raises(cli.UsageError, match=r"epochs=8 there, 9 now"):
+  with pytest.raises(errors.UsageError, match=r"epochs=8 there, 9 now"):
     alpha_sweep.main(dataclasses.replace(mine, epochs=9))
 
 
+@pytest.mark.long
 def test_one_program_is_measured_against_its_runs(config, dataset):
   tiny = dataclasses.replace(config, epochs=1, values=(0.1,), hidden=())
-  measured = alpha_sweep.compare(tiny, dataset, rounds=1)
+  measured = sweep.compare(tiny.sweep(), dataset, rounds=1)
   assert list(measured) == ["one program", "one by one", "ratio"]
   assert measured["ratio"] == pytest.approx(
     measured["one program"] / measured["one by one"]
@@ -145,7 +161,7 @@ def test_dense_weights():
   one = np.float32(2)
   codes = np.array([1, 0, -1], np.int8)
   leaf = tern_jax.Ternary(*map(jax.numpy.asarray, (codes, one, one)))
-  tree = alpha_sweep.dense({"a": leaf, "b": np.ones(2)})
+  tree = sweep.dense({"a": leaf, "b": np.ones(2)})
   assert tree["a"].tolist() == [2, 0, -2]
   assert tree["b"].tolist() == [1, 1]
 
@@ -167,8 +183,8 @@ def test_rows_are_written_and_read(tmp_path):
   ],
 )
 def test_options_that_do_not_fit(changes, message):
-  with pytest.raises(cli.UsageError, match=message):
-    alpha_sweep.Config(**{"values": (0.1,), **changes})
+  with pytest.raises(errors.UsageError, match=message):
+    alpha_sweep.SweepOptions(**{"values": (0.1,), **changes}).sweep()
 
 
 def test_equal_sparsity_keeps_runs_with_other_options_apart(
@@ -176,8 +192,9 @@ def test_equal_sparsity_keeps_runs_with_other_options_apart(
 ):
   row = {"sparsity": 0.9, "zeros": 0.9}
   row |= {"validation_rounded": 0.8, "test_rounded": 0.75}
-  monkeypatch.setattr(alpha_sweep, "sweep", lambda *_: [row])
-  options = equal_sparsity.Options(
+  monkeypatch.setattr(sweep, "run_sweep", lambda *_: [row])
+  options = dataclasses.replace(
+    equal_sparsity.DEFAULT,
     racers=("SCA", "TWN"),
     rates=(1e-3,),
     data="digits",
@@ -193,7 +210,7 @@ def test_equal_sparsity_keeps_runs_with_other_options_apart(
   table = json.loads((tmp_path / "digits-32-32" / "table.json").read_text())
   where = {name: table["TWN"]["0.9"][name] for name in ("command", "commit")}
   assert where == log.provenance()
-  monkeypatch.delattr(alpha_sweep, "sweep")
+  monkeypatch.delattr(sweep, "run_sweep")
   equal_sparsity.main(options)  # what is done is not done again
-  with pytest.raises(cli.UsageError, match="epochs=10 there, 5 now"):
+  with pytest.raises(errors.UsageError, match="epochs=10 there, 5 now"):
     equal_sparsity.main(dataclasses.replace(options, epochs=5))

@@ -1,9 +1,11 @@
-"""CONTRIBUTING's table of allowed imports is the truth; modules follow it."""
+"""CONTRIBUTING's tables of allowed imports are the truth; modules follow."""
 
 import ast
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import pytest
 
@@ -13,63 +15,98 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "tern_jax"
 
 
-def table() -> dict[str, set[str]]:
-  """Reads {module: modules it may import} from CONTRIBUTING.md."""
-  rows = {}
-  lines = iter((ROOT / "CONTRIBUTING.md").read_text().splitlines())
-  for line in lines:
-    if line.startswith("| module | may import |"):
-      next(lines)
-      break
-  for line in lines:
-    if not line.startswith("|"):
-      break
-    modules, allowed, *_ = (c.strip() for c in line.strip("|").split("|"))
-    names = {a.strip("` ") for a in allowed.split(",")} - {"", "nothing"}
-    for module in modules.split(","):
-      rows[module.strip("` ")] = names
-  return rows
-
-
-def module_of(path: pathlib.Path) -> str:
-  parts = path.relative_to(PACKAGE).with_suffix("").parts
+def room_of_package(parts: Sequence[str]) -> str:
   return parts[0]
 
 
-def imports(path: pathlib.Path) -> set[str]:
-  """Modules of the package that a file imports."""
-  found = set()
-  for node in ast.walk(ast.parse(path.read_text())):
-    if isinstance(node, ast.ImportFrom) and node.module == "tern_jax":
-      found |= {alias.name for alias in node.names}
-    elif isinstance(node, ast.ImportFrom):
-      names = (node.module or "").split(".")
-      if names[0] == "tern_jax":
-        found.add(names[1])
-    elif isinstance(node, ast.Import):
-      for alias in node.names:
-        names = alias.name.split(".")
-        if names[0] == "tern_jax":
-          found.add(names[1] if len(names) > 1 else "__init__")
-  return found
+def room_of_experiments(parts: Sequence[str]) -> str:
+  if parts[0] == "common":
+    return parts[1]
+  return "benchmarks" if parts[0] == "benchmarks" else "pages"
 
 
-FILES = sorted(
-  path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"
+class House(NamedTuple):
+  """A tree of modules with a table in CONTRIBUTING.md."""
+
+  name: str
+  heading: str
+  #: From the parts of a module's name, without the house's, to its row.
+  room: Callable[[Sequence[str]], str]
+
+  @property
+  def files(self) -> list[pathlib.Path]:
+    paths = sorted((ROOT / self.name).rglob("*.py"))
+    return [path for path in paths if path.name != "__init__.py"]
+
+  def room_of(self, path: pathlib.Path) -> str:
+    return self.room(path.relative_to(ROOT / self.name).with_suffix("").parts)
+
+  def table(self) -> dict[str, set[str]]:
+    """Reads {room: rooms it may import} from CONTRIBUTING.md."""
+    rows = {}
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    lines = iter(text.split(f"\n## {self.heading}\n")[1].splitlines())
+    for line in lines:
+      if line.startswith("| module | may import |"):
+        next(lines)
+        break
+    for line in lines:
+      if not line.startswith("|"):
+        break
+      modules, allowed, *_ = (c.strip() for c in line.strip("|").split("|"))
+      names = {a.strip("` ") for a in allowed.split(",")} - {"", "nothing"}
+      for module in modules.split(","):
+        rows[module.strip("` ")] = names
+    return rows
+
+  def imports(self, path: pathlib.Path) -> set[str]:
+    """Rooms of the house that a file imports."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.ImportFrom):
+        found += [f"{node.module}.{alias.name}" for alias in node.names]
+      elif isinstance(node, ast.Import):
+        found += [f"{alias.name}.__init__" for alias in node.names]
+    names = [name.split(".") for name in found]
+    return {self.room(parts) for root, *parts in names if root == self.name}
+
+
+HOUSES = (
+  House("tern_jax", "Which module may import which", room_of_package),
+  House(
+    "experiments",
+    "Experiments: which module may import which",
+    room_of_experiments,
+  ),
 )
+FILES = HOUSES[0].files
+#: Rooms of files that never import one another.
+APART = ("pages", "benchmarks")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_a_module_imports_what_the_table_allows(path):
-  allowed = table()
-  module = module_of(path)
-  assert module in allowed, f"{module} has no row in CONTRIBUTING's table"
-  assert imports(path) <= allowed[module] | {module}
+@pytest.mark.parametrize(
+  ("house", "path"),
+  [(house, path) for house in HOUSES for path in house.files],
+  ids=lambda x: x.name if isinstance(x, House) else x.stem,
+)
+def test_a_module_imports_what_the_table_allows(house, path):
+  allowed = house.table()
+  room = house.room_of(path)
+  assert room in allowed, f"{room} has no row in CONTRIBUTING's table"
+  own = {room} - {*APART}
+  assert house.imports(path) <= allowed[room] | own
 
 
-def test_every_row_of_the_table_is_a_module():
-  modules = {module_of(path) for path in FILES}
-  assert set(table()) == modules
+@pytest.mark.parametrize("house", HOUSES, ids=lambda house: house.name)
+def test_every_row_of_the_table_is_a_module(house):
+  assert set(house.table()) == {house.room_of(path) for path in house.files}
+
+
+def test_experiments_are_no_libraries():
+  for rooms in HOUSES[1].table().values():
+    assert not rooms & {*APART}
+  for path in FILES:
+    assert not HOUSES[1].imports(path)
 
 
 def test_methods_never_import_one_another():

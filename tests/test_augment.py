@@ -3,7 +3,7 @@ import colorsys
 import numpy as np
 import pytest
 
-from experiments.common import augment
+from experiments.common.data import augment
 
 
 def random_images(count, height=7, width=5):

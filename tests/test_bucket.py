@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tensorboardX import record_writer
 
-from experiments.common import cli, data, evaluate, run
+from experiments.common import cli, data, evaluate
+from experiments.common.runner import run
 from tern_jax import checkpoint
 from tern_jax.core.containers import Ternary
 from tern_jax.storage.packed import pack

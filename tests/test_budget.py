@@ -27,6 +27,7 @@ from tern_jax import (
   wdr_transform,
 )
 from tern_jax.training import data_mesh
+from tests import helpers
 
 SHAPES = {"a": (64, 96), "b": (3, 3, 16, 32), "c": (48, 10)}
 
@@ -44,7 +45,7 @@ def net(seed=0):
 
 
 def zeros(tern, params, state):
-  ternary = tern.discretize(params, state)
+  ternary = helpers.discretize(tern, params, state)
   return {
     k: float(jnp.mean(v["kernel"].codes == 0)) for k, v in ternary.items()
   }
@@ -66,7 +67,7 @@ def size(tern, params, state):
 
 def test_per_layer_targets_are_met():
   tern = ParamTransform(SCA(sparsity=per_layer({"a": 0.9, "*/kernel": 0.5})))
-  assert zeros(tern, *tern.init(net())) == pytest.approx(
+  assert zeros(tern, *helpers.init(tern, net())) == pytest.approx(
     {"a": 0.9, "b": 0.5, "c": 0.5}, abs=1e-4
   )
 
@@ -104,7 +105,7 @@ def test_bad_targets():
 def test_across_layers_has_one_threshold():
   tree = net()
   tern = ParamTransform(TWN(sparsity=across_layers(0.8)))
-  got = zeros(tern, *tern.init(tree))
+  got = zeros(tern, *helpers.init(tern, tree))
   every = np.concatenate([np.ravel(v["kernel"]) for v in tree.values()])
   limit = np.sort(np.abs(every))[round(0.8 * every.size) - 1]
   want = {k: np.mean(np.abs(v["kernel"]) <= limit) for k, v in tree.items()}
@@ -143,24 +144,28 @@ def test_stacked_layers_share_a_target_across():
   single = {str(k): {"kernel": k * kernel} for k in layers}
   method = TWN(sparsity=across_layers(0.75))
   tern = ParamTransform(method, stacked=("s",))
-  got = tern.discretize(*tern.init(stack))["s"]["kernel"]
+  got = helpers.discretize(tern, *helpers.init(tern, stack))["s"]["kernel"]
   alone = ParamTransform(method)
-  want = alone.discretize(*alone.init(single))
+  want = helpers.discretize(alone, *helpers.init(alone, single))
   for i, k in enumerate(layers):
     np.testing.assert_array_equal(got.codes[i], want[str(k)]["kernel"].codes)
 
 
 @pytest.mark.parametrize(
-  "target",
-  [per_layer({"a": 0.8, "b": 0.6, "c": 0.4}), across_layers(0.7)],
-  ids=["per_layer", "across_layers"],
+  ("target", "layers"),
+  [
+    (per_layer({"a": 0.8, "c": 0.4}), "ac"),
+    (across_layers(0.7), "ac"),
+    helpers.long(per_layer({"a": 0.8, "b": 0.6, "c": 0.4}), "abc"),
+    helpers.long(across_layers(0.7), "abc"),
+  ],
 )
-def test_targets_are_followed_in_training(target, standard_promotion):
-  tree = net()
+def test_targets_are_followed_in_training(target, layers, standard_promotion):
+  tree = {k: layer for k, layer in net().items() if k in layers}
   steps = 60
   risen = ramp(target, steps)
   tern = ParamTransform(SCA(sparsity=risen))
-  params, state = tern.init(tree)
+  params, state = helpers.init(tern, tree)
   tx = optax.chain(
     wdr_transform(at_sparsity(risen), relative(0.5), mask=tern_jax.kernels()),
     optax.adam(1e-2),
@@ -186,7 +191,7 @@ def test_targets_are_followed_in_training(target, standard_promotion):
     return sum(share[k] * n for k, n in sizes.items()) / sum(sizes.values())
 
   followed = zeros(tern, params, state)
-  met = zeros(tern, *tern.refresh(params, state))
+  met = zeros(tern, *helpers.refresh(tern, params, state))
   want = (
     {k: v for k, v in target.targets}
     if isinstance(target, tern_jax.targets.schedules.PerLayer)
@@ -202,19 +207,22 @@ def test_targets_are_followed_in_training(target, standard_promotion):
 
 
 @pytest.mark.parametrize(
-  ("method_class", "target"),
+  ("method_class", "target", "layers"),
   [
-    (SCA, 0.8),
-    (SCA, per_layer({"a": 0.5, "*": 0.8})),
-    (SCA, across_layers(0.8)),
-    (TWN, 0.8),
-    (TWN, across_layers(0.8)),
-    (TTQ, 0.8),
-    (TGA, 0.8),
-    (EC2T, 0.8),
+    (SCA, per_layer({"a": 0.5, "*": 0.8}), "ab"),
+    (TWN, across_layers(0.8), "ac"),
+    (TTQ, 0.8, "a"),
+    (TGA, 0.8, "b"),
+    (EC2T, 0.8, "c"),
+    helpers.long(SCA, 0.8, "abc"),
+    helpers.long(SCA, per_layer({"a": 0.5, "*": 0.8}), "abc"),
+    *(helpers.long(m, across_layers(0.8), "abc") for m in (SCA, TWN)),
+    *(helpers.long(m, 0.8, "abc") for m in (TWN, TTQ, TGA, EC2T)),
   ],
 )
-def test_the_last_steps_of_a_ramp_meet_it_to_the_weight(method_class, target):
+def test_the_last_steps_of_a_ramp_meet_it_to_the_weight(
+  method_class, target, layers
+):
   tern = ParamTransform(method_class(sparsity=ramp(target, 60)))
 
   def step(carry, key):
@@ -229,9 +237,10 @@ def test_the_last_steps_of_a_ramp_meet_it_to_the_weight(method_class, target):
     return carry, {k: jnp.sum(v["kernel"].codes == 0) for k, v in codes.items()}
 
   keys = jax.random.split(jax.random.key(0), 60)
-  _, counts = jax.jit(lambda c: jax.lax.scan(step, c, keys))(tern.init(net()))
-  sizes = {k: np.prod(shape) for k, shape in SHAPES.items()}
-  missed = {k: counts[k] - round(0.8 * sizes[k]) for k in SHAPES}
+  tree = {k: layer for k, layer in net().items() if k in layers}
+  _, counts = jax.jit(lambda t: jax.lax.scan(step, tern.init(t), keys))(tree)
+  sizes = {k: np.prod(SHAPES[k]) for k in layers}
+  missed = {k: counts[k] - round(0.8 * sizes[k]) for k in layers}
   if target == across_layers(0.8):
     missed = {"all": sum(counts.values()) - round(0.8 * sum(sizes.values()))}
   elif target != 0.8:

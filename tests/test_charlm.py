@@ -11,7 +11,9 @@ import pytest
 
 import tern_jax
 from experiments import charlm
-from experiments.common import cli, data, evaluate, log, run, text
+from experiments.common import build, data, errors, evaluate, log
+from experiments.common.data import text
+from experiments.common.runner import record, run, stages
 from tern_jax.core.paths import path_str
 
 TOKENS = jax.random.randint(jax.random.key(0), (2, text.CONTEXT), 0, 256)
@@ -43,7 +45,7 @@ def config(path):
 
 @pytest.fixture(scope="module")
 def net(config):
-  model = evaluate.make_model(config, text.VOCABULARY)
+  model = build.make_model(config, text.VOCABULARY)
   variables = jax.jit(model.init, static_argnames="train")(
     jax.random.key(1), TOKENS, train=False
   )
@@ -175,7 +177,7 @@ def test_each_layer_of_a_stack_has_a_scale_and_a_threshold(config, net):
 def test_wdr_has_a_threshold_for_each_layer(config, net):
   _, params = net
   opt_state = jax.eval_shape(
-    lambda p: run.ternary_phase(config, 40, p, {}).state.opt_state, params
+    lambda p: stages.ternary_phase(config, 40, p, {}).state.opt_state, params
   )
   leaves = jax.tree_util.tree_leaves_with_path(opt_state)
   shapes = [
@@ -184,10 +186,13 @@ def test_wdr_has_a_threshold_for_each_layer(config, net):
   assert shapes == 6 * [(2,)]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_run_end_to_end(config, path, monkeypatch):
-  # The pictures are those of every run.
-  monkeypatch.setattr(run.plot, "draw", lambda *_: None)
+  # The pictures, and that a fresh process reads the file, are those of every
+  # run.
+  monkeypatch.setattr(run.pictures, "draw", lambda *_: None)
+  monkeypatch.setattr(evaluate, "in_fresh_process", evaluate.evaluate)
   sca = run.run(config)
   found = data.load_dataset(str(path))
   answers = found.test["label"].size
@@ -199,7 +204,7 @@ def test_a_run_end_to_end(config, path, monkeypatch):
   for layer in sca["layers"].values():
     assert layer["reached"] == pytest.approx(0.7, abs=0.005)
     assert layer["asked"] == 0.7
-  table = log.table(sca)
+  table = record.text(sca)
   assert f"  {sca['loss']['packed'] / np.log(2):.4f}\n" in table
   assert max(map(len, table.splitlines())) <= 80
   records = log.read_metrics(config.directory)
@@ -217,7 +222,7 @@ def test_a_run_end_to_end(config, path, monkeypatch):
   ],
 )
 def test_options_that_do_not_go_together(changes, message):
-  with pytest.raises(cli.UsageError, match=message):
+  with pytest.raises(errors.UsageError, match=message):
     dataclasses.replace(charlm.DEFAULT, **changes)
 
 

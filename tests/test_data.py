@@ -13,8 +13,9 @@ import tyro
 from sklearn.datasets import load_digits
 
 from experiments import prepare
-from experiments.common import augment, data
-from experiments.common.augment import flip_and_crop, random_resized_crop
+from experiments.common import data
+from experiments.common.data import augment, prepared
+from experiments.common.data.augment import flip_and_crop, random_resized_crop
 from tests import photos
 
 SIZES = {"train": 1257, "validation": 180, "test": 360}
@@ -59,6 +60,12 @@ def assert_equal(left, right):
       assert a[key].dtype == b[key].dtype
 
 
+def joined(dataset):
+  """The examples of the train and the validation split."""
+  first, last = dataset.train, dataset.validation
+  return {key: np.concatenate([first[key], last[key]]) for key in first}
+
+
 def as_set(split):
   """Pixels and label of each example; all 1,797 digits differ."""
   return {
@@ -101,7 +108,7 @@ def test_splits_stay_the_same_across_versions(digits):
 
 
 def test_train_and_validation_join(digits, data_dir):
-  both = digits.train_and_validation
+  both = joined(digits)
   assert_equal(
     [both], [data.arrays(data.load("digits", "train+validation", data_dir))]
   )
@@ -207,7 +214,7 @@ def test_validation_is_carved_off_train_where_there_is_none(
   carved = data.load_dataset("digits", path)
   assert len(carved.train["label"]) == 1131
   assert len(carved.validation["label"]) == 126
-  assert_equal([carved.train_and_validation], [digits.train])
+  assert_equal([joined(carved)], [digits.train])
   assert_equal([carved.test], [digits.test])
   whole = data.load("digits", "train+validation", path)
   assert_equal([data.arrays(whole)], [digits.train])
@@ -498,7 +505,8 @@ def test_a_set_that_is_streamed_says_what_it_holds(large):
 def test_splits_where_test_labels_are_not_public():
   sizes = {"train": 1_281_167, "validation": 50_000, "test": 100_000}
   parts = {
-    split: data._part_of(sizes, split, "imagenet2012") for split in data.SPLITS
+    split: prepared._part_of(sizes, split, has_test_labels=False)
+    for split in data.SPLITS
   }
   assert parts == {
     "train": "train[:1271167]",
@@ -507,7 +515,7 @@ def test_splits_where_test_labels_are_not_public():
     "train+validation": "train",
   }
   for split in data.SPLITS:
-    assert data._part_of(sizes, split, "labeled") == split
+    assert prepared._part_of(sizes, split, has_test_labels=True) == split
 
 
 def test_rows_are_read_as_from_arrays(large):

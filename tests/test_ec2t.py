@@ -20,6 +20,7 @@ from tern_jax.methods.ec2t_math import (
   ec2t_thresholds,
 )
 from tests import reference
+from tests.helpers import DTYPES, f64, weights
 
 METHODS = [
   EC2T(),
@@ -29,16 +30,6 @@ METHODS = [
 ]
 # Those that tests/test_contract.py does not have.
 MORE_METHODS = METHODS[2:]
-DTYPES = [jnp.float32, jnp.bfloat16]
-
-
-def weights(shape=(48, 32), dtype=jnp.float32, seed=0):
-  w = np.random.default_rng(seed).normal(0, 0.1, shape)
-  return jnp.asarray(w, jnp.float32).astype(dtype)
-
-
-def f64(x):
-  return np.asarray(jnp.asarray(x).astype(jnp.float32), np.float64)
 
 
 @pytest.mark.parametrize("min_p_0", [0.5, 0.0])
@@ -177,7 +168,7 @@ def test_init_is_the_paper_s(dtype, axis):
 
 
 def test_channels_empty_together():
-  w = weights((64, 16)) * jnp.linspace(0.5, 2.0, 16)
+  w = weights((64, 16)) * jnp.linspace(0.5, 2.0, 16)[None]
   scales, _ = EC2T(channel_axis=-1).init(w)
   most = ec2t_lambda_max(w, scales["w_p"], scales["w_n"])
   for share, clusters in ((0.999, 3), (1.001, 2)):
@@ -294,7 +285,7 @@ def test_contract_of_values(method):
 
   compiled = jax.jit(forward, static_argnums=0)
   for copy in (method, dataclasses.replace(method)):
-    compiled(copy, weights(), *method.init(weights()))
+    compiled.trace(copy, weights(), *method.init(weights()))
   assert len(traces) == 1
 
 
@@ -397,7 +388,7 @@ class TestFrozen:
   def loss_fn(params, model_state, batch, key):
     del key
     x, y = batch
-    out = x @ params["a"]["kernel"] + params["a"]["bias"]
+    out = x @ params["a"]["kernel"] + params["a"]["bias"][None]
     return jnp.mean((out - y) ** 2), (model_state, {})
 
   def run(self, method, state, steps=20):
@@ -486,7 +477,7 @@ class TestZero:
 
   @pytest.mark.parametrize("axis", [-1, 0])
   def test_channels_have_centroids_of_their_own(self, axis):
-    w = weights() * jnp.linspace(0.2, 3.0, 32)
+    w = weights() * jnp.linspace(0.2, 3.0, 32)[None]
     method = EC2T(channel_axis=axis)
     codes = method.discretize(w, *method.init(w)).codes
     expected = np.where(np.asarray(codes) == 0, 0, w)
@@ -544,7 +535,7 @@ class TestZero:
       def loss(params):
         w = pruned(tern(params, state))
         hidden = jnp.tanh(x @ w["project"]["kernel"])
-        out = hidden @ w["head"]["kernel"] + w["head"]["bias"]
+        out = hidden @ w["head"]["kernel"] + w["head"]["bias"][None]
         return jnp.mean((out - y) ** 2)
 
       value, grads = jax.value_and_grad(loss)(params)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tern_jax import estimators
+from tern_jax.core import estimators
+from tests.helpers import f64
 
 
 def arrays(dtype=jnp.float32):
@@ -13,10 +14,6 @@ def arrays(dtype=jnp.float32):
   w, g = (jnp.asarray(r.normal(size=(96, 64)), dtype) for _ in range(2))
   codes = jnp.asarray(r.integers(-1, 2, (96, 64)), dtype)
   return w, g, codes
-
-
-def f64(x):
-  return np.asarray(x, np.float64)
 
 
 @pytest.mark.parametrize("channel", [False, True])

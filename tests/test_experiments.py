@@ -12,15 +12,8 @@ import numpy as np
 import pytest
 
 import tern_jax
-from experiments.common import (
-  cli,
-  command,
-  evaluate,
-  guard,
-  log,
-  methods,
-  run,
-)
+from experiments.common import cli, command, errors, evaluate, log, methods
+from experiments.common.runner import checks, loop, record, run
 from tern_jax import load_packed, metrics
 
 # What may differ between two runs of the same config; orbax writes down times.
@@ -49,14 +42,14 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def result(config):
+def result(config, standard_promotion_throughout):
   return run.run(config)
 
 
 @pytest.fixture
 def brief(result, monkeypatch):
   """Leaves out what the first run has shown: pictures, a fresh process."""
-  monkeypatch.setattr(run.plot, "draw", lambda *_: None)
+  monkeypatch.setattr(run.pictures, "draw", lambda *_: None)
   monkeypatch.setattr(evaluate, "in_fresh_process", evaluate.evaluate)
 
 
@@ -107,7 +100,7 @@ def test_what_a_run_leaves(config, result):
     for name in ("validation_accuracy", "validation_loss"):
       assert records[-1][name] == pytest.approx(result[name][key], rel=1e-6)
   assert log.read_config(directory) == config
-  table = log.table(result)
+  table = record.text(result)
   assert f"{100 * result['accuracy']:.2f}" in table
   assert max(map(len, table.splitlines())) <= 80
 
@@ -146,7 +139,7 @@ def test_weights_are_watched_by_layer(config, result):
 
 
 def test_a_finished_run_is_not_repeated(config, result, monkeypatch):
-  monkeypatch.setattr(run, "train", None)
+  monkeypatch.setattr(loop, "train", None)
   assert run.run(config) == result
 
 
@@ -154,7 +147,7 @@ def test_a_run_that_was_stopped_resumes_bit_for_bit(
   config, result, tmp_path, monkeypatch
 ):
   again = dataclasses.replace(config, workdir=str(tmp_path / "stopped"))
-  write, make_step = log.Log.write, run.make_step
+  write, make_step = log.Log.write, loop.make_step
   # One line later than a checkpoint, so that steps are to be repeated; and
   # between two lines, when the machine is taken away.
   kills = {("float", 57), ("ternary", 57)}
@@ -180,7 +173,7 @@ def test_a_run_that_was_stopped_resumes_bit_for_bit(
     return wrapped
 
   monkeypatch.setattr(log.Log, "write", killed)
-  monkeypatch.setattr(run, "make_step", preempted)
+  monkeypatch.setattr(loop, "make_step", preempted)
   for phase, step in (
     ("float", 57),
     ("float", 70),
@@ -195,7 +188,7 @@ def test_a_run_that_was_stopped_resumes_bit_for_bit(
         run.run(again)
       continue
     told = "between two phases" if step == last else f"after step {step} of"
-    with pytest.raises(guard.InterruptedRunError, match=told):
+    with pytest.raises(errors.InterruptedRunError, match=told):
       run.run(again)
     kept = directory / "checkpoints" / phase
     assert step in [int(x.name) for x in kept.iterdir() if x.name.isdigit()]
@@ -209,7 +202,7 @@ def test_a_run_that_was_stopped_resumes_bit_for_bit(
 
 def test_a_preempted_process_ends_cleanly(config, monkeypatch, capsys):
   def preempted(_):
-    raise guard.InterruptedRunError("SIGTERM: stopped after step 3 of 9")
+    raise errors.InterruptedRunError("SIGTERM: stopped after step 3 of 9")
 
   before = signal.getsignal(signal.SIGTERM)
   monkeypatch.setattr("sys.argv", ["digits"])
@@ -230,7 +223,7 @@ def test_numbers_that_are_not_finite_stop_a_run(config, result, tmp_path):
     workdir=str(config.directory.parent / "wild"),
   )
   for _ in range(2):
-    with pytest.raises(guard.DivergedError) as stopped:
+    with pytest.raises(errors.DivergedError) as stopped:
       run.run(wild)
     told = str(stopped.value)
     assert re.match(r"Step \d+ is the first that is not finite: its loss", told)
@@ -267,7 +260,9 @@ def test_runs_share_a_float_net(config, result):
 
 
 @pytest.mark.usefixtures("brief")
-@pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
+@pytest.mark.parametrize(
+  "parallel", [pytest.param("pmap", marks=pytest.mark.long), "shard_map"]
+)
 def test_two_devices_share_a_batch(config, tmp_path, parallel):
   again = dataclasses.replace(
     config,
@@ -283,7 +278,7 @@ def test_two_devices_share_a_batch(config, tmp_path, parallel):
   assert measured["asked_sparsity"] is None
   assert measured["predicted_sparsity"] is None
   assert 0.3 < measured["sparsity"] < 0.6
-  assert "-" in log.table(measured)
+  assert "-" in record.text(measured)
 
 
 def test_a_dry_run_tells_what_a_run_would_be(tmp_path, monkeypatch, capsys):
@@ -303,7 +298,7 @@ def test_a_dry_run_tells_what_a_run_would_be(tmp_path, monkeypatch, capsys):
 
 def test_other_options_do_not_overwrite_a_run(config, result):
   other = dataclasses.replace(config, seed=1)
-  with pytest.raises(cli.UsageError, match="seed=0 there, 1 now"):
+  with pytest.raises(errors.UsageError, match="seed=0 there, 1 now"):
     run.run(other)
   assert log.read_config(config.directory) == config
 
@@ -311,7 +306,7 @@ def test_other_options_do_not_overwrite_a_run(config, result):
 def test_a_directory_of_something_else_is_left_alone(config, result, tmp_path):
   (tmp_path / "thesis.txt").write_text("mine")
   taken = dataclasses.replace(config, workdir=str(tmp_path))
-  with pytest.raises(cli.UsageError, match="is not empty and holds no run"):
+  with pytest.raises(errors.UsageError, match="is not empty and holds no run"):
     run.run(taken)
   assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -378,8 +373,8 @@ def test_averaged_weights_of_a_run_with_all_options(config, tmp_path):
   ],
 )
 def test_options_that_do_not_fit(changes, message):
-  with pytest.raises(cli.UsageError, match=message):
-    cli.device_count(dataclasses.replace(cli.Config(), **changes))
+  with pytest.raises(errors.UsageError, match=message):
+    checks.device_count(dataclasses.replace(cli.Config(), **changes))
 
 
 @pytest.mark.parametrize(
@@ -393,7 +388,7 @@ def test_options_that_do_not_fit(changes, message):
 )
 def test_what_does_not_fit_writes_nothing(config, tmp_path, changes, message):
   changes = {"workdir": str(tmp_path / "run"), **changes}
-  with pytest.raises(cli.UsageError, match=message):
+  with pytest.raises(errors.UsageError, match=message):
     run.run(dataclasses.replace(config, **changes))
   assert not (tmp_path / "run").exists()
 
@@ -468,7 +463,7 @@ def test_a_size_that_does_not_fit(config, result, tmp_path, method, message):
   asked = dataclasses.replace(
     config, method=method, workdir=str(tmp_path / "budget")
   )
-  with pytest.raises(cli.UsageError, match=message):
+  with pytest.raises(errors.UsageError, match=message):
     run.run(asked)
   assert not list(tmp_path.iterdir())
 
@@ -476,9 +471,9 @@ def test_a_size_that_does_not_fit(config, result, tmp_path, method, message):
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_method_has_a_recipe_and_a_picture(name):
   config = methods.METHODS[name]()
-  recipe = config.recipe(100, largest=512)
+  plan = config.plan(100, largest=512)
   w = jax.random.normal(jax.random.key(0), (32, 16))
-  theta = recipe.stages[0].method.latent(w)
+  theta = plan.stages[0].method.latent(w)
   shown = config.shown("w", theta)
   assert shown.shape == theta.shape
   # Latents and the codes that they are drawn against have one unit.
@@ -486,22 +481,22 @@ def test_every_method_has_a_recipe_and_a_picture(name):
 
   @jax.jit
   def diagnose(theta):
-    method = recipe.stages[0].method
+    method = plan.stages[0].method
     codes = method.discretize(theta, *method.init(theta))
     return metrics.diagnose({"w": config.shown("w", theta)}, {"w": codes})["w"]
 
   measured = diagnose(theta)
   assert 0 <= measured["zeros_rms"] <= measured["barrier"] < 2
   assert 0 <= measured["converged"] <= 1
-  assert 0 <= recipe.onset <= 100
-  assert recipe.stages[-1].last == 100
+  assert 0 <= plan.onset <= 100
+  assert plan.stages[-1].last == 100
 
 
 @pytest.mark.parametrize("name", ["Twn", "Ttq", "Ec2t", "Tga"])
 def test_an_asked_sparsity_is_reached_before_the_best_state_is_sought(name):
   config = methods.METHODS[name](sparsity=0.9)
   assert config.asked == 0.9
-  stages = config.recipe(90, largest=512).stages
+  stages = config.plan(90, largest=512).stages
   assert [stage.last for stage in stages] == (
     [30, 60, 90] if name == "Ec2t" else [90]
   )
@@ -518,7 +513,7 @@ def test_a_sparsity_of_all_layers_together(name):
   config = methods.METHODS[name](sparsity=0.9, across_layers=True)
   target = tern_jax.ramp(tern_jax.across_layers(0.9), 50, until=0.25)
   assert config.target(50) == target
-  method = config.recipe(50, largest=512).stages[-1].method
+  method = config.plan(50, largest=512).stages[-1].method
   assert isinstance(method.sparsity, type(target))
   assert config.asked == 0.9
   # What one layer gets depends on the others.

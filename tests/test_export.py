@@ -670,7 +670,7 @@ def test_one_artefact_for_any_batch_and_three_platforms():
   tree = {"kernel": packed((512, 512)), "bias": jnp.ones(512)}
 
   def apply(w, xs, scale):
-    return {"y": (xs["a"] + xs["b"]) @ w["kernel"] * scale + w["bias"]}
+    return {"y": (xs["a"] + xs["b"]) @ w["kernel"] * scale + w["bias"][None]}
 
   x = jnp.ones((1, 512))
   data = to_stablehlo(None, apply, tree, {"a": x, "b": x}, 2.0)

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import tern_jax
 from tern_jax import EC2T, SCA, TGA, TTQ, TWN, AbsMean, ParamTransform, metrics
-from tests import reference
+from tests import helpers, reference
+from tests.helpers import weights
 
 METHODS = [
   SCA(alpha=0.1),
@@ -34,12 +35,6 @@ LAYOUTS = {
   "equinox": ((6, 16, 3, 3), 0, 8),
 }
 LAYOUT = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-METHOD = pytest.mark.parametrize("method", METHODS, ids=repr)
-
-
-def weights(shape, seed=0, dtype=jnp.float32):
-  w = np.random.default_rng(seed).normal(0, 0.1, shape)
-  return jnp.asarray(w, dtype)
 
 
 def by_group(x, layout):
@@ -69,7 +64,11 @@ def discretized(method, layout, w):
 
 @pytest.mark.parametrize(
   ("method", "layout"),
-  list(zip(METHODS, 5 * [LAYOUTS["dense"], LAYOUTS["equinox"]], strict=True)),
+  [
+    *((method, LAYOUTS["dense"]) for method in METHODS),
+    *((method, LAYOUTS["equinox"]) for method in METHODS[1:8:3]),
+    *(helpers.long(method, LAYOUTS["equinox"]) for method in METHODS[3::2]),
+  ],
 )
 def test_groups_are_the_columns_of_a_matrix(method, layout):
   """The definition: a group is a channel of [group_size, groups]."""
@@ -119,7 +118,8 @@ def test_magnitudes_of_ttq_are_the_means_of_each_group_s_clusters(layout):
 
 @LAYOUT
 def test_a_sparsity_is_that_of_the_whole_leaf(layout):
-  w = weights(layout[0]) * jnp.linspace(0.1, 3.0, layout[0][-1])
+  spread = jnp.broadcast_to(jnp.linspace(0.1, 3.0, layout[0][-1]), layout[0])
+  w = weights(layout[0]) * spread
   for method_class in (SCA, TWN, TTQ, TGA):
     method = method_class(sparsity=0.5)
     codes = discretized(method, layout, w).codes
@@ -128,10 +128,20 @@ def test_a_sparsity_is_that_of_the_whole_leaf(layout):
 
 
 @pytest.mark.parametrize(
-  ("layout", "dtype"),
-  [(LAYOUTS["equinox"], jnp.float32), (LAYOUTS["conv"], jnp.bfloat16)],
+  ("method", "layout", "dtype"),
+  [
+    *((method, LAYOUTS["equinox"], jnp.float32) for method in METHODS[1::2]),
+    *((method, LAYOUTS["conv"], jnp.bfloat16) for method in METHODS[::2]),
+    *(
+      helpers.long(method, LAYOUTS["equinox"], jnp.float32)
+      for method in METHODS[::2]
+    ),
+    *(
+      helpers.long(method, LAYOUTS["conv"], jnp.bfloat16)
+      for method in METHODS[1::2]
+    ),
+  ],
 )
-@METHOD
 def test_forward_is_the_discretization_bit_for_bit(method, layout, dtype):
   tern = grouped(method, layout)
   params, state = tern.init({"w": weights(layout[0], dtype=dtype)})
@@ -187,7 +197,8 @@ def test_gradients_of_ttq_in_closed_form(layout):
   tern = grouped(TTQ(threshold=0.3), layout)
   params, state = tern.init({"w": w})
   ternary = tern.discretize(params, state)["w"]
-  grads = jax.grad(lambda p: jnp.sum(tern(p, state)["w"] * g))(params)
+  slopes = jax.jit(jax.grad(lambda p: jnp.sum(tern(p, state)["w"] * g)))
+  grads = slopes(params)
   codes, by = by_group(ternary.codes, layout), by_group(g, layout)
   for name, sign in (("w_p", 1), ("w_n", -1)):
     total = sign * np.sum(by * (codes == sign), 0)
@@ -209,12 +220,14 @@ def test_gradients_of_ttq_in_closed_form(layout):
 )
 def test_stacked_layers_are_divided_one_by_one(method, layout):
   shape = layout[0]
-  stack = jnp.stack([weights(shape, i) * 10.0**-i for i in range(2)])
+  stack = jnp.stack([weights(shape, seed=i) * 10.0**-i for i in range(2)])
   tern = grouped(method, layout, stacked=("blocks",))
-  params, state = tern.init({"blocks": {"w": stack}, "out": {"w": stack[0]}})
-  params, state = tern.after_step(params, state)
-  got = tern.discretize(params, state)
-  dense, effective = got["blocks"]["w"].dequantize(), tern(params, state)
+  tree = {"blocks": {"w": stack}, "out": {"w": stack[0]}}
+  start = jax.jit(lambda tree: tern.after_step(*tern.init(tree)))
+  params, state = start(tree)
+  got = helpers.discretize(tern, params, state)
+  effective = helpers.forward(tern, params, state)
+  dense = got["blocks"]["w"].dequantize()
   if not method.soft:
     np.testing.assert_array_equal(dense, effective["blocks"]["w"])
   for i in range(2):

@@ -8,14 +8,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from experiments import imagenet
-from experiments.common import (
-  cli,
-  command,
-  evaluate,
-  methods,
-  pretrained,
-  run,
-)
+from experiments.common import build, command, errors, evaluate, methods
+from experiments.common.runner import checks, float_net, pretrained, run
 from tern_jax.checkpoint import CheckpointError
 from tests import photos
 
@@ -48,15 +42,15 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def floats(config):
-  return run.train_float(config, evaluate.load_dataset(config))
+def floats(config, standard_promotion_throughout):
+  return float_net.train(config, build.load_dataset(config))
 
 
 def test_the_recipe():
-  steps = cli.count_steps(imagenet.DEFAULT, 1_271_167)
+  steps = checks.count_steps(imagenet.DEFAULT, 1_271_167)
   assert steps == (90 * 4965, 35 * 4965)
-  recipe = imagenet.DEFAULT.method.recipe(steps[1], 9 * 512 * 512)
-  ends = [stage.last for stage in recipe.stages]
+  plan = imagenet.DEFAULT.method.plan(steps[1], 9 * 512 * 512)
+  ends = [stage.last for stage in plan.stages]
   assert ends == [10 * 4965, 20 * 4965, 35 * 4965]
 
 
@@ -65,7 +59,11 @@ def kernel_of(variables):
 
 
 def test_a_run_on_images_that_differ_in_size(config, floats, monkeypatch):
-  monkeypatch.setattr(run, "train_float", None)
+  monkeypatch.setattr(float_net, "train", None)
+  # The pictures, and that a fresh process reads the file, are those of every
+  # run.
+  monkeypatch.setattr(run.pictures, "draw", lambda *_: None)
+  monkeypatch.setattr(evaluate, "in_fresh_process", evaluate.evaluate)
   result = run.run(
     dataclasses.replace(config, float_from=str(config.float_directory))
   )
@@ -83,7 +81,7 @@ def test_a_float_net_of_an_earlier_run(config, floats, ema):
   like = jax.tree.map(np.zeros_like, floats)
   config = dataclasses.replace(config, ema=ema)
   # Trained before, or now with an average of its own.
-  expected = run.train_float(config, evaluate.load_dataset(config))
+  expected = float_net.train(config, build.load_dataset(config))
   assert (ema is None) == np.array_equal(*map(kernel_of, (expected, floats)))
   found = pretrained.load(str(config.float_directory), like)
   jax.tree.map(np.testing.assert_array_equal, found, expected)
@@ -114,7 +112,7 @@ def test_float_nets_that_are_none(config, tmp_path):
       float_from=str(tmp_path / name),
       workdir=str(tmp_path / "run"),
     )
-    with pytest.raises(cli.UsageError, match=message):
+    with pytest.raises(errors.UsageError, match=message):
       run.run(wrong)
   # Nothing is written before.
   assert [path.name for path in tmp_path.iterdir()] == ["other"]
@@ -125,8 +123,8 @@ def test_options_that_do_not_fit_the_images(config):
     ({"image_size": None}, "differ in size: give an image_size"),
     ({"augment": "flip_crop"}, "give --augment resized_crop"),
   ):
-    with pytest.raises(cli.UsageError, match=message):
-      evaluate.load_dataset(dataclasses.replace(config, **changes))
+    with pytest.raises(errors.UsageError, match=message):
+      build.load_dataset(dataclasses.replace(config, **changes))
 
 
 def test_a_dry_run(config, floats, monkeypatch, capsys):

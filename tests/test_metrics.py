@@ -101,12 +101,6 @@ def test_flip_rate():
   assert float(metrics.flip_rate(a, b)) == pytest.approx(changed / 1024)
 
 
-def test_distance_to_ternary():
-  theta = jnp.arctanh(jnp.array([0.0, 0.5, -0.9, 0.1]))
-  expected = np.sqrt(np.mean(np.square([0.0, 0.5, 0.1, 0.1])))
-  assert float(metrics.distance_to_ternary(theta)) == pytest.approx(expected)
-
-
 def latents(dtype=jnp.float32):
   """Two layers of latents, and their codes by a threshold of .3."""
   rng = np.random.default_rng(1)

@@ -1,6 +1,7 @@
 """EC2T's supernet from its experiment's options, on tiny images."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -11,15 +12,16 @@ import pytest
 
 from experiments import cifar10_micronet, cifar100_micronet
 from experiments.common import (
-  augment,
+  build,
   cli,
   data,
-  evaluate,
+  errors,
   log,
   optimizers,
-  rehearsal,
-  run,
+  places,
 )
+from experiments.common.data import augment
+from experiments.common.runner import checks, rehearsal, stages
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +60,7 @@ def test_what_stays_float_has_a_rate_of_its_own():
       exclude=(),
       rest_learning_rate=rate,
     )
-    phase = run.ternary_phase(config, 35, params, {})
+    phase = stages.ternary_phase(config, 35, params, {})
     tx, state = phase.stages[0].tx, phase.state
     grads = jax.tree.map(jnp.ones_like, state.params)
     updates, _ = tx.update(grads, state.opt_state, state.params)
@@ -84,7 +86,7 @@ def test_what_is_done_to_images():
 
   def changed(name):
     config = cli.Config(augment=name)
-    change = evaluate.augmentation(config, dataset)
+    change = build.augmentation(config, dataset)
     return (
       images if change is None else change(images, np.random.default_rng(1))
     )
@@ -102,10 +104,10 @@ def test_what_is_done_to_images():
 
 def test_old_float_nets_are_still_found():
   config = cli.Config(model="resnet8")
-  assert "scaling" not in config.float_record()
+  assert "scaling" not in places.float_record(config)
   supernet = dataclasses.replace(config, model="micronet")
   smaller = dataclasses.replace(supernet, scaling=(1.4, 1.2, 1.0))
-  assert smaller.float_record()["scaling"] == [1.4, 1.2, 1.0]
+  assert places.float_record(smaller)["scaling"] == [1.4, 1.2, 1.0]
   sgd = dataclasses.replace(supernet, float_optimizer="sgd")
   decayed = dataclasses.replace(supernet, float_weight_decay=5e-4)
   nets = (config, supernet, smaller, sgd, decayed)
@@ -114,34 +116,36 @@ def test_old_float_nets_are_still_found():
 
 def test_a_run_from_before_there_was_an_option_is_the_same(tmp_path):
   config = cli.Config(workdir=str(tmp_path / "run"))
-  log.claim(config.directory, config.to_json())
-  record = config.to_json()
+  log.claim(config.directory, places.run_record(config))
+  record = places.run_record(config)
   del record["scaling"], record["float_optimizer"]
   (config.directory / "config.json").write_text(json.dumps(record))
-  log.claim(config.directory, config.to_json())
+  log.claim(config.directory, places.run_record(config))
   assert log.read_config(config.directory) == config
   sgd = dataclasses.replace(config, float_optimizer="sgd")
-  with pytest.raises(cli.UsageError, match="float_optimizer=adam there, sgd"):
-    log.claim(config.directory, sgd.to_json())
+  with pytest.raises(
+    errors.UsageError, match="float_optimizer=adam there, sgd"
+  ):
+    log.claim(config.directory, places.run_record(sgd))
 
 
 def test_a_scaling_that_is_none():
-  with pytest.raises(cli.UsageError, match="scaling: got d=0"):
+  with pytest.raises(errors.UsageError, match="scaling: got d=0"):
     cli.Config(scaling=(0, 1, 1))
 
 
 def test_the_options_give_the_published_supernet():
-  model = evaluate.make_model(cifar10_micronet.DEFAULT, 10)
+  model = build.make_model(cifar10_micronet.DEFAULT, 10)
   image = jnp.zeros((1, 32, 32, 3))
   shapes = jax.eval_shape(
     lambda: model.init(jax.random.key(0), image, train=False)
   )
   sizes = [leaf.size for leaf in jax.tree.leaves(shapes["params"])]
   assert sum(sizes) == 8_044_234
-  steps = cli.count_steps(cifar10_micronet.DEFAULT, 45_000)
+  steps = checks.count_steps(cifar10_micronet.DEFAULT, 45_000)
   assert steps == (200 * 351, 35 * 351)
-  recipe = cifar10_micronet.DEFAULT.method.recipe(steps[1], 9 * 120 * 120)
-  ends = [stage.last for stage in recipe.stages]
+  plan = cifar10_micronet.DEFAULT.method.plan(steps[1], 9 * 120 * 120)
+  ends = [stage.last for stage in plan.stages]
   assert ends == [10 * 351, 20 * 351, 35 * 351]
 
 
@@ -149,28 +153,58 @@ def test_the_recipe_for_cifar100():
   config = cifar100_micronet.DEFAULT
   assert config.data == "cifar100"
   assert (config.method.gamma, config.method.s) == (0.15, 0.45)
-  steps = cli.count_steps(config, 45_000)
+  steps = checks.count_steps(config, 45_000)
   assert steps == (250 * 351, 40 * 351)
-  recipe = config.method.recipe(steps[1], 9 * 120 * 120)
-  ends = [stage.last for stage in recipe.stages]
+  plan = config.method.plan(steps[1], 9 * 120 * 120)
+  ends = [stage.last for stage in plan.stages]
   assert ends == [10 * 351, 20 * 351, 40 * 351]
   changed = {"method", "data", "epochs", "float_epochs"}
   old, new = (
-    x.DEFAULT.to_json() for x in (cifar10_micronet, cifar100_micronet)
+    places.run_record(x.DEFAULT) for x in (cifar10_micronet, cifar100_micronet)
   )
   assert {key for key in old if old[key] != new[key]} == changed
 
 
-def test_a_tiny_supernet_is_rehearsed(tmp_path):
-  config = dataclasses.replace(
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+  return dataclasses.replace(
     cifar10_micronet.DEFAULT,
     data="digits",
     augment="flip_crop",
     scaling=(0.1, 0.5, 1.0),
     batch_size=64,
     parallel="jit",
-    data_dir=str(tmp_path / "tfds"),
+    data_dir=str(tmp_path_factory.mktemp("tfds")),
   )
+
+
+def drawn(config, dataset):
+  """Variables by NumPy, because Flax's initializers take long to compile."""
+  model = build.make_model(config, dataset.num_classes)
+  shapes = jax.eval_shape(
+    functools.partial(model.init, train=False),
+    jax.random.key(0),
+    dataset.blank,
+  )
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes
+  )
+  return variables.pop("params"), variables
+
+
+@pytest.mark.long
+def test_steps_of_a_tiny_supernet_are_timed(tiny):
+  lines = [line.split() for line in rehearsal.rehearse(tiny).splitlines()]
+  (rate,) = (line[-1] for line in lines if line[:3] == ["steps", "a", "second"])
+  assert float(rate.replace(",", "")) > 0
+
+
+def test_a_tiny_supernet_is_rehearsed(tiny, monkeypatch):
+  # Its step takes long to compile.
+  monkeypatch.setattr(build, "initial_variables", drawn)
+  monkeypatch.setattr(rehearsal, "_steps_a_second", lambda *_: 1.0)
+  config = tiny
   lines = rehearsal.rehearse(config).splitlines()
   rows = [line.split() for line in lines if line.endswith("  ternary")]
   assert {path: int(n.replace(",", "")) for path, *_, n, _ in rows[:-1]} == {
@@ -184,9 +218,11 @@ def test_a_tiny_supernet_is_rehearsed(tmp_path):
   epoch = 1257 // 64
   steps = f"{config.float_epochs * epoch:,} + {config.epochs * epoch:,}"
   assert any(line.endswith(steps) for line in lines)
-  params, model_state = run.initial_variables(
-    config, evaluate.load_dataset(config)
+  params, model_state = build.initial_variables(
+    config, build.load_dataset(config)
   )
-  frozen = repr(run.ternary_phase(config, 35, params, model_state).final.tern)
+  frozen = repr(
+    stages.ternary_phase(config, 35, params, model_state).final.tern
+  )
   assert "largest=9216, frozen=True" in frozen
   assert frozen.endswith("stacked=('blocks',))")

@@ -11,13 +11,16 @@ from flax import linen as nn
 
 import tern_jax
 from experiments import cifar10, imagenet
-from experiments.common import cli, evaluate, models, pretrained
+from experiments.common import build, errors, models
+from experiments.common.models import layers
+from experiments.common.models.small import PatchConv
+from experiments.common.runner import pretrained
 from tern_jax.core.paths import path_str
 
 
 def shapes(config, classes, size):
   """{path of a parameter: its shape}, without memory for it."""
-  model = evaluate.make_model(config, classes)
+  model = build.make_model(config, classes)
   init = functools.partial(model.init, train=False)
   image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
   tree = jax.eval_shape(init, jax.random.key(0), image)["params"]
@@ -48,7 +51,7 @@ def test_networks_for_cifar10(model, parameters, ternary):
 def test_a_product_with_patches_is_a_convolution(size):
   keys = jax.random.split(jax.random.key(0))
   images = jax.random.normal(keys[0], (2, size, size, 3))
-  patch = models.PatchConv(5)
+  patch = PatchConv(5)
   variables = patch.init(keys[1], images)
   conv = nn.Conv(5, (3, 3), 2, padding=1, use_bias=False)
   np.testing.assert_allclose(
@@ -79,7 +82,7 @@ def test_the_gradient_in_parts_is_that_of_a_convolution(
 
   found, expected = (
     jax.vjp(functools.partial(convolved, convolve), x, kernel)
-    for convolve in (models.convolve, jax.lax.conv_general_dilated)
+    for convolve in (layers.convolve, jax.lax.conv_general_dilated)
   )
   np.testing.assert_array_equal(found[0], expected[0])
   g = jax.random.normal(key[2], found[0].shape, dtype)
@@ -259,7 +262,7 @@ def test_weights_of_torchvision_give_its_answers(bottleneck, size):
 def test_tensors_that_are_not_those_of_the_network(changes, message):
   net = drawn((1, 1), False, np.random.default_rng(0)) | changes
   net = {name: tensor for name, tensor in net.items() if tensor is not None}
-  with pytest.raises(cli.UsageError, match=message):
+  with pytest.raises(errors.UsageError, match=message):
     pretrained.from_torchvision(net, variables((1, 1), False)[1])
 
 

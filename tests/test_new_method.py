@@ -1,34 +1,13 @@
 """A method that the package does not know goes the whole way."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 import tern_jax
-from tern_jax import Ternarizer, Ternary, training
-from tern_jax.core.estimators import straight_through
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class Halves(Ternarizer):
-  """Codes round(w / scale) of a trained scale, clipped to -1, 0, 1."""
-
-  start: float = 0.5
-
-  def init(self, w):
-    return {"scale": jnp.asarray(self.start, w.dtype)}, {}
-
-  def __call__(self, w, scales, state):
-    ternary = self.discretize(w, scales, state)
-    return straight_through(w, ternary.dequantize())
-
-  def discretize(self, w, scales, state):
-    scale = scales["scale"]
-    codes = jnp.clip(jnp.round(w / scale), -1, 1).astype(jnp.int8)
-    return Ternary(codes, scale, scale)
+from tern_jax import training
+from tests.helpers import Halves
 
 
 def test_from_training_to_a_loaded_file(tmp_path):

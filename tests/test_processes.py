@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from experiments.common import guard, log
+from experiments.common import errors, guard, log
 from experiments.common.processes import on_loopback
-from tern_jax import load_packed, packed
+from tern_jax import load_packed, unpack
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ["-m", "experiments.digits"]
@@ -66,13 +67,14 @@ def losses(workdir, phase):
   return [line["loss"] for line in log.read_metrics(directory)]
 
 
+@pytest.mark.long
 def test_two_processes_train_as_one_though_interrupted(tmp_path):
   one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
   end(start(1, 4, tmp_path, "--workdir", str(one)))
   # A machine is preempted alone, but all save the same step.
   program = ["-c", PREEMPTED]
   running = start(2, 2, tmp_path, "--workdir", str(two), program=program)
-  end(running, guard.INTERRUPTED)
+  end(running, errors.INTERRUPTED)
   assert len(log.read_metrics(two)) == guard.COMPARED_EVERY
   end(start(2, 2, tmp_path, "--workdir", str(two)))
   # Adam divides gradients that are zero but for rounding by themselves.
@@ -81,4 +83,4 @@ def test_two_processes_train_as_one_though_interrupted(tmp_path):
     assert len(alone) == 2 * 19
     np.testing.assert_allclose(shared, alone, rtol=0, atol=off)
   assert (two / "result.json").exists()
-  assert packed.unpack(load_packed(two / "packed"))
+  assert unpack(load_packed(two / "packed"))

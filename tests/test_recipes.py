@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import tern_jax
+from tests import helpers
 
 PARAMS = {
   "body": {"kernel": jax.random.normal(jax.random.key(0), (30, 20))},
@@ -29,7 +30,7 @@ def test_it_is_the_parts_it_names(sparsity):
   alpha, kappa = tern_jax.at_sparsity(target), tern_jax.late_kappa(20)
   strength = tern_jax.relative(kappa)
   parts = tern_jax.wdr_transform(alpha, strength, where, sharp=True)
-  params, _ = tern.init(PARAMS)
+  params, _ = helpers.init(tern, PARAMS)
   updates = jax.tree.map(jnp.ones_like, params)
   mine, theirs = wdr.init(params), parts.init(params)
   for step in range(20):
@@ -64,7 +65,7 @@ def test_a_net_learns_at_the_asked_sparsity():
   tern, wdr = tern_jax.recipe(tern_jax.across_layers(0.9), steps)
   rate = optax.cosine_decay_schedule(1e-2, steps, 0.05)
   tx = optax.chain(wdr, optax.adam(rate))
-  params, state = tern.init(PARAMS)
+  params, state = helpers.init(tern, PARAMS)
 
   def logits(weights):
     hidden = jax.nn.relu(x @ weights["body"]["kernel"])
@@ -88,7 +89,7 @@ def test_a_net_learns_at_the_asked_sparsity():
     return jax.lax.scan(step, carry, None, steps)[0]
 
   params, state, _ = train(params, state)
-  codes = tern.discretize(*tern.refresh(params, state))
+  codes = helpers.discretize(tern, *helpers.refresh(tern, params, state))
   assert int(tern_jax.metrics.sparsity(codes) * 680) == 612
   answers = jnp.argmax(logits(tern_jax.unpack(tern_jax.pack(codes))), -1)
   assert float(jnp.mean(answers == labels)) > 0.8
@@ -99,17 +100,25 @@ def test_latents_of_float64():
   with jax.enable_x64(True):
     weights = {"w": jax.random.normal(jax.random.key(0), (30, 20), jnp.float64)}
     tern, wdr = tern_jax.recipe(0.8, 20)
-    params, state = tern.init(weights)
     tx = optax.chain(wdr, optax.adam(0.01))
-    opt_state = tx.init(params)
-    step = jax.jit(tx.update)
-    for key in jax.random.split(jax.random.key(1), 20):
+
+    def step(carry, key):
+      params, state, opt_state = carry
       noise = jax.random.normal(key, (30, 20), jnp.float64)
-      grads = jax.tree.map(lambda x, r=noise: jnp.full_like(x, r[0, 0]), params)
+      grads = jax.tree.map(lambda x: jnp.full_like(x, noise[0, 0]), params)
       grads = dataclasses.replace(grads, latent={"w": noise})
-      updates, opt_state = step(grads, opt_state, params)
+      updates, opt_state = tx.update(grads, opt_state, params)
       params = optax.apply_updates(params, updates)
-      params, state = tern.after_step(params, state)
+      return (*tern.after_step(params, state), opt_state), None
+
+    @jax.jit
+    def train(weights):
+      params, state = tern.init(weights)
+      carry = params, state, tx.init(params)
+      keys = jax.random.split(jax.random.key(1), 20)
+      params, state, _ = jax.lax.scan(step, carry, keys)[0]
+      return params, tern.discretize(params, state)["w"].codes
+
+    params, codes = train(weights)
     assert params.latent["w"].dtype == jnp.float64
-    codes = tern.discretize(params, state)["w"].codes
     assert int((codes == 0).sum()) == 480

@@ -145,7 +145,7 @@ def test_coupled_before_adam_is_the_loss_term(standard_promotion, dtype):
   params, grads = tree(dtype)
   lam, alpha = 0.3, 0.2
   tx = optax.chain(tern_jax.wdr_transform(alpha, lam), optax.adam(1e-2))
-  updates, _ = tx.update(grads, tx.init(params), params)
+  updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
 
   with_term = jax.tree.map(
     lambda g, p: (
@@ -156,7 +156,7 @@ def test_coupled_before_adam_is_the_loss_term(standard_promotion, dtype):
     params,
   )
   adam = optax.adam(1e-2)
-  expected, _ = adam.update(with_term, adam.init(params), params)
+  expected, _ = jax.jit(adam.update)(with_term, adam.init(params), params)
   assert jax.tree.map(lambda u: u.dtype, updates) == jax.tree.map(
     lambda p: p.dtype, params
   )
@@ -174,9 +174,9 @@ def test_decoupled_after_adam_adds_undisturbed(standard_promotion):
   chain = optax.chain(
     optax.scale_by_adam(), tern_jax.wdr_transform(0.2, 0.3), optax.scale(-1e-2)
   )
-  updates, _ = chain.update(grads, chain.init(params), params)
+  updates, _ = jax.jit(chain.update)(grads, chain.init(params), params)
   adam = optax.scale_by_adam()
-  plain, _ = adam.update(grads, adam.init(params), params)
+  plain, _ = jax.jit(adam.update)(grads, adam.init(params), params)
   jax.tree.map(
     lambda u, a, p: np.testing.assert_allclose(
       u, -1e-2 * (a + 0.3 * reference.wdr_grad(p, 0.2)), rtol=1e-5, atol=1e-8
@@ -313,8 +313,9 @@ def test_a_late_strength_that_nothing_is_seen_before(onset, churn):
   grads = {"w": jnp.ones(30)}
   state = tx.init(params)
   assert state.nonzero == ()
+  update = jax.jit(tx.update)
   for _ in range(round(100 * onset) + 1):
-    updates, state = tx.update(grads, state, params)
+    updates, state = update(grads, state, params)
   added = updates["w"] - grads["w"]
   expected = 0.1 * reference.wdr_grad(np.linspace(-1, 1, 30), 0.1, sharp=True)
   np.testing.assert_allclose(added, expected, rtol=1e-4, atol=1e-6)

@@ -12,7 +12,7 @@ import re
 import pytest
 
 from experiments import report
-from experiments.common import cli, page
+from experiments.common import bench, build, errors, page, tables
 
 
 def run(accuracy, seed):
@@ -87,7 +87,7 @@ def write(directory, records):
 
 
 def made(results, out):
-  report.main(report.Options(results=results, out=out))
+  report.main(report.ReportOptions(results=results, out=out))
   return tuple(
     (out / name).read_text(encoding="utf-8")
     for name in ("report.md", "index.html")
@@ -102,7 +102,9 @@ def invented(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory):
-  return made(report.Options().results, tmp_path_factory.mktemp("committed"))
+  return made(
+    report.ReportOptions().results, tmp_path_factory.mktemp("committed")
+  )
 
 
 class Page(html.parser.HTMLParser):
@@ -215,7 +217,7 @@ def test_the_page_needs_nothing_else(which, request):
 def test_every_committed_record_is_in_the_report(committed):
   text, whole = committed
   rows = {row[0] for row in Page(whole).rows}
-  results = sorted(report.Options().results.glob("*.json"))
+  results = sorted(report.ReportOptions().results.glob("*.json"))
   assert results
   for path in results:
     assert path.stem in rows
@@ -246,7 +248,7 @@ def test_every_committed_record_is_in_the_report(committed):
 )
 def test_an_unknown_file_is_named(tmp_path, name, content, says):
   (tmp_path / f"{name}.json").write_text(content)
-  with pytest.raises(cli.UsageError) as error:
+  with pytest.raises(errors.UsageError) as error:
     report.read(tmp_path)
   assert f"{name}.json" in str(error.value)
   assert says in str(error.value)
@@ -260,7 +262,7 @@ def test_no_records(tmp_path, capsys):
   assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("module", [report, page])
+@pytest.mark.parametrize("module", [report, page, tables, bench, build])
 def test_doctests(module):
   failed, attempted = doctest.testmod(module)
   assert attempted

@@ -11,6 +11,10 @@ from flax import nnx
 import tern_jax
 from tern_jax.core.checks import check_weights
 from tern_jax.core.paths import matches
+from tests import helpers
+from tests.helpers import NnxNet
+
+NNX_PATHS = ["layers/0/kernel", "layers/1/kernel"]
 
 
 class _Block(nn.Module):
@@ -21,21 +25,15 @@ class _Block(nn.Module):
     return nn.Dense(3, name="head")(x.mean((1, 2)))
 
 
-class _NnxNet(nnx.Module):
-  def __init__(self, rngs):
-    self.layers = nnx.List([nnx.Linear(3, 4, rngs=rngs)])
-    self.norm = nnx.LayerNorm(4, rngs=rngs)
-
-
 def linen():
   x = jnp.ones((1, 8, 8, 1))
-  return _Block().init(jax.random.key(0), x)["params"]
+  return jax.jit(_Block().init)(jax.random.key(0), x)["params"]
 
 
 def linen_boxed():
   init = nn.with_partitioning(nn.initializers.ones, (None, "model"))
   layer = nn.Dense(3, kernel_init=init)
-  return layer.init(jax.random.key(0), jnp.ones((1, 2)))["params"]
+  return jax.jit(layer.init)(jax.random.key(0), jnp.ones((1, 2)))["params"]
 
 
 def equinox():
@@ -44,7 +42,7 @@ def equinox():
 
 def haiku():
   net = hk.transform(lambda x: hk.nets.MLP([4, 3])(x))
-  return net.init(jax.random.key(0), jnp.ones((1, 2)))
+  return jax.jit(net.init)(jax.random.key(0), jnp.ones((1, 2)))
 
 
 @pytest.mark.parametrize(
@@ -52,7 +50,7 @@ def haiku():
   [
     (linen, ["Conv_0/kernel", "head/kernel"]),
     (linen_boxed, ["kernel"]),
-    (lambda: nnx.state(_NnxNet(nnx.Rngs(0))), ["layers/0/kernel"]),
+    (lambda: nnx.state(NnxNet(nnx.Rngs(0))), NNX_PATHS),
     (equinox, ["layers/0/weight", "layers/1/weight"]),
     (haiku, ["mlp/~/linear_0/w", "mlp/~/linear_1/w"]),
   ],
@@ -149,7 +147,8 @@ def test_the_largest_layer_is_the_one_ec2t_spares_nothing(stacked):
   def codes(largest):
     method = tern_jax.EC2T(gamma=0.5, largest=largest)
     tern = tern_jax.ParamTransform(method, where, stacked)
-    return tern.discretize(*tern.init(tree))["blocks"]["kernel"].codes
+    moment = helpers.init(tern, tree)
+    return helpers.discretize(tern, *moment)["blocks"]["kernel"].codes
 
   largest = where.largest(tree, stacked)
   np.testing.assert_array_equal(codes(largest), codes(None))

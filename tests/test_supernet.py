@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tern_jax
-from experiments.common import supernet
+from experiments.common.models import micronet
 from tern_jax.core.paths import path_str
 
 WHERE = tern_jax.kernels(exclude=("stem", "head", "shortcut"))
@@ -18,7 +18,7 @@ TINY = (0.2, 0.5, 1)
 
 def shapes(d, w, phi, classes=10):
   """Shapes of all variables, by path."""
-  model = supernet.MicroNet(d, w, phi, classes)
+  model = micronet.MicroNet(d, w, phi, classes)
   image = jnp.zeros((1, 32, 32, 3))
   init = functools.partial(model.init, train=False)
   tree = jax.eval_shape(init, jax.random.key(0), image)
@@ -35,7 +35,7 @@ def parameters(*args):
 
 @pytest.fixture(scope="module")
 def tiny():
-  model = supernet.MicroNet(*TINY, classes=3)
+  model = micronet.MicroNet(*TINY, classes=3)
   rng = np.random.default_rng(0)
   images = jnp.asarray(rng.normal(size=(6, 8, 8, 3)), jnp.float32)
   init = functools.partial(model.init, train=False)
@@ -59,7 +59,7 @@ def tiny():
 @pytest.mark.parametrize(
   ("factors", "blocks", "widths"),
   [
-    ((1.4, 1.2, 3.5), 23, (32, 64, 120)),  # The published supernet.
+    ((1.4, 1.2, 3.5), 23, (32, 64, 120)),  # The published micronet.
     ((1, 1, 1), 7, (16, 32, 64)),
     ((1.4, 1.2, 0), 7, (16, 32, 64)),
     # 19.2 and 38.4: to 16 would take a sixth away, to 40 is nearest.
@@ -70,12 +70,12 @@ def tiny():
   ],
 )
 def test_scale(factors, blocks, widths):
-  assert supernet.scale(*factors) == (blocks, widths)
+  assert micronet.scale(*factors) == (blocks, widths)
 
 
 @given(st.floats(0.1, 2), st.floats(0.1, 2), st.floats(0, 4))
 def test_scaled_channels_are_close_multiples_of_8(d, w, phi):
-  blocks, widths = supernet.scale(d, w, phi)
+  blocks, widths = micronet.scale(d, w, phi)
   assert blocks - 1 < 7 * d**phi <= blocks
   for channels, width in zip((16, 32, 64), widths, strict=True):
     assert width % 8 == 0
@@ -84,14 +84,14 @@ def test_scaled_channels_are_close_multiples_of_8(d, w, phi):
 
 
 def test_the_grid_doubles_the_operations():
-  for d, w in supernet.GRID:
+  for d, w in micronet.GRID:
     assert d * w**2 == pytest.approx(2, abs=0.11)
 
 
 @pytest.mark.parametrize("factors", [(0, 1, 1), (1, -1, 1), (1, 1, -0.5)])
 def test_factors_must_be_positive(factors):
   with pytest.raises(ValueError, match=f"got d={factors[0]}, w={factors[1]}"):
-    supernet.scale(*factors)
+    micronet.scale(*factors)
 
 
 # The size of the net.
@@ -131,7 +131,7 @@ def test_other_published_sizes_are_those_of_another_grid_point(phi, c10, c100):
   # 8.02 and 8.03 M: arXiv 2004.01077.
   [(10, 8_044_234, "8.02"), (100, 8_055_124, "8.03")],
 )
-def test_the_supernet_has_the_published_size(classes, trained, folded):
+def test_the_micronet_has_the_published_size(classes, trained, folded):
   found = shapes(1.4, 1.2, 3.5, classes)
   sizes = {k: int(np.prod(v)) for k, v in found.items() if "params/" in k}
   assert sum(sizes.values()) == trained
@@ -174,7 +174,7 @@ def test_what_is_ternary_are_the_convolutions_of_the_blocks():
 def test_layers_of_a_stack_are_ternarized_one_by_one(tiny):
   params = {"stage0": tiny[1]["params"]["stage0"]}
   tern = tern_jax.ParamTransform(
-    tern_jax.EC2T(largest=9 * 32 * 32), stacked=supernet.STACKED
+    tern_jax.EC2T(largest=9 * 32 * 32), stacked=micronet.STACKED
   )
   ternary = tern.discretize(*tern.init(params))
   stack = ternary["stage0"]["blocks"]["conv1"]["kernel"]
@@ -192,7 +192,9 @@ def test_layers_of_a_stack_are_ternarized_one_by_one(tiny):
 
 def norm(x, variables, name):
   """Batch norm by the running statistics, in NumPy."""
-  p, s = (variables[k][name] for k in ("params", "batch_stats"))
+  x, p, s = jax.tree.map(
+    np.asarray, (x, *(variables[k][name] for k in ("params", "batch_stats")))
+  )
   x = (x - s["mean"]) / np.sqrt(s["var"] + 1e-5)
   return x * p["scale"] + p["bias"]
 
@@ -245,7 +247,7 @@ def test_the_forward_is_that_of_the_blocks_one_by_one(tiny):
       x = block(x, inside(stage, "first"), stride)
     for i in range(2 if n == 0 else 1):
       x = block(x, jax.tree.map(lambda leaf, i=i: leaf[i], stack))
-  head = variables["params"]["head"]
+  head = jax.tree.map(np.asarray, variables["params"]["head"])
   expected = np.maximum(x, 0).mean((1, 2)) @ head["kernel"] + head["bias"]
   assert x.shape == (6, 2, 2, 32)
   logits = model.apply(variables, images, train=False)
@@ -303,7 +305,7 @@ def test_dropout_acts_in_training_alone(tiny):
 
 
 def test_blocks_of_a_stack_drop_on_their_own():
-  stage = supernet.Stage(blocks=2, channels=1)
+  stage = micronet.ResidualStage(blocks=2, channels=1)
   x = jnp.zeros((50, 8, 8, 1))
   variables = stage.init(jax.random.key(0), x, train=False)
   block = variables["params"]["blocks"]
@@ -325,7 +327,7 @@ def test_blocks_of_a_stack_drop_on_their_own():
 
 def test_statistics_are_shared_over_a_mapped_axis(tiny):
   _, variables, images = tiny
-  model = supernet.MicroNet(*TINY, classes=3, axis_name="data")
+  model = micronet.MicroNet(*TINY, classes=3, axis_name="data")
 
   def update(images, key):
     return model.apply(

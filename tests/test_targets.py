@@ -16,7 +16,7 @@ import tern_jax
 from tern_jax import EC2T, TGA, TTQ, ParamTransform
 from tern_jax.methods.ec2t_math import ec2t_at_sparsity, ec2t_thresholds
 from tern_jax.training import data_mesh
-from tests import reference
+from tests import helpers, reference
 
 CLASSES = [TTQ, TGA, EC2T]
 SHARES = [0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99]
@@ -35,11 +35,7 @@ GROUP = (0, -1)
 
 
 at_sparsity = jax.jit(ec2t_at_sparsity)
-
-
-def weights(shape=(48, 32), dtype=jnp.float32, seed=0):
-  w = np.random.default_rng(seed).normal(0.01, 0.1, shape)
-  return jnp.asarray(w, jnp.float32).astype(dtype)
+weights = functools.partial(helpers.weights, mu=0.01)
 
 
 def zeros(method, w, scales, state):
@@ -51,16 +47,19 @@ def asked(share, n):
 
 
 @pytest.mark.parametrize(
-  ("method_class", "axis"),
+  ("method_class", "axis", "dtype"),
   [
-    (TTQ, None),
-    (functools.partial(TGA, mean=True), GROUP),
-    (EC2T, None),
-    (EC2T, GROUP),
+    (TTQ, None, jnp.float32),
+    (TTQ, None, jnp.bfloat16),
+    (functools.partial(TGA, mean=True), GROUP, jnp.float32),
+    (EC2T, GROUP, jnp.float32),
+    helpers.long(EC2T, None, jnp.float32),
+    helpers.long(functools.partial(TGA, mean=True), GROUP, jnp.bfloat16),
+    helpers.long(EC2T, GROUP, jnp.bfloat16),
+    helpers.long(EC2T, None, jnp.bfloat16),
   ],
-  ids=["TTQ", "TGA mean", "EC2T", "EC2T group"],
 )
-def test_every_share_of_every_distribution(method_class, axis):
+def test_every_share_of_every_distribution(method_class, axis, dtype):
   """At the start, after a look at latents that moved, and after `refresh`."""
 
   def counts(share, w, moved):
@@ -78,16 +77,15 @@ def test_every_share_of_every_distribution(method_class, axis):
   counted = jax.jit(jax.vmap(counts, (0, None, None)))
   for x in WEIGHTS.values():
     moved = 0.9 * x + 0.1 * np.random.default_rng(1).permuted(x)
-    for dtype in (jnp.float32, jnp.bfloat16):
-      w, later = (jnp.asarray(a, jnp.float32).astype(dtype) for a in (x, moved))
-      start, looked, fresh = counted(shares, w, later)
-      wanted = np.array([asked(s, x.size) for s in SHARES])
-      # Thresholds and means are rounded.
-      exact = 0 if method_class is TTQ else 1e-4 * x.size
-      ties = max(tied(w, later), 1) if dtype == jnp.bfloat16 else 0
-      assert np.all(np.abs(start - wanted) <= exact + ties)
-      assert np.all(np.abs(fresh - wanted) <= exact + ties)
-      assert np.all(np.abs(looked - wanted) <= 1e-3 * x.size + exact + ties)
+    w, later = (jnp.asarray(a, jnp.float32).astype(dtype) for a in (x, moved))
+    start, looked, fresh = counted(shares, w, later)
+    wanted = np.array([asked(s, x.size) for s in SHARES])
+    # Thresholds and means are rounded.
+    exact = 0 if method_class is TTQ else 1e-4 * x.size
+    ties = max(tied(w, later), 1) if dtype == jnp.bfloat16 else 0
+    assert np.all(np.abs(start - wanted) <= exact + ties)
+    assert np.all(np.abs(fresh - wanted) <= exact + ties)
+    assert np.all(np.abs(looked - wanted) <= 1e-3 * x.size + exact + ties)
 
 
 def tied(*arrays):
@@ -290,7 +288,9 @@ def test_a_schedule_is_looked_at_every_few_steps(method_class):
   np.testing.assert_allclose(shares, wanted, atol=2e-3)
 
 
-@pytest.mark.parametrize("method_class", CLASSES)
+@pytest.mark.parametrize(
+  "method_class", [TTQ, TGA, pytest.param(EC2T, marks=pytest.mark.long)]
+)
 def test_a_sweep_equals_a_loop(method_class):
   w, g = weights((32, 24)), weights((32, 24), seed=1)
 
@@ -355,9 +355,14 @@ def test_latents_scaled_decayed_or_averaged_meet_it_again(method_class, axis):
     params, state, opt_state, average = step(
       params, state, opt_state, average, key
     )
+
+  @jax.jit
+  def met(params):
+    return tern.discretize(*tern.refresh(params, state))["w"]
+
   scaled = params.replace(latent={"w": 30 * params.latent["w"]})
   for other in (params, scaled, average):
-    got = tern.discretize(*tern.refresh(other, state))["w"]
+    got = met(other)
     # Within the rounding of thresholds.
     assert abs(int(jnp.sum(got.codes == 0)) - 1152) <= (method_class is EC2T)
     assert bool((got.w_p > 0).all())

@@ -13,6 +13,7 @@ import scipy.stats
 from tern_jax import LABELS, TGA, ParamTransform, kernels, training
 from tern_jax.methods.tga_math import inverse_mills, truncated_gaussian_scale
 from tests import reference
+from tests.helpers import weights
 
 PAPER = TGA(delta=0.05, of_max=True, mean=True, detach=False)
 METHODS = [
@@ -24,11 +25,6 @@ METHODS = [
   PAPER,
 ]
 AXES = {None: None, -1: 0, 0: 1}
-
-
-def weights(shape=(48, 32), dtype=jnp.float32, seed=0, mu=0.0):
-  w = np.random.default_rng(seed).normal(mu, 0.1, shape)
-  return jnp.asarray(w, jnp.float32).astype(dtype)
 
 
 def pull_back(method, w, scales, g):
@@ -356,7 +352,7 @@ class TestGradients:
       def loss(scales):
         y = jnp.asarray(x, jnp.float32) @ method(w, scales, {})
         if norm:
-          y = (y - y.mean(0)) / y.std(0)
+          y = (y - y.mean(0, keepdims=True)) / y.std(0, keepdims=True)
         return jnp.mean(jnp.square(jax.nn.relu(y) - width))
 
       return abs(float(jax.grad(loss)(method.init(w)[0])["delta"]))

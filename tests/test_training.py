@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 import tern_jax
 from tern_jax import training
 from tern_jax.training import TrainState
+from tests import helpers
 
 
 class _Net(nn.Module):
@@ -65,14 +66,13 @@ TX = optax.chain(
 
 
 def start(tern=TERN, tx=TX):
-  variables = _Net().init(jax.random.key(0), jnp.ones((2, 5)), train=False)
-  return training.init_state(
-    variables["params"],
-    tx,
-    tern,
-    {"batch_stats": variables["batch_stats"]},
-    seed=3,
-  )
+  @jax.jit
+  def made():
+    variables = _Net().init(jax.random.key(0), jnp.ones((2, 5)), train=False)
+    stats = {"batch_stats": variables["batch_stats"]}
+    return training.init_state(variables["params"], tx, tern, stats, seed=3)
+
+  return made()
 
 
 def run(step, state, split=lambda b: b, steps=STEPS):
@@ -99,13 +99,20 @@ def test_one_device_learns_at_the_asked_sparsity(one_device):
   state, losses = one_device
   assert losses[-1] < 0.6 * losses[0]
   assert int(state.step) == STEPS
-  ternary = TERN.discretize(*TERN.refresh(state.params, state.tern_state))
+  fresh = helpers.refresh(TERN, state.params, state.tern_state)
+  ternary = helpers.discretize(TERN, *fresh)
   assert float(jnp.mean(ternary["Dense_0"]["kernel"].codes == 0)) == 0.5
 
 
 @pytest.mark.parametrize(
   ("wrapper", "devices"),
-  [("pmap", 1), ("pmap", 8), ("shard_map", 1), ("shard_map", 8), ("vmap", 4)],
+  [
+    ("pmap", 8),
+    ("shard_map", 8),
+    ("vmap", 4),
+    helpers.long("pmap", 1),
+    helpers.long("shard_map", 1),
+  ],
 )
 def test_the_same_numbers_on_any_number_of_devices(
   one_device, wrapper, devices
@@ -137,8 +144,15 @@ def test_the_same_numbers_on_any_number_of_devices(
   assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, start())
 
 
-@pytest.mark.parametrize("wrapper", ["pmap", "shard_map"])
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize(
+  ("wrapper", "devices"),
+  [
+    ("pmap", 1),
+    ("shard_map", 2),
+    helpers.long("pmap", 2),
+    helpers.long("shard_map", 1),
+  ],
+)
 def test_one_program_serves_all_steps(caplog, wrapper, devices):
   step = training.make_step(loss_fn(_Net("data")), TX, TERN, "data")
   these = jax.devices()[:devices]
@@ -163,10 +177,9 @@ def test_float_run_equals_a_plain_loop():
   step = jax.jit(training.make_step(loss_fn(_Net()), tx))
   got, _ = run(step, state, steps=3)
   params, stats = state.params, state.model_state
+  slope = jax.jit(jax.grad(loss_fn(_Net()), has_aux=True))
   for batch in batches(3):
-    grads, (stats, _) = jax.grad(loss_fn(_Net()), has_aux=True)(
-      params, stats, batch, None
-    )
+    grads, (stats, _) = slope(params, stats, batch, None)
     params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
   close(got.params, params)
   close(got.model_state, stats)

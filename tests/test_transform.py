@@ -12,6 +12,7 @@ import tern_jax
 import tern_jax.linen
 import tern_jax.nnx
 from tern_jax import SCA, TWN, ParamTransform, TernParams
+from tests.helpers import NnxNet
 
 
 def user_tree(seed=0):
@@ -55,7 +56,7 @@ def test_partition_trains_latents_and_scales_at_their_own_rates(
     {"latent": optax.sgd(0.5), "scales": optax.sgd(0.125)}, tern_jax.LABELS
   )
   grads = jax.tree.map(jnp.ones_like, params)
-  updates, _ = tx.update(grads, tx.init(params), params)
+  updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
   assert isinstance(updates, TernParams)
   assert {float(u.max()) for u in jax.tree.leaves(updates.latent)} == {-0.5}
   assert {float(u.max()) for u in jax.tree.leaves(updates.scales)} == {-0.125}
@@ -85,7 +86,7 @@ def test_the_whole_readme_chain_compiles(standard_promotion):
   def step(params, state, opt_state, x):
     def loss(params):
       w = tern(params, state)
-      h = jnp.tanh(x @ w["body"]["kernel"] + w["body"]["bias"])
+      h = jnp.tanh(x @ w["body"]["kernel"] + w["body"]["bias"][None])
       return jnp.mean((h @ w["head"]["kernel"]) ** 2)
 
     value, grads = jax.value_and_grad(loss)(params)
@@ -141,7 +142,7 @@ def test_equinox_and_haiku_models_run_with_ternary_weights():
   assert float(jnp.mean(ternary.layers[1].weight == 0)) == 0.5
 
   net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([8, 2])(x)))
-  tree = net.init(jax.random.key(0), jnp.ones((1, 4)))
+  tree = jax.jit(net.init)(jax.random.key(0), jnp.ones((1, 4)))
   params, state = tern.init(tree)
   assert net.apply(tern(params, state), jnp.ones((1, 4))).shape == (1, 2)
 
@@ -156,7 +157,9 @@ class _Net(nn.Module):
 
 def test_linen_apply_fn_replaces_the_model_s():
   model, x = _Net(), jnp.ones((3, 4))
-  variables = model.init(jax.random.key(0), x, train=False)
+  variables = jax.jit(lambda key: model.init(key, x, train=False))(
+    jax.random.key(0)
+  )
   tern = ParamTransform(SCA(sparsity=0.5))
   ternary = tern_jax.linen.init(tern, variables)
   apply = tern_jax.linen.apply_fn(model, tern)
@@ -169,21 +172,11 @@ def test_linen_apply_fn_replaces_the_model_s():
   jax.tree.map(np.testing.assert_array_equal, new, stats)
 
 
-class _NnxNet(nnx.Module):
-  def __init__(self, rngs):
-    self.a = nnx.Linear(4, 8, rngs=rngs)
-    self.norm = nnx.BatchNorm(8, rngs=rngs)
-    self.b = nnx.Linear(8, 2, rngs=rngs)
-
-  def __call__(self, x):
-    return self.b(self.norm(self.a(x)))
-
-
 def test_nnx_split_and_merge_inside_grad(standard_promotion):
-  model = _NnxNet(nnx.Rngs(0))
+  model = NnxNet(nnx.Rngs(0))
   tern = ParamTransform(SCA(sparsity=0.5))
   graphdef, params, state, rest = tern_jax.nnx.split(tern, model)
-  assert list(params.scales) == ["a/kernel", "b/kernel"]
+  assert list(params.scales) == ["layers/0/kernel", "layers/1/kernel"]
   r = np.random.default_rng(0)
   x = jnp.asarray(r.normal(size=(16, 4)), jnp.float32)
 
@@ -193,7 +186,9 @@ def test_nnx_split_and_merge_inside_grad(standard_promotion):
     return value, nnx.state(net, nnx.BatchStat)
 
   (_, stats), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-  assert float(jnp.abs(grads.latent["a"]["kernel"].get_value()).max()) > 0
+  assert (
+    float(jnp.abs(grads.latent["layers"][0]["kernel"].get_value()).max()) > 0
+  )
   assert float(jnp.abs(stats["norm"]["mean"].get_value()).max()) > 0
 
 

@@ -12,20 +12,28 @@ be stopped and given again, and `table.md` there holds what is done so far.
 
 import dataclasses
 import json
-import statistics
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from experiments import cifar10, mnist
-from experiments.common import cli, data, evaluate, log, methods, run
+from experiments.common import (
+  bench,
+  build,
+  cli,
+  configs,
+  data,
+  evaluate,
+  log,
+  methods,
+)
+from experiments.common.configs import SLOW_SCA
+from experiments.common.runner import float_net, run
+from experiments.common.tables import Table, summary
 
 #: Rates of Adam that suit all but SCA better than their own on MNIST.
 FAST = {"learning_rate": 3e-3, "scale_learning_rate": 3e-4}
 FAST_EC2T = {"learning_rate": 3e-3, "scale_learning_rate": 1e-4}
-#: Scales that continue a float net want less than SCA's own rate.
-SLOW_SCA = {"scale_learning_rate": 1e-4}
 #: {row: (method, options that differ from the experiment's)}
 Rows = dict[str, tuple[methods.Method, dict[str, Any]]]
 MNIST: Rows = {
@@ -52,22 +60,15 @@ CIFAR10: Rows = {
 EXPERIMENTS = {
   "mnist": (
     MNIST,
-    dataclasses.replace(mnist.DEFAULT, init="float", epochs=8, float_epochs=3),
+    dataclasses.replace(configs.MNIST, init="float", epochs=8, float_epochs=3),
   ),
-  "cifar10": (CIFAR10, cifar10.DEFAULT),
+  "cifar10": (CIFAR10, configs.CIFAR10),
 }
-#: Columns of the table: title, key of a record, factor, format.
-COLUMNS = (
-  ("validation %", "validation", 100, ".2f"),
-  ("test %", "test", 100, ".2f"),
-  ("zeros %", "sparsity", 100, ".1f"),
-  ("entropy, bit/weight", "entropy", 1, ".2f"),
-)
 Record = dict[str, float | str | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class AccuracyOptions:
   """Command line of the benchmark."""
 
   experiment: tyro.conf.Positional[Literal["mnist", "cifar10"]]
@@ -86,7 +87,7 @@ class Options:
   """Where the runs lie."""
 
 
-def main(options: Options) -> None:
+def main(options: AccuracyOptions) -> None:
   """Trains what is not trained yet, and prints the table."""
   rows, config = EXPERIMENTS[options.experiment]
   given = {
@@ -105,25 +106,36 @@ def main(options: Options) -> None:
       own = dataclasses.replace(seeded, method=method, workdir=None, **changes)
       workdir = str(place / own.directory.name)
       result = run.run(dataclasses.replace(own, workdir=workdir))
-      table[label].append(ternary_record(result))
+      table[label].append(bench.ternary_record(result))
       write(table, place)
     table["float"].append(float_record(seeded, dataset))
     write(table, place)
-  print(markdown(table))
+  print(shown(table).markdown())
 
 
 def write(table: dict[str, list[Record]], place: Path) -> None:
   """Writes what is done so far."""
-  (place / "table.md").write_text(markdown(table) + "\n")
+  (place / "table.md").write_text(shown(table).markdown() + "\n")
   (place / "table.json").write_text(json.dumps(table, indent=2) + "\n")
+
+
+def shown(table: dict[str, list[Record]]) -> Table:
+  """Returns mean ± standard deviation of each row, and nothing where none is.
+
+  >>> rows = {"float": [{"validation": .9, "test": .89, "sparsity": None,
+  ...                    "entropy": None}]}
+  >>> shown(rows).rows
+  [('float', '1', '90.00', '89.00', '-', '-')]
+  """
+  return summary(table, bench.ACCURACY)
 
 
 def float_record(config: cli.Config, dataset: data.Dataset) -> Record:
   """Trains a float net for the epochs of both trainings, and evaluates it."""
   both = (config.float_epochs or config.epochs) + config.epochs
   config = dataclasses.replace(config, float_epochs=both)
-  variables: Any = run.train_float(config, dataset)
-  model = evaluate.make_model(config, dataset.num_classes)
+  variables: Any = float_net.train(config, dataset)
+  model = build.make_model(config, dataset.num_classes)
   score = evaluate.make_scorer(model, dataset)
   return {
     "validation": score(variables, dataset.validation).accuracy,
@@ -134,44 +146,5 @@ def float_record(config: cli.Config, dataset: data.Dataset) -> Record:
   }
 
 
-def ternary_record(result: dict[str, Any]) -> Record:
-  """Returns what the table shows of a run."""
-  return {
-    "validation": result["validation_accuracy"]["rounded"],
-    "test": result["accuracy"],
-    "sparsity": result["sparsity"],
-    "entropy": result["entropy_bits_per_weight"],
-    "command": result["command"],
-    "commit": result["commit"],
-  }
-
-
-def markdown(table: dict[str, list[Record]], columns: Any = COLUMNS) -> str:
-  """Prints {row: records of its seeds} as mean ± standard deviation.
-
-  Args:
-    table: what to print.
-    columns: title, key of a record, factor and format of each.
-
-  >>> rows = {"float": [{"validation": .9, "test": .89, "sparsity": None,
-  ...                    "entropy": None}]}
-  >>> print(markdown(rows).splitlines()[-1])
-  | float | 1 | 90.00 | 89.00 | - | - |
-  """
-  titles = ("", "seeds", *(title for title, *_ in columns))
-  lines = [titles, ("---",) * len(titles)]
-  for label, records in table.items():
-    cells = []
-    for _, key, factor, form in columns:
-      values = [r[key] for r in records]
-      known = [factor * v for v in values if v is not None]
-      cell = f"{statistics.mean(known):{form}}" if known else "-"
-      if len(known) > 1:
-        cell += f" ± {statistics.stdev(known):{form}}"
-      cells.append(cell)
-    lines.append((label, str(len(records)), *cells))
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 if __name__ == "__main__":
-  main(tyro.cli(Options, description=__doc__))
+  main(tyro.cli(AccuracyOptions, description=__doc__))

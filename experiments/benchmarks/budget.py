@@ -17,20 +17,13 @@ from typing import Any
 
 import tyro
 
-from experiments.benchmarks import accuracy_table
-from experiments.common import methods, run
-
-#: Columns of the table, as those of `accuracy_table`.
-COLUMNS = (
-  ("bytes", "bytes", 1, ",.0f"),
-  ("zeros %", "sparsity", 100, ".1f"),
-  ("validation %", "validation", 100, ".2f"),
-  ("test %", "test", 100, ".2f"),
-)
+from experiments.common import bench, configs, methods
+from experiments.common.runner import run
+from experiments.common.tables import summary
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class BudgetOptions:
   """Command line of the benchmark."""
 
   sparsities: tuple[float, ...] = (0.8, 0.9, 0.95)
@@ -43,11 +36,10 @@ class Options:
   """Where the runs lie."""
 
 
-def main(options: Options) -> None:
+def main(options: BudgetOptions) -> None:
   """Trains what is not trained yet, and prints the table."""
-  _, config = accuracy_table.EXPERIMENTS["cifar10"]
   config = dataclasses.replace(
-    config, data_dir=options.data_dir, **accuracy_table.SLOW_SCA
+    configs.CIFAR10, data_dir=options.data_dir, **configs.SLOW_SCA
   )
   place = options.root / f"{config.data}-{config.model}"
   table: dict[str, list[Any]] = {}
@@ -56,10 +48,10 @@ def main(options: Options) -> None:
     own = dataclasses.replace(config, seed=seed, method=method)
     workdir = str(place / own.directory.name)
     result = run.run(dataclasses.replace(own, workdir=workdir))
-    record = accuracy_table.ternary_record(result)
+    record = bench.ternary_record(result)
     record["bytes"] = result["entropy_bytes"]
     table.setdefault(label, []).append(record)
-    text = accuracy_table.markdown(table, COLUMNS)
+    text = summary(table, bench.BUDGET).markdown()
     (place / "table.md").write_text(text + "\n")
     (place / "table.json").write_text(json.dumps(table, indent=2) + "\n")
     return result
@@ -69,8 +61,8 @@ def main(options: Options) -> None:
       alike = methods.Sca(sparsity=sparsity)
       size = int(train(f"{sparsity:g} in all", seed, alike)["entropy_bytes"])
       train(f"{sparsity:g}, shared", seed, methods.Sca(bytes=size))
-  print(accuracy_table.markdown(table, COLUMNS))
+  print(summary(table, bench.BUDGET).markdown())
 
 
 if __name__ == "__main__":
-  main(tyro.cli(Options, description=__doc__))
+  main(tyro.cli(BudgetOptions, description=__doc__))

@@ -28,15 +28,19 @@ import jax
 import optax
 import tyro
 
-from experiments.common import cli, data, evaluate, log, methods, plot, run
+from experiments.common import build, cli, data, methods
 from experiments.common import processes as joint
+from experiments.common.plots import compare
+from experiments.common.runner import stages
+from experiments.common.runner.step import make_step
+from experiments.common.tables import Table
 
 #: (processes, devices of each)
 LAYOUTS = (1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (2, 4)
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class DevicesOptions:
   """Command line of the benchmark."""
 
   data: str = "mnist"
@@ -55,9 +59,9 @@ class Options:
   """PNG to draw."""
 
 
-def main(options: Options) -> None:
+def main(options: DevicesOptions) -> None:
   """Prints the table."""
-  rows: log.Rows = [("processes x devices", "loss off by", "ms a step")]
+  table = Table(("processes x devices", "loss off by", "ms a step"))
   times, alone = {}, None
   for layout in LAYOUTS:
     losses, seconds = measure(options, *layout)
@@ -65,15 +69,15 @@ def main(options: Options) -> None:
     off = max(abs(a - b) for a, b in zip(alone, losses, strict=True))
     name = "{} x {}".format(*layout)
     times[name] = 1000 * seconds
-    rows.append((name, f"{off:.1e}", f"{times[name]:.1f}"))
+    table.rows.append((name, f"{off:.1e}", f"{times[name]:.1f}"))
     print(f"{name}: done", flush=True)
-  print(log.aligned(rows))
+  print(table.text())
   if options.picture is not None:
-    plot.step_times(times, options.picture)
+    compare.step_times(times, options.picture)
 
 
 def measure(
-  options: Options, processes: int, devices: int
+  options: DevicesOptions, processes: int, devices: int
 ) -> tuple[list[float], float]:
   """Trains in processes of their own.
 
@@ -85,15 +89,15 @@ def measure(
   Returns:
     (loss of each step, median seconds of a step)
   """
-  # Options print as the call that makes them.
   options = dataclasses.replace(options, picture=None)
+  record = json.dumps(dataclasses.asdict(options))
   program = (
-    "import json; from experiments.benchmarks.devices import Options, train;"
-    f" print(json.dumps(train({options!r})))"
+    "import sys; from experiments.benchmarks import devices;"
+    " devices.answer(sys.argv[1])"
   )
   running = [
     subprocess.Popen(
-      [sys.executable, "-c", program],
+      [sys.executable, "-c", program, record],
       env=environment,
       stdout=subprocess.PIPE,
       text=True,
@@ -106,7 +110,16 @@ def measure(
   return json.loads(answers[0].splitlines()[-1])
 
 
-def train(options: Options) -> tuple[list[float], float]:
+def answer(record: str) -> None:
+  """Trains as one of the processes, and prints the outcome as JSON.
+
+  Args:
+    record: the options, as JSON.
+  """
+  print(json.dumps(train(DevicesOptions(**json.loads(record)))))
+
+
+def train(options: DevicesOptions) -> tuple[list[float], float]:
   """Returns what `measure` does, as one of its processes."""
   with joint.joined(os.environ["JAX_NUM_PROCESSES"] != "1"):
     config = cli.Config(
@@ -119,11 +132,11 @@ def train(options: Options) -> tuple[list[float], float]:
       workdir="runs",  # nothing is written
     )
     dataset = data.load_dataset(config.data, config.data_dir)
-    params, model_state = run.initial_variables(config, dataset)
-    phase = run.ternary_phase(config, options.steps, params, model_state)
+    params, model_state = build.initial_variables(config, dataset)
+    phase = stages.ternary_phase(config, options.steps, params, model_state)
     stage = dataclasses.replace(phase.final, tx=optax.sgd(0.05))
-    step = run.make_step(config, stage, dataset.num_classes)
-    batches = evaluate.training_batches(config, dataset)
+    step = make_step(config, stage, dataset.num_classes)
+    batches = build.training_batches(config, dataset)
     opt_state = stage.tx.init(phase.state.params)
     state = dataclasses.replace(phase.state, opt_state=opt_state)
     losses, seconds = [], []
@@ -137,4 +150,4 @@ def train(options: Options) -> tuple[list[float], float]:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(Options, description=__doc__))
+  main(tyro.cli(DevicesOptions, description=__doc__))

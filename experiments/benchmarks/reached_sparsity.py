@@ -30,7 +30,6 @@ Last output, at .5, .7, .8, .9 and .95, seeds 0 to 2, jax 0.10:
 """
 
 import dataclasses
-import functools
 import itertools
 import statistics
 from typing import Any
@@ -40,7 +39,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.common import cli, data, evaluate, log, methods, run
+from experiments.common import build, cli, data, methods
+from experiments.common.runner import stages
+from experiments.common.runner.step import make_step
+from experiments.common.tables import Table
 from tern_jax import metrics
 
 METHODS = methods.Sca, methods.Twn, methods.Ttq, methods.Tga, methods.Ec2t
@@ -53,7 +55,7 @@ MODELS: dict[cli.Model, str] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class ReachedOptions:
   """Command line of the benchmark."""
 
   models: tuple[cli.Model, ...] = tuple(MODELS)
@@ -70,12 +72,12 @@ class Options:
   """Directory of prepared data sets; None for the usual one."""
 
 
-def main(options: Options) -> None:
+def main(options: ReachedOptions) -> None:
   """Prints a table with a line for each net and method."""
-  lines: log.Rows = [("net", "method", "mean off", "worst off", "worst layer")]
+  table = Table(("net", "method", "mean off", "worst off", "worst layer"))
   for model, method in itertools.product(options.models, METHODS):
     dataset = data.load_dataset(MODELS[model], options.data_dir)
-    reach = make_reach(options, model, method, dataset)
+    reach = Reach(options, model, method, dataset)
     total, layer = [], []
     runs = itertools.product(options.sparsities, range(options.seeds))
     for sparsity, seed in runs:
@@ -84,85 +86,99 @@ def main(options: Options) -> None:
       layer.append(np.max(np.abs(zeros - sparsity)))
     worst = max(total), max(layer)
     cells = (statistics.fmean(total), *worst)
-    lines.append((model, method.__name__, *(f"{x:.5f}" for x in cells)))
+    figures = (f"{x:.5f}" for x in cells)
+    table.rows.append((model, method.__name__, *figures))
     print(f"{model}, {method.__name__}: done", flush=True)
-  print(log.aligned(lines))
+  print(table.text())
 
 
-def make_reach(
-  options: Options, model: cli.Model, method: Any, dataset: data.Dataset
-) -> Any:
-  """Makes the function (sparsity, seed) -> zeros and sizes of the layers.
+class Reach:
+  """The zeros that a method reaches; called with a sparsity and a seed.
 
-  What it compiles serves all sparsities and seeds.
+  What it compiles serves all sparsities and seeds. A loop inside the program
+  would be shorter, but XLA:CPU runs convolutions in loops at a tenth of their
+  speed.
+
+  Args:
+    options: of the benchmark.
+    model: network.
+    method: class of the method.
+    dataset: to train on.
   """
-  rows = options.steps * options.batch_size
-  images = dataset.train["input"][:rows]
-  images = data.standardize(images, dataset.mean, dataset.std)
-  labels = dataset.train["label"][:rows]
-  shape = options.steps, options.batch_size
-  batches = {
-    "input": images.reshape(*shape, *dataset.input_shape),
-    "label": labels.reshape(shape),
-  }
 
-  def configure(sparsity: Any, seed: Any) -> cli.Config:
+  def __init__(
+    self,
+    options: ReachedOptions,
+    model: cli.Model,
+    method: Any,
+    dataset: data.Dataset,
+  ):
+    self._options, self._dataset = options, dataset
+    self._model, self._method = model, method
+    rows, shape = options.steps * options.batch_size, dataset.input_shape
+    images = dataset.train["input"][:rows]
+    images = data.standardize(images, dataset.mean, dataset.std)
+    steps = options.steps, options.batch_size
+    self._batches = {
+      "input": images.reshape(*steps, *shape),
+      "label": dataset.train["label"][:rows].reshape(steps),
+    }
+    self._start = jax.jit(lambda share, seed: self._begin(share, seed).state)
+    self._enter = jax.jit(self._enter_stage, static_argnums=0)
+    self._advance = jax.jit(self._one_step, static_argnums=0)
+    self._leave = jax.jit(self._leave_stage, static_argnums=0)
+    self._zeros = jax.jit(self._count_zeros)
+
+  def __call__(self, sparsity: float, seed: int) -> Any:
+    """Returns the shares of zeros of the layers, and their sizes."""
+    state, first = self._start(sparsity, seed), 0
+    for i, stage in enumerate(self._begin(0.5, 0).stages):
+      state = self._enter(i, sparsity, state)
+      for n in range(first, stage.last):
+        batch = {k: x[n] for k, x in self._batches.items()}
+        state = self._advance(i, sparsity, state, batch)
+      state, first = self._leave(i, sparsity, state), stage.last
+    return self._zeros(sparsity, state)
+
+  def _config(self, sparsity: Any, seed: Any) -> cli.Config:
     return cli.Config(
-      method=method(sparsity=sparsity),
-      data=MODELS[model],
-      model=model,
-      batch_size=options.batch_size,
+      method=self._method(sparsity=sparsity),
+      data=MODELS[self._model],
+      model=self._model,
+      batch_size=self._options.batch_size,
       seed=seed,
       parallel="jit",
       workdir="runs",  # nothing is written
     )
 
-  def begin(sparsity: Any, seed: Any) -> run.Phase:
-    config = configure(sparsity, seed)
-    net: Any = evaluate.make_model(config, dataset.num_classes)
-    image = jnp.zeros((1, *dataset.input_shape))
+  def _begin(self, sparsity: Any, seed: Any) -> stages.Phase:
+    config = self._config(sparsity, seed)
+    net: Any = build.make_model(config, self._dataset.num_classes)
+    image = jnp.zeros((1, *self._dataset.input_shape))
     model_state = dict(net.init(jax.random.key(seed), image, train=False))
     params = model_state.pop("params")
-    return run.ternary_phase(config, options.steps, params, model_state)
+    steps = self._options.steps
+    return stages.ternary_phase(config, steps, params, model_state)
 
-  # A loop inside the program would be shorter, but XLA:CPU runs convolutions
-  # in loops at a tenth of their speed.
-  @functools.partial(jax.jit, static_argnums=0)
-  def advance(i: int, sparsity: Any, state: Any, batch: Any) -> Any:
-    config, stage = configure(sparsity, 0), begin(sparsity, 0).stages[i]
-    return run.make_step(config, stage, dataset.num_classes)(state, batch)[0]
-
-  @functools.partial(jax.jit, static_argnums=0)
-  def enter(i: int, sparsity: Any, state: Any) -> Any:
-    opt_state = begin(sparsity, 0).stages[i].tx.init(state.params)
+  def _enter_stage(self, i: int, sparsity: Any, state: Any) -> Any:
+    opt_state = self._begin(sparsity, 0).stages[i].tx.init(state.params)
     return dataclasses.replace(state, opt_state=opt_state)
 
-  @functools.partial(jax.jit, static_argnums=0)
-  def leave(i: int, sparsity: Any, state: Any) -> Any:
-    return begin(sparsity, 0).stages[i].refreshed(state)
+  def _one_step(self, i: int, sparsity: Any, state: Any, batch: Any) -> Any:
+    config = self._config(sparsity, 0)
+    stage = self._begin(sparsity, 0).stages[i]
+    step = make_step(config, stage, self._dataset.num_classes)
+    return step(state, batch)[0]
 
-  @jax.jit
-  def zeros(sparsity: Any, state: Any) -> Any:
-    codes = begin(sparsity, 0).final.ternary(state)["params"]
+  def _leave_stage(self, i: int, sparsity: Any, state: Any) -> Any:
+    return self._begin(sparsity, 0).stages[i].refreshed(state)
+
+  def _count_zeros(self, sparsity: Any, state: Any) -> Any:
+    codes = self._begin(sparsity, 0).final.ternary(state)["params"]
     leaves = metrics.ternary_leaves(codes).values()
     shares = jnp.stack([metrics.sparsity(leaf) for leaf in leaves])
     return shares, np.array([leaf.codes.size for leaf in leaves])
 
-  start = jax.jit(lambda sparsity, seed: begin(sparsity, seed).state)
-  lasts = [stage.last for stage in begin(0.5, 0).stages]
-
-  def reach(sparsity: float, seed: int) -> Any:
-    state, first = start(sparsity, seed), 0
-    for i, last in enumerate(lasts):
-      state = enter(i, sparsity, state)
-      for n in range(first, last):
-        batch = {k: x[n] for k, x in batches.items()}
-        state = advance(i, sparsity, state, batch)
-      state, first = leave(i, sparsity, state), last
-    return zeros(sparsity, state)
-
-  return reach
-
 
 if __name__ == "__main__":
-  main(tyro.cli(Options, description=__doc__))
+  main(tyro.cli(ReachedOptions, description=__doc__))

@@ -71,6 +71,7 @@ from flax import linen as nn
 
 import tern_jax
 from experiments.common.models import LeNet5, ResNet
+from experiments.common.tables import Table
 from tern_jax import training
 
 
@@ -95,7 +96,7 @@ MODELS = {
 
 
 @dataclasses.dataclass
-class Options:
+class OverheadOptions:
   """Command line of the benchmark.
 
   Attributes:
@@ -115,7 +116,7 @@ class Options:
   only: tuple[str, ...] = ()
 
 
-def methods(options: Options) -> dict[str, tuple[Any, Any]]:
+def methods(options: OverheadOptions) -> dict[str, tuple[Any, Any]]:
   """Returns {label: (method or None for float, gradient transform)}."""
   steps = 10 * options.steps * options.rounds
   target = tern_jax.ramp(options.sparsity, steps)
@@ -125,7 +126,7 @@ def methods(options: Options) -> dict[str, tuple[Any, Any]]:
     "SCA(sparsity)": (sca.method, wdr),
     "SCA(alpha)": (
       tern_jax.SCA(alpha=0.1),
-      tern_jax.wdr_transform(0.1, 1e-3, mask=sca.where),
+      tern_jax.wdr_transform(0.1, 1e-3, where=sca.where),
     ),
     "TWN()": (tern_jax.TWN(), optax.identity()),
     "TWN(sparsity)": (tern_jax.TWN(sparsity=target), optax.identity()),
@@ -180,7 +181,7 @@ class Run:
     return time.perf_counter() - start
 
 
-def main(options: Options) -> dict[str, float]:
+def main(options: OverheadOptions) -> dict[str, float]:
   """Runs the benchmark; returns and prints {label: ratio to float}."""
   model, shape = MODELS[options.model]
   rng = np.random.default_rng(0)
@@ -207,12 +208,14 @@ def main(options: Options) -> dict[str, float]:
       after = plain.turn(batch, options.steps)
       ratios[label].append(2 * own / (before + after))
   result = {label: statistics.median(r) for label, r in ratios.items()}
-  print(f"{options.model}, batch {options.batch_size}: step time over float")
+  table = Table(("method", "median", "least", "largest"))
   for label, ratio in result.items():
-    low, high = min(ratios[label]), max(ratios[label])
-    print(f"  {label:<14} {ratio:5.3f}  ({low:.3f} to {high:.3f})")
+    figures = (ratio, min(ratios[label]), max(ratios[label]))
+    table.rows.append((label, *(f"{x:.3f}" for x in figures)))
+  print(f"{options.model}, batch {options.batch_size}: step time over float")
+  print(table.text())
   return result
 
 
 if __name__ == "__main__":
-  main(tyro.cli(Options))
+  main(tyro.cli(OverheadOptions))

@@ -1,38 +1,22 @@
 """The command line of the experiments: one typed config, read by tyro."""
 
 import dataclasses
-import hashlib
-import json
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import jax
 import tyro
 
-import tern_jax
-from experiments.common import methods, supernet, text
-from tern_jax.checkpoint import Place, absolute
+from experiments.common import build, methods, places
+from experiments.common.data import text
+from experiments.common.errors import UsageError
+from experiments.common.models import micronet
+from tern_jax.checkpoint import Place
 
-Model = Literal[
-  "mlp",
-  "convnet",
-  "lenet5",
-  "vgg_small",
-  "resnet8",
-  "resnet18",
-  "resnet20",
-  "resnet32",
-  "resnet44",
-  "resnet50",
-  "resnet56",
-  "micronet",
-  "transformer",
-]
+if TYPE_CHECKING:
+  Model = Augmentation = str
+else:
+  Model = Literal[tuple(build.NETWORKS)]
+  Augmentation = Literal[tuple(build.AUGMENTATIONS)]
 Parallel = Literal["jit", "pmap", "shard_map"]
-
-
-class UsageError(Exception):
-  """What was asked for cannot be done; the message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +32,7 @@ class Config:
   """Directory of prepared data sets; None for the usual one."""
   image_size: int | None = None
   """Side to which images are cropped where they differ in size, in pixels."""
-  augment: Literal[
-    "none", "flip_crop", "flip_crop_jitter_cutout", "resized_crop"
-  ] = "none"
+  augment: Augmentation = "none"
   """What is done to training images."""
   model: Model = "mlp"
   """Network."""
@@ -148,8 +130,15 @@ class Config:
       value = getattr(self, name)
       if value is not None and not 0 <= value < 1:
         raise UsageError(f"{name}={value}, but it must be in [0, 1).")
+    for name, known in (
+      ("model", build.NETWORKS),
+      ("augment", build.AUGMENTATIONS),
+    ):
+      value = getattr(self, name)
+      if value not in known:
+        raise UsageError(f"{name}={value}, but there are {', '.join(known)}.")
     is_text = text.is_text(self.data)
-    if is_text != (self.model == "transformer"):
+    if is_text != build.NETWORKS[self.model].reads_text:
       raise UsageError(
         f"model={self.model} does not go with data={self.data}: text, pydoc or"
         " a path that ends in .txt, takes a transformer, and images do not."
@@ -159,163 +148,24 @@ class Config:
     if self.width % 32:
       raise UsageError(f"width={self.width}, but it must be a multiple of 32.")
     try:
-      supernet.scale(*self.scaling)
+      micronet.scale(*self.scaling)
     except ValueError as error:
       raise UsageError(f"scaling: {error}") from error
 
   @property
   def directory(self) -> Place:
     """Where the run writes, absolute."""
-    if self.workdir is not None:
-      return absolute(self.workdir)
-    fields = {
-      field.name: getattr(self.method, field.name)
-      for field in dataclasses.fields(self.method)
-      if getattr(self.method, field.name) != field.default
-    }
-    if self.method.asked is not None:
-      fields["sparsity"] = self.method.asked
-
-    def named(name: str, value: Any) -> str:
-      if value is None:
-        return f"no_{name}"
-      return name if value is True else f"{name}{round(value, 4):.10g}"
-
-    given = [named(name, value) for name, value in fields.items()]
-    name = type(self.method).__name__.lower()
-    parts = [Path(self.data).name, self.model, name, *given, f"seed{self.seed}"]
-    return absolute(Path("runs", "-".join(parts)))
-
-  @property
-  def stacked(self) -> tuple[str, ...]:
-    """Patterns of the kernels whose first axis enumerates layers."""
-    has_stacks = self.model in ("micronet", "transformer")
-    return supernet.STACKED if has_stacks else ()
+    return places.run_directory(self)
 
   @property
   def float_directory(self) -> Place:
     """Where the float net is kept, absolute; equal for equal float nets."""
-    record = json.dumps(self.float_record(), sort_keys=True)
-    digest = hashlib.sha256(record.encode()).hexdigest()[:8]
-    name = f"{Path(self.data).name}-{self.model}-seed{self.seed}-{digest}"
-    return self.directory.parent / "float" / name
+    return places.float_directory(self)
 
-  def to_json(self) -> dict[str, Any]:
-    """Returns the config as JSON holds it: all that a run depends on."""
-    record = dataclasses.asdict(self)
-    for name in _NOT_OF_RUN:
-      del record[name]
-    record["method"]["name"] = type(self.method).__name__
-    return json.loads(json.dumps(record))
-
-  def float_record(self) -> dict[str, Any]:
-    """Returns all that the float net depends on, as JSON holds it."""
-    record = {name: getattr(self, name) for name in _OF_FLOAT}
-    record["epochs"] = self.float_epochs or self.epochs
-    later = {name: getattr(self, name) for name in _LATER_OF_FLOAT}
-    record |= {k: v for k, v in later.items() if v != getattr(Config, k)}
-    return json.loads(json.dumps(record))
-
-
-#: Fields that do not change what a run comes to.
-_NOT_OF_RUN = ("workdir", "distributed", "dry_run")
-
-#: Fields on which the float net depends, beside its epochs.
-_OF_FLOAT = (
-  "data",
-  "augment",
-  "model",
-  "hidden",
-  "batch_size",
-  "float_learning_rate",
-  "seed",
-)
-
-#: The same, told only where not at their defaults: a float net from before
-#: there were these options is still found.
-_LATER_OF_FLOAT = (
-  "norm",
-  "scaling",
-  "float_optimizer",
-  "float_weight_decay",
-  "image_size",
-  "schedule",
-  "label_smoothing",
-  "ema",
-  "compute",
-  "micro_batches",
-  "layers",
-  "width",
-)
-
-
-def device_count(config: Config) -> int:
-  """Returns the number of local devices that share a batch.
-
-  Raises:
-    UsageError: they are not there, or cannot share it evenly.
-  """
-  most = 1 if config.parallel == "jit" else jax.local_device_count()
-  devices = most if config.devices is None else config.devices
-  if not 1 <= devices <= most:
-    raise UsageError(
-      f"devices={devices}, but parallel={config.parallel} can use 1 to {most}"
-      " here: give fewer, or another --parallel."
-    )
-  shares = devices * jax.process_count()
-  if config.batch_size % (shares * config.micro_batches):
-    raise UsageError(
-      f"batch_size={config.batch_size} cannot be shared by {shares} devices in"
-      f" {config.micro_batches} micro-batches each: give a multiple of both, or"
-      " fewer --devices or --micro-batches."
-    )
-  return devices
-
-
-def count_steps(config: Config, images: int) -> tuple[int, int]:
-  """Returns the steps of both trainings.
-
-  Args:
-    config: the options.
-    images: to train on.
-
-  Returns:
-    (steps of the float net, 0 where it is given; steps of the ternary net)
-
-  Raises:
-    UsageError: the images are less than a batch.
-  """
-  epoch = images // config.batch_size
-  if not epoch:
-    raise UsageError(
-      f"batch_size={config.batch_size} exceeds the {images} training images:"
-      " give a smaller one."
-    )
-  float_epochs = config.float_epochs or config.epochs
-  if config.float_from is not None:
-    float_epochs = 0
-  return float_epochs * epoch, config.epochs * epoch
-
-
-def fit(config: Config, params: Any, model_state: dict[str, Any]) -> Config:
-  """Returns the config with sparsities in the place of asked bytes.
-
-  Args:
-    config: the options.
-    params: at which the training of the ternary net starts.
-    model_state: its other variables.
-
-  Raises:
-    UsageError: the options do not fit the method or the net.
-  """
-  where = tern_jax.kernels(exclude=config.exclude)
-  try:
-    method = config.method.fitted(params, model_state, where)
-    method.recipe(config.epochs, where.largest(params, config.stacked))
-  except ValueError as error:
-    raise UsageError(str(error)) from error
-  workdir = str(config.directory)
-  return dataclasses.replace(config, method=method, workdir=workdir)
+  @property
+  def stacked(self) -> tuple[str, ...]:
+    """Patterns of the kernels whose first axis enumerates layers."""
+    return build.NETWORKS[self.model].stacks
 
 
 def parse(default: Config, description: str) -> Config:

@@ -1,13 +1,7 @@
 """The command line that all experiments share."""
 
-from experiments.common import (
-  cli,
-  evaluate,
-  log,
-  processes,
-  rehearsal,
-  run,
-)
+from experiments.common import cli, errors, processes
+from experiments.common.runner import record, rehearsal, run
 
 
 def main(default: cli.Config, description: str) -> None:
@@ -17,12 +11,13 @@ def main(default: cli.Config, description: str) -> None:
     default: what the experiment takes where an option is not given.
     description: text of --help.
   """
-  with evaluate.explained_errors():
+  with errors.explained():
     config = cli.parse(default, description)
-  with processes.joined(config.distributed), evaluate.explained_errors():
+  with processes.joined(config.distributed), errors.explained():
     if config.dry_run:
       print(rehearsal.rehearse(config))
       return
     result = run.run(config)
   if processes.leads():
-    print(f"\n{log.table(result)}\n\n{result['method']}\n{config.directory}")
+    text = record.text(result)
+    print(f"\n{text}\n\n{result['method']}\n{config.directory}")

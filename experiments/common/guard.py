@@ -10,21 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
+from experiments.common.errors import InterruptedRunError
 from tern_jax.checkpoint import Place
 from tern_jax.core.paths import path_str
 
-#: Exit status of a run that was asked to end.
-INTERRUPTED = 128 + signal.SIGTERM
 #: Steps from one question of all processes for the signals of all to the next.
 COMPARED_EVERY = 8
-
-
-class InterruptedRunError(RuntimeError):
-  """A run was asked to end, and can be resumed where it stopped."""
-
-
-class DivergedError(RuntimeError):
-  """A run came to numbers that are not finite."""
 
 
 @contextlib.contextmanager
@@ -94,10 +85,10 @@ def where_it_arose(
     saved: directory of the checkpoint.
 
   Returns:
-    A message for people.
+    A message.
   """
   kept = f" The last good checkpoint is {saved}."
-  # The batches go on for ever.
+  # The batches never end.
   for n, batch in zip(steps, batches, strict=False):
     after, measured = step(state, batch)
     bad = not_finite(after)

@@ -1,11 +1,10 @@
-"""What a run writes down: config, metrics, events, latents, progress, table.
+"""What a run writes down: config, metrics, events, latents, progress.
 
 Only process 0 writes.
 """
 
 import io
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +15,9 @@ from matplotlib import image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from experiments.common import cli, methods, processes
+from experiments.common import cli, methods, places, processes
+from experiments.common.errors import UsageError
 from tern_jax.checkpoint import Place
-
-Rows = list[tuple[str, ...]]
 
 
 def read_config(workdir: Place) -> cli.Config:
@@ -30,9 +28,7 @@ def read_config(workdir: Place) -> cli.Config:
   """
   path = workdir / "config.json"
   if not path.exists():
-    raise cli.UsageError(
-      f"{workdir} holds no config.json: give a run's directory."
-    )
+    raise UsageError(f"{workdir} holds no config.json: give a run's directory.")
   record: dict[str, Any] = json.loads(path.read_text())
   method = record.pop("method")
   for name, value in record.items():
@@ -54,7 +50,7 @@ def claim(directory: Place, record: dict[str, Any]) -> None:
   path = directory / "config.json"
   if path.exists():
     # A record from before there was an option had what is its default now.
-    defaults = cli.Config().to_json()
+    defaults = places.run_record(cli.Config())
     old, new = defaults | json.loads(path.read_text()), defaults | record
     changed = [
       f"{name}={old.get(name)} there, {new.get(name)} now"
@@ -62,12 +58,12 @@ def claim(directory: Place, record: dict[str, Any]) -> None:
       if old.get(name) != new.get(name)
     ]
     if changed:
-      raise cli.UsageError(
+      raise UsageError(
         f"{directory} holds a run with other options: {'; '.join(changed)}."
         " Choose another directory, or give the same options to resume it."
       )
   elif directory.exists() and any(directory.iterdir()):
-    raise cli.UsageError(
+    raise UsageError(
       f"{directory} is not empty and holds no run: choose another directory."
     )
   else:
@@ -213,65 +209,3 @@ def commit() -> str | None:
   except (OSError, subprocess.CalledProcessError):
     return None
   return done.stdout.strip()
-
-
-def table(result: dict[str, Any]) -> str:
-  """Prints a result for people.
-
-  Args:
-    result: what result.json holds.
-
-  Returns:
-    Lines of at most 80 columns.
-  """
-  # A text is measured by what a guess at its next character costs.
-  is_text = "text_sha256" in result
-  units = ("bits/character",) if is_text else ()
-  rows: Rows = [("test accuracy", "%", "correct", *units)]
-  for name, key in (
-    ("float", "float"),
-    ("ternary, as trained", "unrounded"),
-    ("ternary, rounded", "rounded"),
-    ("packed, fresh process", "packed"),
-  ):
-    correct = result["correct"][key]
-    share = 100 * correct / result["total"]
-    row = (name, f"{share:.2f}", f"{correct}/{result['total']}")
-    if is_text:
-      row += (f"{result['loss'][key] / math.log(2):.4f}",)
-    rows.append(row)
-  layers: Rows = [("sparsity", "asked", "predicted", "reached", "weights")]
-  whole = {
-    "asked": result["asked_sparsity"],
-    "predicted": result["predicted_sparsity"],
-    "reached": result["sparsity"],
-    "weights": sum(x["weights"] for x in result["layers"].values()),
-  }
-  for name, layer in {**result["layers"], "all layers": whole}.items():
-    shares = [
-      "-" if layer[key] is None else f"{layer[key]:.4f}"
-      for key in ("asked", "predicted", "reached")
-    ]
-    layers.append((name, *shares, f"{layer['weights']:,}"))
-  sizes: Rows = [
-    ("size", "", ""),
-    ("packed planes and scales", f"{result['bits_per_weight']:.3f}", "bit/w"),
-    ("entropy", f"{result['entropy_bits_per_weight']:.3f}", "bit/w"),
-    ("packed model in memory", f"{result['packed_bytes']:,}", "bytes"),
-    ("packed model on disk", f"{result['disk_bytes']:,}", "bytes"),
-    ("float32 model", f"{result['float_bytes']:,}", "bytes"),
-  ]
-  return "\n\n".join(map(aligned, (rows, layers, sizes)))
-
-
-def aligned(rows: Rows) -> str:
-  """Aligns columns: the first to the left, the others to the right."""
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = [
-    "  ".join(
-      cell.rjust(width) if i else cell.ljust(width)
-      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ).rstrip()
-    for row in rows
-  ]
-  return "\n".join([lines[0], "-" * len(max(lines, key=len)), *lines[1:]])

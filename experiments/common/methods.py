@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import optax
 
 import tern_jax
-from tern_jax.core.method import Ternarizer
+from tern_jax import Ternarizer
 from tern_jax.targets.schedules import target_of
 
 
-class Stage(NamedTuple):
+class PlannedStage(NamedTuple):
   """A part of the training of a ternary net."""
 
   method: Ternarizer
@@ -23,10 +23,10 @@ class Stage(NamedTuple):
   """Whether what goes on is the state of the best validation accuracy."""
 
 
-class Recipe(NamedTuple):
+class Plan(NamedTuple):
   """How a method is trained."""
 
-  stages: tuple[Stage, ...]
+  stages: tuple[PlannedStage, ...]
   """One after the other, each with an optimizer of its own."""
   regularizer: optax.GradientTransformation
   """Transform of the latents' gradients, before Adam."""
@@ -72,9 +72,7 @@ class Targeted:
       share = tern_jax.across_layers(share)
     return tern_jax.ramp(share, steps, tern_jax.recipes.UNTIL)
 
-  def fitted(
-    self, params: Any, model_state: Any, where: tern_jax.core.select.Kernels
-  ) -> Self:
+  def fitted(self, params: Any, model_state: Any, where: Any) -> Self:
     """Returns the method with the sparsity of each layer that fits the bytes.
 
     Args:
@@ -136,9 +134,9 @@ class Sca(Targeted):
       return tern_jax.SCA(alpha=self.alpha, sparsity=self.sparsity)
     return tern_jax.SCA(sparsity=self.target(steps))
 
-  def recipe(
+  def plan(
     self, steps: int, largest: int, stacked: tuple[str, ...] = ()
-  ) -> Recipe:
+  ) -> Plan:
     """Returns the recipe of `tern_jax.SCA`, or the paper's for alpha.
 
     Args:
@@ -149,10 +147,10 @@ class Sca(Targeted):
     del largest
     method = self.method(steps)
     if not method.soft:
-      target = method.sparsity
+      target: Any = method.sparsity
       kappa = tern_jax.late_kappa(steps, last=self.kappa)
-      return Recipe(
-        (Stage(method, steps),),
+      return Plan(
+        (PlannedStage(method, steps),),
         tern_jax.wdr_transform(
           tern_jax.at_sparsity(target),
           tern_jax.relative(kappa),
@@ -162,13 +160,15 @@ class Sca(Targeted):
         round(kappa.onset * steps),
       )
 
+    alpha: Any = self.alpha
+
     def strength(count: jax.Array) -> jax.Array:
       done = jnp.asarray(count, jnp.float32) / steps
       return self.strength * jnp.clip((done - 0.3) / 0.5, 0, 1) ** 2
 
-    return Recipe(
-      (Stage(method, steps),),
-      tern_jax.wdr_transform(self.alpha, strength),
+    return Plan(
+      (PlannedStage(method, steps),),
+      tern_jax.wdr_transform(alpha, strength),
       round(0.3 * steps),
     )
 
@@ -210,9 +210,7 @@ class StraightThrough(abc.ABC):
     """The sparsity asked for; None where the method chooses."""
     return None
 
-  def fitted(
-    self, params: Any, model_state: Any, where: tern_jax.core.select.Kernels
-  ) -> Self:
+  def fitted(self, params: Any, model_state: Any, where: Any) -> Self:
     """Returns the method itself: it asks for no bytes."""
     del params, model_state, where
     return self
@@ -226,13 +224,13 @@ class StraightThrough(abc.ABC):
       largest: size of the largest layer that is made ternary.
     """
 
-  def recipe(
+  def plan(
     self, steps: int, largest: int, stacked: tuple[str, ...] = ()
-  ) -> Recipe:
+  ) -> Plan:
     """Returns plain training."""
     del stacked
-    stage = Stage(self.method(steps, largest), steps)
-    return Recipe((stage,), optax.identity(), steps // 2)
+    stage = PlannedStage(self.method(steps, largest), steps)
+    return Plan((stage,), optax.identity(), steps // 2)
 
   def predict(self, path: str, theta: jax.Array) -> None:
     """Returns None: there is no prediction."""
@@ -310,12 +308,13 @@ class Ec2t(TargetedStraightThrough):
 
   def method(self, steps: int, largest: int) -> tern_jax.EC2T:
     """Returns EC2T, its codes not frozen."""
-    gamma, target = tern_jax.ramp(self.gamma, steps), self.target(steps)
+    gamma: Any = tern_jax.ramp(self.gamma, steps)
+    target = self.target(steps)
     return tern_jax.EC2T(gamma, self.s, largest, sparsity=target)
 
-  def recipe(
+  def plan(
     self, steps: int, largest: int, stacked: tuple[str, ...] = ()
-  ) -> Recipe:
+  ) -> Plan:
     """Returns training with codes free, then, from the best state, frozen.
 
     The constraint rises in the first half of what is free, a sparsity in its
@@ -325,12 +324,12 @@ class Ec2t(TargetedStraightThrough):
     del stacked
     onset = round((1 - self.frozen) * steps)
     free = self.method(onset, largest)
-    best = Stage(free, onset, keep_best=True)
-    held = Stage(dataclasses.replace(free, frozen=True), steps)
+    best = PlannedStage(free, onset, keep_best=True)
+    held = PlannedStage(dataclasses.replace(free, frozen=True), steps)
     stages = (best, held)
     if onset > 1:
-      stages = (Stage(free, onset // 2), *stages)
-    return Recipe(stages, optax.identity(), onset)
+      stages = (PlannedStage(free, onset // 2), *stages)
+    return Plan(stages, optax.identity(), onset)
 
 
 @dataclasses.dataclass(frozen=True)

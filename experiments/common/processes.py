@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from experiments.common.guard import INTERRUPTED
+from experiments.common.errors import INTERRUPTED
 
 
 @contextlib.contextmanager
@@ -76,7 +76,7 @@ def on_loopback(count: int, devices: int) -> list[dict[str, str]]:
 
 
 def leads() -> bool:
-  """Says whether this process is the one that writes."""
+  """Whether this process is the one that writes."""
   return jax.process_index() == 0
 
 

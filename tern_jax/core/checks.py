@@ -21,15 +21,7 @@ def check_range(
 ) -> None:
   """Raises a ValueError unless low <= value < high; traced values pass.
 
-  Args:
-    name: what the value is called where the caller gave it.
-    value: number or array; None, callables and traced arrays are not checked.
-    low: least admissible value.
-    high: first value that is too large.
-    hint: what to do instead.
-
-  Raises:
-    ValueError: a concrete value lies outside the range or is not a number.
+  None and callables pass, too; the hint says what to do instead.
 
   >>> check_range("alpha", 3.0, 0, 2, "use alpha=0.1")
   Traceback (most recent call last):
@@ -45,12 +37,7 @@ def check_range(
 
 
 def check_weights(path: str, w: Array | Shaped) -> None:
-  """Raises unless a leaf is a floating array without NaN or infinity.
-
-  Raises:
-    TypeError: the leaf is not a floating-point array.
-    ValueError: a concrete leaf holds NaN or infinity.
-  """
+  """Raises unless a leaf is a floating array without NaN or infinity."""
   if not jnp.issubdtype(w.dtype, jnp.floating):
     raise TypeError(
       f"{path} is {w.dtype}, but only floating-point weights can be trained"
@@ -68,10 +55,6 @@ def check_weights(path: str, w: Array | Shaped) -> None:
 
 def call_repr(obj: Any, name: str | None = None) -> str:
   """Returns the shortest call that makes a dataclass instance again.
-
-  Args:
-    obj: dataclass instance.
-    name: of the function that makes it, if that is not its class.
 
   >>> @dataclasses.dataclass(repr=False)
   ... class Point:

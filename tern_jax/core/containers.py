@@ -54,13 +54,8 @@ class Ternary:
 def dense(codes: Array, w_p: Array, w_n: Array) -> Array:
   """Returns w_p where a code is +1, -w_n where it is -1, 0 elsewhere.
 
-  Args:
-    codes: int8 or float, any shape, values in {-1, 0, 1}.
-    w_p: float, of a granularity of `Ternary`.
-    w_n: float, of the dtype of w_p.
-
-  Returns:
-    Shape of codes, dtype of w_p.
+  Of the shape of the codes, int8 or float, and the dtype of the magnitudes,
+  which have a granularity of `Ternary`.
   """
   # Codes are compared in float: XLA:CPU miscompiles some fused int8 maths.
   c = codes.astype(w_p.dtype)

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from tern_jax.core.containers import dense
-from tern_jax.core.types import Array
+from tern_jax.core.types import Array, Floats
 
 
 @jax.custom_jvp
-def straight_through(soft: Array, hard: Array) -> Array:
+def straight_through(soft: Floats, hard: Floats) -> Floats:
   """Returns `hard` exactly, with the gradient of `soft`.
 
   The usual `soft + stop_gradient(hard - soft)` rounds: in float32 it is not
@@ -42,14 +42,8 @@ def trained_scale(soft: Array, codes: Array, a: Array, factor: Array) -> Array:
 
   `d(out) = codes * d(a) + factor * d(soft)`.
 
-  Args:
-    soft: float, any shape, the latents or a function of them.
-    codes: same shape and dtype, in {-1, 0, 1}; no gradient flows to it.
-    a: not 0, broadcastable to soft, same dtype.
-    factor: broadcastable to soft, same dtype; no gradient flows to it.
-
-  Returns:
-    a * codes.
+  All are of one dtype and broadcastable to soft, the latents or a function of
+  them; a is not 0, and codes are in {-1, 0, 1}.
 
   >>> f = lambda w, a: trained_scale(w, jnp.sign(w), a, 2.0)
   >>> [float(g) for g in jax.grad(f, (0, 1))(jnp.array(-.5), jnp.array(3.))]
@@ -78,15 +72,7 @@ def trained_scales(
   `d(out) = d(w_p)` where the code is +1, `-d(w_n)` where it is -1, and
   `factor * d(soft)` in addition everywhere.
 
-  Args:
-    soft: float, any shape, the latents.
-    codes: same shape and dtype, in {-1, 0, 1}; no gradient flows to it.
-    w_p: > 0, broadcastable to soft, same dtype.
-    w_n: > 0, shape and dtype of w_p.
-    factor: broadcastable to soft, same dtype; no gradient flows to it.
-
-  Returns:
-    w_p, -w_n or 0, of the shape of soft.
+  Arguments are as in `trained_scale`; w_p and w_n are positive.
 
   >>> f = lambda w, w_p, w_n: trained_scales(w, jnp.sign(w), w_p, w_n, 2.0)
   >>> args = jnp.array(-.5), jnp.array(1.), jnp.array(3.)

@@ -23,9 +23,7 @@ def widen(x: Array) -> Array:
 def reduced_axes(
   x: Array | np.ndarray, channel_axis: ChannelAxis
 ) -> tuple[int, ...] | None:
-  """Axes over which a statistic of each channel is taken; None for all.
-
-  A statistic over None is 0-d; one over a tuple of axes keeps them as ones.
+  """Axes over which a statistic of each channel is taken; None for all, 0-d.
 
   >>> reduced_axes(jnp.ones((3, 3, 8, 16)), -1)
   (0, 1, 2)
@@ -47,15 +45,7 @@ def reduced_axes(
 
 
 def rms(x: Array, channel_axis: ChannelAxis = None) -> Array:
-  """Root mean square of an array, or of each of its channels.
-
-  Args:
-    x: float, any shape.
-    channel_axis: None for one value; else one for each index of this axis, or
-      of these axes.
-
-  Returns:
-    float32 or wider, 0-d, or of the rank of x with ones beside the channels.
+  """Root mean square of an array, or of each channel with ones beside them.
 
   >>> float(rms(jnp.array([3., 4.]))), rms(jnp.ones((2, 3)), -1).shape
   (3.535533905029297, (1, 3))
@@ -104,10 +94,7 @@ def alive(scale: Array) -> Array:
 
 
 def one_magnitude(ternary: Ternary, method: object) -> Array:
-  """Returns the magnitude of both signs, for a method that has only one.
-
-  Raises:
-    ValueError: the two magnitudes differ; traced ones are not looked at.
+  """Returns the magnitude of both signs; a ValueError if concrete ones differ.
 
   >>> one = jnp.ones(())
   >>> float(one_magnitude(Ternary(jnp.ones(2, jnp.int8), one, one), None))
@@ -124,10 +111,7 @@ def one_magnitude(ternary: Ternary, method: object) -> Array:
 
 
 def with_mean(
-  codes: Array,
-  mean: Array,
-  dtype: DTypeLike,
-  channel_axis: ChannelAxis = None,
+  codes: Array, mean: Array, dtype: DTypeLike, channel_axis: ChannelAxis = None
 ) -> Array:
   """Latents of given codes and of a given mean magnitude of the nonzeros.
 
@@ -135,14 +119,8 @@ def with_mean(
   sums of them are exact: a mean of many equal floats, summed one by one, would
   be off by more than its rounding, and differently in every order.
 
-  Args:
-    codes: int8, any shape, in {-1, 0, 1}.
-    mean: float32 or wider, >= 0, 0-d or one for each channel.
-    dtype: of the latents.
-    channel_axis: as in `reduced_axes`.
-
-  Returns:
-    Shape of codes; exact for up to 2^13 nonzeros, else equal to within 2^-10.
+  Exact for up to 2^13 nonzeros of a channel, else to within 2^-10. The mean is
+  float32 or wider, 0-d or one for each channel.
 
   >>> codes = jnp.ones(6, jnp.int8)
   >>> w = with_mean(codes, jnp.array(1 + 2**-8), jnp.bfloat16)

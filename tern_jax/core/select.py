@@ -99,12 +99,6 @@ class Kernels:
       stacked: patterns of leaves whose first axis enumerates layers, as given
         to `ParamTransform`: one of the layers counts.
 
-    Returns:
-      Number of weights.
-
-    Raises:
-      ValueError: nothing is selected, or a pattern matches no leaf.
-
     >>> import jax.numpy as jnp
     >>> tree = {"layers": {"kernel": jnp.ones((4, 3, 3))},
     ...         "head": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(50)}}

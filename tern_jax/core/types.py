@@ -9,8 +9,8 @@ from jaxtyping import PyTree as PyTree
 
 #: A dict of named arrays that a method keeps for one weight array.
 Arrays = dict[str, Array]
-#: A floating-point array of any shape.
-Floats = Float[Array, "..."]
+#: Floating-point arrays, of any one shape in a signature.
+Floats = Float[Array, "*shape"]
 #: A floating-point scalar: a Python number or a 0-d array, maybe traced.
 Scalar = float | Float[Array, ""]
 #: A step: a Python number or a 0-d integer array, maybe traced.

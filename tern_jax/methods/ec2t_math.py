@@ -4,6 +4,12 @@ A weight w goes to the centroid c of {-w_n, 0, w_p} of the lowest cost
 `(w - c)^2 - lambda log2 P_c`, where P_c is the share of the layer's weights
 whose nearest centroid is c; P_0 is raised to `min_p_0`, at the others' expense.
 For three centroids on a line that is two thresholds, found every few steps.
+
+In all functions w is the latents, of any shape; w_p and w_n are positive, 0-d
+or of the rank of w with ones beside the channels; lam is lambda >= 0, 0-d; and
+min_p_0 lies in [0, 1). All results are float32 or wider, and finite.
+
+Source: Marban et al., arXiv 2004.01077, section 3, solved for w and for lambda.
 """
 
 import jax.numpy as jnp
@@ -26,20 +32,10 @@ def ec2t_lambda_max(
   is empty once it is in all. One that is empty already, or that no lambda
   empties because P_0 is no larger, is left out; 0 if both are.
 
-  Args:
-    w: float, any shape, latents.
-    w_p: float, 0-d or of the rank of w with ones beside the channels, > 0.
-    w_n: float, shape of w_p, > 0.
-    min_p_0: least P_0, in [0, 1).
-
-  Returns:
-    0-d, float32 or wider, finite and >= 0.
 
   >>> w, c = jnp.array([-1., 0., 0., 0., 2.]), jnp.array(.5)
   >>> round(float(ec2t_lambda_max(w, c, c)), 4)
   0.4732
-
-  Source: Marban et al., arXiv 2004.01077, section 3.
   """
   ones = tuple(i for i, n in enumerate(w_p.shape) if n == 1)
   axes = ones if w_p.ndim else None
@@ -65,22 +61,11 @@ def ec2t_thresholds(
   `t_p < -t_n`, possible for P_0 < 0.5 only, zero is nowhere the cheapest, and
   both become the point at which the signs cost the same.
 
-  Args:
-    w: float, any shape, latents.
-    w_p: float, 0-d or of the rank of w with ones beside the channels, > 0.
-    w_n: float, shape of w_p, > 0.
-    lam: 0-d, lambda >= 0.
-    min_p_0: least P_0, in [0, 1).
-
-  Returns:
-    (t_p, t_n), each of the shape of w_p, float32 or wider, finite.
 
   >>> w, c = jnp.array([-1., 0., 0., 0., 2.]), jnp.array(.5)
   >>> t_p, t_n = ec2t_thresholds(w, c, c, ec2t_lambda_max(w, c, c))
   >>> round(float(t_p), 4), round(float(t_n), 4)
   (1.0, 1.0)
-
-  Source: Marban et al., arXiv 2004.01077, section 3, solved for w.
   """
   rate_p, rate_n = _rates(w, w_p, w_n, min_p_0)
   w_p, w_n = widen(w_p), widen(w_n)
@@ -99,21 +84,12 @@ def ec2t_assign(
 ) -> Array:
   """Codes of the cheapest centroids, `argmin_c (w - c)^2 - lambda log2 P_c`.
 
-  Args:
-    w: float, any shape, latents.
-    w_p: float, 0-d or of the rank of w with ones beside the channels, > 0.
-    w_n: float, shape of w_p, > 0.
-    lam: 0-d, lambda >= 0; 0 gives the nearest centroids.
-    min_p_0: least P_0, in [0, 1).
+  Returns int8 of the shape of w; ties go to 0, and lam = 0 gives the nearest.
 
-  Returns:
-    int8, shape of w, in {-1, 0, 1}; ties go to 0.
 
   >>> w, c = jnp.array([-1., 0., 0., 0., 2.]), jnp.array(.5)
   >>> ec2t_assign(w, c, c, 0.).tolist(), ec2t_assign(w, c, c, .6).tolist()
   ([-1, 0, 0, 0, 1], [0, 0, 0, 0, 1])
-
-  Source: Marban et al., arXiv 2004.01077, section 3.
   """
   t_p, t_n = ec2t_thresholds(w, w_p, w_n, lam, min_p_0)
   return codes_of(w, t_p, t_n).astype(jnp.int8)
@@ -136,18 +112,9 @@ def ec2t_at_sparsity(
   more zeros than asked. Thresholds are as in `ec2t_thresholds`, but at least
   0: no weight changes its sign.
 
-  Args:
-    w: float, any shape, latents.
-    w_p: float, 0-d or of the rank of w with ones beside the channels, > 0.
-    w_n: float, shape of w_p, > 0.
-    sparsity: 0-d, share of zeros of the whole tensor in [0, 1).
-    min_p_0: least P_0, in [0, 1).
-    guess: float32, 0-d, where to look first, such as the last lambda.
-    tolerance: share of the weights by which the target may be missed.
-
-  Returns:
-    (lambda, t_p, t_n): float32 0-d, and each of the shape of w_p, float32 or
-    wider, finite and >= 0.
+  The sparsity is that of the whole tensor, 0-d in [0, 1), and may be missed by
+  the tolerance, a share of the weights; guess is where to look first, such as
+  the last lambda, float32, 0-d.
 
   >>> w, c = jnp.array([-1., -.1, .1, .2, 2.]), jnp.array(.5)
   >>> lam, t_p, t_n = ec2t_at_sparsity(w, c, c, 0.8)
@@ -157,7 +124,6 @@ def ec2t_at_sparsity(
   >>> ((w > t_p) | (w < -t_n)).tolist(), bool(lam < 0)
   ([True, False, False, True, True], True)
 
-  Source: Marban et al., arXiv 2004.01077, section 3, solved for lambda.
   Differs from the paper: log2 P_0 - log2 P_c counts as .001 at least, so that a
   cluster as common as zero can be thinned out, too.
   """

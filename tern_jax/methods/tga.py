@@ -195,8 +195,9 @@ class TGA(Targeted):
     near = delta.astype(s.dtype)
     ends = jnp.zeros_like(near), jnp.full_like(near, jnp.inf)
     tried = jnp.stack([near, *(jnp.nextafter(near, end) for end in ends)])
-    got = truncated_gaussian_scale(widen(tried), sigma, mu).astype(s.dtype)
-    best = jnp.argmin(jnp.abs(got - s), 0, keepdims=True)
+    got = truncated_gaussian_scale(widen(tried), sigma[None], mu[None])
+    miss = jnp.abs(got.astype(s.dtype) - s[None])
+    best = jnp.argmin(miss, 0, keepdims=True)
     delta = jnp.take_along_axis(tried, best, 0)[0]
     if self.sparsity is None:
       return w, {"delta": delta}, {}

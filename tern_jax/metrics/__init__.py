@@ -10,9 +10,6 @@ from tern_jax.metrics.codes import ternary_leaves as ternary_leaves
 from tern_jax.metrics.convergence import barrier as barrier
 from tern_jax.metrics.convergence import converged as converged
 from tern_jax.metrics.convergence import diagnose as diagnose
-from tern_jax.metrics.convergence import (
-  distance_to_ternary as distance_to_ternary,
-)
 from tern_jax.metrics.convergence import zeros_rms as zeros_rms
 from tern_jax.metrics.score import storage_bits as storage_bits
 from tern_jax.metrics.score import storage_score as storage_score

@@ -12,16 +12,9 @@ from tern_jax.storage.packed import PackedTernary, to_ternary
 
 
 def ternary_leaves(tree: PyTree) -> dict[str, Ternary]:
-  """Returns the ternary leaves of a tree by their printed paths.
+  """Returns {path: Ternary} of what `discretize` or `pack` returned.
 
-  Args:
-    tree: what `ParamTransform.discretize` or `pack` returned.
-
-  Returns:
-    {path: Ternary}, in tree order.
-
-  Raises:
-    ValueError: the tree holds no ternary leaf.
+  Raises a ValueError if the tree holds no ternary leaf.
   """
   leaves = {
     path_str(path): leaf if isinstance(leaf, Ternary) else to_ternary(leaf)
@@ -39,14 +32,11 @@ def ternary_leaves(tree: PyTree) -> dict[str, Ternary]:
 
 
 def sparsity(tree: PyTree) -> Array:
-  """Share of zeros among all ternary weights of a tree.
+  """Share of zeros among all ternary weights of a tree, float32, 0-d.
 
   Args:
     tree: a Ternary, a PackedTernary, or a tree of them; other leaves are not
       counted.
-
-  Returns:
-    float32, 0-d.
 
   >>> codes = jnp.array([0, 1, 0, -1], jnp.int8)
   >>> float(sparsity(Ternary(codes, jnp.ones(()), jnp.ones(()))))
@@ -56,14 +46,7 @@ def sparsity(tree: PyTree) -> Array:
 
 
 def code_shares(tree: PyTree) -> Array:
-  """Shares of the codes -1, 0 and +1 among all ternary weights of a tree.
-
-  Args:
-    tree: a Ternary, a PackedTernary, or a tree of them.
-
-  Returns:
-    float32 [3], summing to 1.
-  """
+  """Shares of the codes -1, 0 and +1, as in `sparsity`; float32 [3]."""
   leaves = ternary_leaves(tree).values()
   counts = jnp.zeros(3, jnp.float32)
   for leaf in leaves:
@@ -76,15 +59,12 @@ def code_shares(tree: PyTree) -> Array:
 
 
 def entropy(tree: PyTree) -> Array:
-  """Order-0 entropy of the codes: what an ideal coder spends.
+  """Order-0 entropy of the codes in bits a weight: what an ideal coder spends.
 
   `H = sum_l n_l H_l / sum_l n_l`, with `H_l = -sum_c p_c log2 p_c` of layer l.
 
   Args:
     tree: a Ternary, a PackedTernary, or a tree of them.
-
-  Returns:
-    float32, 0-d, bits a weight.
 
   >>> codes = jnp.array([0, 1, 0, -1], jnp.int8)
   >>> float(entropy(Ternary(codes, jnp.ones(()), jnp.ones(()))))
@@ -102,14 +82,8 @@ def entropy(tree: PyTree) -> Array:
 def bits_per_weight(tree: PyTree) -> float:
   """Bits that packed weights take in memory, planes and scales, per weight.
 
-  Args:
-    tree: a PackedTernary or a tree of them; other leaves are not counted.
-
-  Returns:
-    8 * bytes / weights.
-
-  Raises:
-    ValueError: the tree holds no packed leaf.
+  Raises a ValueError if the tree holds no PackedTernary; other leaves are not
+  counted.
   """
 
   def is_packed(node: object) -> bool:
@@ -127,20 +101,11 @@ def bits_per_weight(tree: PyTree) -> float:
 
 
 def entropy_bytes(tree: PyTree) -> float:
-  """Size of a whole packed model whose codes are stored at their entropy.
+  """Bytes of a whole packed model whose codes are stored at their entropy.
 
   `sum_l n_l H_l / 8`, and the scales and all other leaves as they are: what
   `fit_budget` keeps under its bytes, and `save_packed(codec="entropy")` comes
-  to but for its container.
-
-  Args:
-    tree: what `tern_jax.pack` returned.
-
-  Returns:
-    Bytes.
-
-  Raises:
-    ValueError: the tree holds no ternary leaf.
+  to but for its container. The tree is what `tern_jax.pack` returned.
 
   >>> from tern_jax.storage.packed import pack
   >>> codes, one = jnp.array([0, 1, 0, -1] * 20, jnp.int8), jnp.ones(())
@@ -158,17 +123,11 @@ def entropy_bytes(tree: PyTree) -> float:
 
 
 def flip_rate(before: PyTree, after: PyTree) -> Array:
-  """Share of the codes that differ between two discretizations.
+  """Share of the codes that differ between two discretizations, float32, 0-d.
 
   Args:
     before: a Ternary, a PackedTernary, or a tree of them.
-    after: the same leaves later.
-
-  Returns:
-    float32, 0-d.
-
-  Raises:
-    ValueError: the trees hold different ternary leaves.
+    after: the same leaves later; a ValueError if they are others.
 
   >>> ones = jnp.ones(())
   >>> a = Ternary(jnp.array([0, 1, 0, -1], jnp.int8), ones, ones)

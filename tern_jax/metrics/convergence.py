@@ -1,4 +1,8 @@
-"""How far continuous weights have come to their codes."""
+"""How far continuous weights have come to their codes.
+
+Of weights w, float, of any shape, and of what they are rounded to; results are
+float32 or wider, 0-d, in the unit of w.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -16,38 +20,11 @@ from tern_jax.metrics.codes import (
 )
 
 
-def distance_to_ternary(theta: Array) -> Array:
-  """How far latents have converged: rms of tanh(Theta) from its nearest code.
-
-  0 for converged weights, at most 1 / 2. Small residuals in many zeros can
-  still carry a signal, so judge by the accuracy after rounding too.
-
-  Args:
-    theta: float, any shape, latents.
-
-  Returns:
-    float32 or wider, 0-d.
-
-  >>> theta = jnp.array([0., 20., jnp.arctanh(.3)])
-  >>> round(float(distance_to_ternary(theta)), 4)
-  0.1732
-  """
-  w = jnp.tanh(widen(theta))
-  return jnp.sqrt(jnp.mean(jnp.square(w - jnp.round(w))))
-
-
 def barrier(w: Array, ternary: Ternary) -> Array:
   """Largest magnitude among the weights that are zero once rounded.
 
   Where a layer has one threshold, the least upper bound of what lies below it,
-  whatever the method: no weight lies between the two.
-
-  Args:
-    w: float, any shape, continuous weights.
-    ternary: what they are rounded to.
-
-  Returns:
-    float32 or wider, 0-d, in the unit of w; 0 if no weight is zero.
+  whatever the method: no weight lies between the two. 0 if no weight is zero.
 
   >>> one = jnp.ones(())
   >>> codes = Ternary(jnp.array([1, 0, 0, -1], jnp.int8), one, one)
@@ -61,14 +38,7 @@ def barrier(w: Array, ternary: Ternary) -> Array:
 def converged(w: Array, ternary: Ternary, within: float = 0.05) -> Array:
   """Share of the weights that lie within a distance of their codes.
 
-  Args:
-    w: float, any shape, continuous weights in the unit of the codes, as for
-      `diagnose`.
-    ternary: what they are rounded to.
-    within: largest distance.
-
-  Returns:
-    float32 or wider, 0-d.
+  Weights are in the unit of the codes, as for `diagnose`.
 
   >>> one = jnp.ones(())
   >>> codes = Ternary(jnp.array([1, 0, 0, -1], jnp.int8), one, one)
@@ -84,13 +54,6 @@ def zeros_rms(w: Array, ternary: Ternary) -> Array:
   """Root mean square of the weights that are zero once rounded.
 
   The signal that rounding takes away: 0 for converged weights.
-
-  Args:
-    w: float, any shape, continuous weights.
-    ternary: what they are rounded to.
-
-  Returns:
-    float32 or wider, 0-d, in the unit of w; 0 if no weight is zero.
 
   >>> one = jnp.ones(())
   >>> codes = Ternary(jnp.array([1, 0, 0, -1], jnp.int8), one, one)

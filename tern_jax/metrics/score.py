@@ -33,12 +33,6 @@ def storage_score(tree: PyTree, channel_axis: int = -1) -> int:
     channel_axis: axis of the output channels of every array with two or more:
       -1 for Flax and Haiku, 0 for Equinox.
 
-  Returns:
-    Number of 32-bit parameters, on the host.
-
-  Raises:
-    ValueError: the tree holds nothing to count, or an array has no such axis.
-
   >>> codes = jnp.array([[1, -1], [0, 1]], jnp.int8).repeat(32, 0)
   >>> kernel = Ternary(codes, jnp.ones(()), jnp.ones(()))
   >>> norm = {"scale": jnp.ones(2), "bias": jnp.ones(2)}

@@ -54,18 +54,8 @@ def wdr(theta: Array, alpha: Array | float, sharp: bool = False) -> Array:
 def wdr_grad(theta: Array, alpha: Array | float, sharp: bool = False) -> Array:
   """Gradient of WDR: `dR/dTheta = 2 W (1 - W^2) (alpha - 2 W^2)`.
 
-  If sharp, `(W - sign(W) 1[|W| > barrier]) (1 - W^2)`.
-
-  Args:
-    theta: float, any shape, latents.
-    alpha: broadcastable to theta.
-    sharp: whether the barrier is a kink.
-
-  Returns:
-    Shape of theta, float32 (float64 for float64 latents).
-
-  Raises:
-    TypeError: theta is not floating-point.
+  If sharp, `(W - sign(W) 1[|W| > barrier]) (1 - W^2)`. Arguments are those of
+  `wdr`; of the shape of theta.
 
   >>> at_barrier = jnp.arctanh(wdr_barrier(0.5))
   >>> abs(float(wdr_grad(at_barrier, alpha=0.5))) < 1e-6
@@ -86,13 +76,8 @@ def _off(w: Array, alpha: Array) -> Array:
 def wdr_barrier(alpha: Array | float) -> Array:
   """Magnitude |W| that separates the basin of 0 from those of -1 and +1.
 
-  `|W| = sqrt(alpha / 2)`, 0 for a negative alpha (binary weights).
-
-  Args:
-    alpha: any shape.
-
-  Returns:
-    Shape of alpha, float.
+  `|W| = sqrt(alpha / 2)`, 0 for a negative alpha (binary weights). Alpha may
+  have any shape.
 
   >>> float(wdr_barrier(0.5))
   0.5

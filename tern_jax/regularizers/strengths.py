@@ -26,14 +26,10 @@ class Strength(abc.ABC):
   def factor(
     self, u: Array, r: Array, count: Array, share: Array, bound: float | None
   ) -> Array:
-    """Returns the factor of r, of the dtype of r.
+    """Returns the factor of r for one layer, in its precision.
 
-    Args:
-      u: update of one layer, in the precision of r.
-      r: the gradient of WDR, of the shape of u.
-      count: int32, 0-d, updates done.
-      share: 0-d, of a strength that is held back while codes still improve.
-      bound: largest |r| there can be, if r shrinks as latents settle.
+    Of a strength that is held back while codes still improve, only a share is
+    used; bound is the largest |r| there can be, if r shrinks as latents settle.
     """
 
 

@@ -16,6 +16,9 @@ from tern_jax.regularizers.formulas import check_floating, wdr_grad
 from tern_jax.regularizers.strengths import Strength, strength_of
 from tern_jax.targets.schedules import Target, look_at
 
+#: A tree of bools, or a function from parameters to one.
+Where = PyTree | Callable[[PyTree], PyTree]
+
 
 class WdrState(NamedTuple):
   """State of `wdr_transform`."""
@@ -34,11 +37,11 @@ class WdrState(NamedTuple):
 def wdr_transform(
   alpha: Barrier | Scalar | Schedule,
   strength: Strength | Scalar | Schedule,
-  where: PyTree | Callable[[PyTree], PyTree] | None = None,
+  where: Where | None = None,
   stacked: Sequence[str] = (),
   sharp: bool = False,
   *,
-  mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+  mask: Where | None = None,
 ) -> optax.GradientTransformation:
   """Adds the gradient of WDR to the updates, for any optax chain.
 
@@ -81,12 +84,7 @@ def wdr_transform(
   first transform of a chain; `relative`, `at_sparsity` and the sharp form are
   not in it.
   """
-  if where is not None and mask is not None:
-    raise ValueError(
-      f"wdr_transform got where={where!r} and mask={mask!r}, which mean the"
-      " same: give one of them."
-    )
-  where = mask if where is None else where
+  where = _one_of(where, mask)
   barrier, force = barrier_of(alpha), strength_of(strength)
   gain, churn = barrier.gain, Churn(force, barrier.gain, stacked)
 
@@ -145,3 +143,12 @@ def wdr_transform(
 
   transform = optax.GradientTransformation(init, update)
   return transform if where is None else optax.masked(transform, where)
+
+
+def _one_of(where: Where | None, mask: Where | None) -> Where | None:
+  if where is not None and mask is not None:
+    raise ValueError(
+      f"wdr_transform got where={where!r} and mask={mask!r}, which mean the"
+      " same: give one of them."
+    )
+  return mask if where is None else where

@@ -10,6 +10,7 @@ import numpy as np
 from tern_jax.core.checks import check_weights
 from tern_jax.core.paths import path_str
 from tern_jax.core.select import Kernels
+from tern_jax.core.types import PyTree
 from tern_jax.targets.schedules import PerLayer
 
 #: Sparsities that are tried: denser towards 1, where bits change fastest.
@@ -25,7 +26,7 @@ class _Layer(NamedTuple):
 
 
 def fit_budget(
-  params: Any,
+  params: PyTree,
   *,
   bytes: float,
   where: Kernels | None = None,

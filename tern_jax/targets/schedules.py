@@ -185,11 +185,9 @@ class AcrossLayers:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-  """What one layer contributes to a target across layers, at one step.
+  """The share of one layer in a target across layers, at one step.
 
-  Args:
-    value: share of zeros of the layer, 0-d.
-    whole: the target of all layers together, which tells when to measure.
+  The whole target tells when to measure.
   """
 
   value: Scalar
@@ -250,14 +248,8 @@ def look_at(
 ) -> tuple[Array, Array]:
   """Returns whether a step measures the latents, and how closely.
 
-  Args:
-    every: steps between two measurements.
-    sparsity: target of one array, or None.
-    count: int32, 0-d, step.
-
-  Returns:
-    (due, tolerance): bool, and the share of the weights by which a target may
-    be missed, which is 0 where each step measures.
+  (due, tolerance) are a bool and the share of the weights by which a target may
+  be missed, 0 where each step measures.
   """
   every = every_at(every, sparsity, count)
   return jnp.asarray(count % every == 0), jnp.where(every == 1, 0.0, TOLERANCE)

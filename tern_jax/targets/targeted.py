@@ -114,10 +114,7 @@ class Targeted(Ternarizer):
   def quantile(self, x: Floats, look: Look, held: Arrays | None) -> Array:
     """Returns the threshold that the asked share of |x| lies under, float32.
 
-    Args:
-      x: float, any shape.
-      look: at which step, and how closely.
-      held: a state whose least "threshold" is where the search starts.
+    The search starts at the least "threshold" of the state held.
     """
     guess = None if held is None else jnp.min(held["threshold"])
     asked = self.asked(look.count)
@@ -126,11 +123,8 @@ class Targeted(Ternarizer):
   def check_zeros(self, codes: Array, count: Array) -> None:
     """Raises a ValueError unless codes have the zeros of the target, if any.
 
-    They may have up to 1 % more, as ties among coarse latents leave.
-
-    Args:
-      codes: any shape, in {-1, 0, 1}; traced ones pass.
-      count: int32, 0-d, step.
+    They may have up to 1 % more, as ties among coarse latents leave. Traced
+    codes pass.
     """
     if self.sparsity is None:
       return

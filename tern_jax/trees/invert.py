@@ -14,15 +14,8 @@ def invert(
 ) -> tuple[Array, Arrays, Arrays]:
   """Returns latents, scales and state that `discretize` maps to these weights.
 
-  Args:
-    leaf: how the method is applied.
-    ternary: its weights, with scales as a file has them.
-    count: int32, 0-d, step at which schedules stand.
-    owner: what an error names beside the path.
-
-  Raises:
-    ValueError: a magnitude is not positive, the scales are finer than the
-      method's, or the method has no latents for these codes.
+  Raises a ValueError, which names the owner, where a magnitude is not positive,
+  the scales are finer than the method's, or it has no latents for these codes.
   """
   w, path = ternary.dequantize(), leaf.path
   check_weights(path, w)

@@ -20,12 +20,8 @@ OfMethod = Callable[..., Any]
 class Leaf:
   """How the method of a tree is applied to one of its leaves.
 
-  Args:
-    path: of the leaf, as printed.
-    method: its method, with the target of this leaf; a target across layers
-      stays, and is replaced by the leaf's share of it at each call.
-    is_stack: whether its first axis enumerates layers.
-    group_size: weights that share a scale along the inputs, or None.
+  The method has the target of this leaf; a target across layers stays, and is
+  replaced by the leaf's share of it at each call.
   """
 
   path: str
@@ -38,11 +34,8 @@ class Leaf:
   ) -> Any:
     """Returns fn(method, *args), for each layer of a stack by itself.
 
-    Args:
-      fn: of a method and the arguments.
-      *args: weights, then scales and state, where fn takes them.
-      share: of zeros, of a target across layers, 0-d or one for each layer;
-        None where the method does not measure.
+    The share of a target across layers is given where the method measures: 0-d,
+    or one for each layer.
     """
 
     def one(share: Array | None, *args: Any) -> Any:

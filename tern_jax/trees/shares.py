@@ -18,17 +18,9 @@ def shares_at(
   count: Array,
   tolerance: Scalar = 0.0,
 ) -> dict[str, Array]:
-  """Returns the shares of zeros under one threshold for all leaves.
+  """Returns {path: share of zeros under one threshold for all leaves}.
 
-  Args:
-    target: of all leaves together.
-    leaves: {path: latents}.
-    stacked: patterns of leaves whose first axis enumerates layers.
-    count: int32, 0-d, step.
-    tolerance: share of the weights by which the target may be missed.
-
-  Returns:
-    {path: float32, 0-d; of a stacked leaf one for each layer}.
+  Of a stacked leaf it is one share for each layer.
   """
   asked = at(target.sparsity, count)
   threshold = magnitude_threshold(leaves.values(), asked, tolerance=tolerance)

@@ -107,10 +107,6 @@ class ParamTransform:
 
     Returns:
       (TernParams, state), as of `init`; latents have the dtype of the scales.
-
-    Raises:
-      ValueError: a selected leaf is not ternary, or another one is; its scales
-        are finer than the method's; or the method cannot make its weights.
     """
     self._check_paths(jax.tree.map(dense_shape, tree, is_leaf=is_ternary))
     count = jnp.asarray(step, jnp.int32)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.common import cli
+from experiments.common.errors import UsageError
 from tern_jax.checkpoint import Checkpointer, absolute
 from tern_jax.core.paths import path_str
 
@@ -46,7 +46,7 @@ def load(path: str, like: Any) -> Any:
     return from_torchvision(_read(path), like)
   record, kept = place / "config.json", place / "checkpoints" / "float"
   if not (record.is_file() and kept.is_dir()):
-    raise cli.UsageError(
+    raise UsageError(
       f"float_from={path} is neither a file nor the directory of a float net,"
       " which has checkpoints/float in it: give one of runs/float, or a"
       " safetensors file."
@@ -70,13 +70,13 @@ def _read(path: str) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
   except ImportError as error:
-    raise cli.UsageError(
+    raise UsageError(
       f'float_from={path} needs safetensors: pip install "tern_jax[export]".'
     ) from error
   try:
     return load_file(path)
   except SafetensorError as error:
-    raise cli.UsageError(
+    raise UsageError(
       f"float_from={path} is no safetensors file: {error}."
     ) from error
 
@@ -116,7 +116,7 @@ def from_torchvision(tensors: Mapping[str, np.ndarray], like: Any) -> Any:
   wrong += [f"{name} has no place" for name in sorted(rest)]
   if wrong:
     more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    raise cli.UsageError(
+    raise UsageError(
       "The tensors are not those of the network, by torchvision's names and in"
       f" our order of axes: {'; '.join(wrong[:3])}{more}. Give those of the"
       " same --model, trained on as many classes."

@@ -21,7 +21,7 @@ SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 
 
 def is_text(name: str) -> bool:
-  """Says whether a data set is text."""
+  """Whether a data set is text."""
   return name == "pydoc" or name.endswith(".txt")
 
 

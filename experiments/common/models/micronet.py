@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from experiments.common import models
+from experiments.common.models import layers
 
 #: The published factors (d, w) of depth and width: `d w^2` is close to 2, which
 #: doubles the operations of a net with each 1 that phi grows.
@@ -85,21 +85,21 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
     """Maps [B, H, W, C] to [B, H / stride, W / stride, channels]."""
-    norm = functools.partial(models.norm, self.axis_name, train)
+    norm = functools.partial(layers.norm, self.axis_name, train)
     y = norm("norm1")(x)
-    y = models.conv(self.channels, 3, self.stride, "conv1")(y)
+    y = layers.conv(self.channels, 3, self.stride, "conv1")(y)
     y = nn.relu(norm("norm2")(y))
     dropping = train and self.has_rng("dropout")
     y = nn.Dropout(0.2, deterministic=not dropping)(y)
-    y = models.conv(self.channels, 3, 1, "conv2")(y)
+    y = layers.conv(self.channels, 3, 1, "conv2")(y)
     y = norm("norm3")(y)
     if y.shape != x.shape:
-      x = models.conv(self.channels, 1, self.stride, "shortcut")(x)
+      x = layers.conv(self.channels, 1, self.stride, "shortcut")(x)
       x = norm("shortcut_norm")(x)
     return x + y
 
 
-class Stage(nn.Module):
+class ResidualStage(nn.Module):
   """Residual blocks of one width, those that keep the shape in one scan.
 
   Args:
@@ -170,12 +170,12 @@ class MicroNet(nn.Module):
   def __call__(self, x: Array, train: bool) -> Array:
     """Maps images [B, H, W, C] to logits [B, classes]."""
     blocks, widths = scale(self.d, self.w, self.phi)
-    x = models.conv(widths[0], 3, 1, "stem")(x)
-    x = nn.relu(models.norm(self.axis_name, train, "stem_norm")(x))
+    x = layers.conv(widths[0], 3, 1, "stem")(x)
+    x = nn.relu(layers.norm(self.axis_name, train, "stem_norm")(x))
     for n, width in enumerate(widths):
       stride = 2 if n else 1
-      x = Stage(blocks, width, stride, self.axis_name, name=f"stage{n}")(
-        x, train
-      )
+      x = ResidualStage(
+        blocks, width, stride, self.axis_name, name=f"stage{n}"
+      )(x, train)
     x = jnp.mean(nn.relu(x), (1, 2))
-    return nn.Dense(self.classes, kernel_init=models.INIT, name="head")(x)
+    return nn.Dense(self.classes, kernel_init=layers.INIT, name="head")(x)

@@ -1,0 +1,64 @@
+"""The records of benchmarks, and the tables that show them."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.common.tables import Column, Table, mean_and_deviation
+
+#: Of `accuracy_table`.
+ACCURACY = (
+  Column("validation %", "validation", 100),
+  Column("test %", "test", 100),
+  Column("zeros %", "sparsity", 100, ".1f"),
+  Column("entropy, bit/weight", "entropy"),
+)
+#: Of `budget`.
+BUDGET = (
+  Column("bytes", "bytes", form=",.0f"),
+  Column("zeros %", "sparsity", 100, ".1f"),
+  Column("validation %", "validation", 100),
+  Column("test %", "test", 100),
+)
+
+
+def ternary_record(result: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what tables of several runs show of one.
+
+  Args:
+    result: what its result.json holds.
+  """
+  return {
+    "validation": result["validation_accuracy"]["rounded"],
+    "test": result["accuracy"],
+    "sparsity": result["sparsity"],
+    "entropy": result["entropy_bits_per_weight"],
+    "command": result["command"],
+    "commit": result["commit"],
+  }
+
+
+def equal_sparsity(
+  record: Mapping[str, Mapping[str, Any]], sparsities: Sequence[float]
+) -> Table:
+  """Shows test accuracy as mean ± standard deviation, and the rate chosen.
+
+  Args:
+    record: {method: {sparsity: runs at its best rate}}.
+    sparsities: shares of zeros that were asked for.
+
+  >>> cell = {"rate": .01, "test": [.91, .93], "zeros": [.9, .9]}
+  >>> equal_sparsity({"SCA": {"0.9": cell}}, (.9,)).rows
+  [('SCA', '92.00 ± 1.41 (0.01)')]
+  """
+  table = Table(("test %, zeros:", *(f"{s:g}" for s in sparsities)))
+  for name, row in record.items():
+    cells = []
+    for sparsity in sparsities:
+      found = row[str(sparsity)]
+      test = mean_and_deviation([100 * x for x in found["test"]], ".2f")
+      zeros = statistics.fmean(found["zeros"])
+      missed = "" if abs(zeros - sparsity) < 5e-3 else f", zeros {zeros:.3f}"
+      cells.append(f"{test} ({found['rate']:g}{missed})")
+    table.rows.append((name, *cells))
+  return table

@@ -1,0 +1,1 @@
+"""Pictures of runs, of sweeps, and of whole benchmarks."""

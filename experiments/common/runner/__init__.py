@@ -1,0 +1,1 @@
+"""One run: a float net, a ternary net, its packed file, and the record."""

@@ -1,0 +1,79 @@
+"""Whether options fit the machine, the data and the net."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+import tern_jax
+from experiments.common.cli import Config
+from experiments.common.errors import UsageError
+
+
+def device_count(config: Config) -> int:
+  """Returns the number of local devices that share a batch.
+
+  Raises:
+    UsageError: they are not there, or cannot share it evenly.
+  """
+  most = 1 if config.parallel == "jit" else jax.local_device_count()
+  devices = most if config.devices is None else config.devices
+  if not 1 <= devices <= most:
+    raise UsageError(
+      f"devices={devices}, but parallel={config.parallel} can use 1 to {most}"
+      " here: give fewer, or another --parallel."
+    )
+  shares = devices * jax.process_count()
+  if config.batch_size % (shares * config.micro_batches):
+    raise UsageError(
+      f"batch_size={config.batch_size} cannot be shared by {shares} devices in"
+      f" {config.micro_batches} micro-batches each: give a multiple of both, or"
+      " fewer --devices or --micro-batches."
+    )
+  return devices
+
+
+def count_steps(config: Config, images: int) -> tuple[int, int]:
+  """Returns the steps of both trainings.
+
+  Args:
+    config: the options.
+    images: to train on.
+
+  Returns:
+    (steps of the float net, 0 where it is given; steps of the ternary net)
+
+  Raises:
+    UsageError: the images are less than a batch.
+  """
+  epoch = images // config.batch_size
+  if not epoch:
+    raise UsageError(
+      f"batch_size={config.batch_size} exceeds the {images} training images:"
+      " give a smaller one."
+    )
+  float_epochs = config.float_epochs or config.epochs
+  if config.float_from is not None:
+    float_epochs = 0
+  return float_epochs * epoch, config.epochs * epoch
+
+
+def fit(config: Config, params: Any, model_state: dict[str, Any]) -> Config:
+  """Returns the config with sparsities in the place of asked bytes.
+
+  Args:
+    config: the options.
+    params: at which the training of the ternary net starts.
+    model_state: its other variables.
+
+  Raises:
+    UsageError: the options do not fit the method or the net.
+  """
+  where = tern_jax.kernels(exclude=config.exclude)
+  try:
+    method = config.method.fitted(params, model_state, where)
+    method.plan(config.epochs, where.largest(params, config.stacked))
+  except ValueError as error:
+    raise UsageError(str(error)) from error
+  workdir = str(config.directory)
+  return dataclasses.replace(config, method=method, workdir=workdir)

@@ -1,0 +1,238 @@
+"""The loop of a training, which goes on where it was stopped."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments.common import build, cli, data, evaluate, guard, log
+from experiments.common.errors import DivergedError, InterruptedRunError
+from experiments.common.runner.stages import Phase, Stage
+from experiments.common.runner.step import make_step
+from experiments.common.runner.watch import Best, Watch
+from tern_jax import pack, training
+from tern_jax.checkpoint import Checkpointer
+
+
+def train(
+  config: cli.Config, dataset: data.Dataset, phase: Phase
+) -> training.TrainState:
+  """Runs a phase from its latest checkpoint to its last step.
+
+  Raises:
+    InterruptedRunError: SIGTERM came; where the run was is kept.
+    DivergedError: the loss is not finite; the checkpoints before it are kept.
+  """
+  folder, steps = phase.directory / "checkpoints", phase.final.last
+  with contextlib.ExitStack() as stack:
+    saved = stack.enter_context(Checkpointer(folder / phase.name, keep=2))
+    going = Training(config, dataset, phase, saved)
+    going.resume()
+    asked = stack.enter_context(guard.termination())
+    out = stack.enter_context(
+      log.Log(phase.directory, phase.name, going.step, steps)
+    )
+    later = (*phase.stages[1:], None)
+    for stage, following in zip(phase.stages, later, strict=True):
+      if going.step >= stage.last:
+        continue
+      best = None
+      if stage.keep_best:
+        kept = folder / f"{phase.name}-best"
+        best = stack.enter_context(Best(kept, going.state))
+      going.run_stage(stage, following, best, asked, out)
+  if steps in phase.snapshots:
+    phase.keep_latents(going.state)
+  return going.state
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Progress:
+  """What a checkpoint of a phase holds.
+
+  Args:
+    state: of the training.
+    seen: packed weights at the last line of metrics, {} for the float net.
+  """
+
+  state: training.TrainState
+  seen: Any
+
+
+class Due(NamedTuple):
+  """What is to be done after a step."""
+
+  line: bool
+  """Write a line of metrics."""
+  checkpoint: bool
+  """Keep a checkpoint."""
+  leave: bool
+  """End the stage."""
+  stop: bool
+  """End the process, which was asked to."""
+
+
+class Training:
+  """A phase on its way: its state, and all else that a resumed run needs.
+
+  Args:
+    config: the options.
+    dataset: the data.
+    phase: what is trained.
+    saved: its checkpoints.
+  """
+
+  def __init__(
+    self,
+    config: cli.Config,
+    dataset: data.Dataset,
+    phase: Phase,
+    saved: Checkpointer,
+  ):
+    self._config, self._phase, self._saved = config, phase, saved
+    self._dataset = dataset
+    model = build.make_model(config, dataset.num_classes)
+    self._score = evaluate.make_scorer(model, dataset)
+    self._batches = build.training_batches(config, dataset)
+    self.state, self.step = phase.state, 0
+    # Since the last line of metrics.
+    self._losses: list[Any] = []
+    self._seen = jax.device_get(phase.stages[0].packed(phase.state))
+
+  def resume(self) -> None:
+    """Goes to the latest checkpoint; the first one is of the start."""
+    if self._saved.latest_step() is None:
+      self._keep(self._phase.stages[0])
+    progress, losses, self.step = self._restore()
+    self.state, self._seen = progress.state, progress.seen
+    self._losses = [*map(np.float32, losses)]
+
+  def run_stage(
+    self,
+    stage: Stage,
+    following: Stage | None,
+    best: Best | None,
+    asked: Callable[[int], bool],
+    out: log.Log,
+  ) -> None:
+    """Trains to the last step of a stage, from wherever in it the phase is.
+
+    Args:
+      stage: to run.
+      following: the one after it; None for the last.
+      best: where its best state is kept; None for a stage that ends with its
+        last state.
+      asked: from a step to whether the process shall end after it.
+      out: takes the metrics.
+    """
+    step = make_step(self._config, stage, self._dataset.num_classes)
+    watch = Watch(self._config, stage)
+    while self.step < stage.last:
+      self._advance(step)
+      due = self._due(stage, asked)
+      if due.line or due.checkpoint:
+        self._check_losses(step)
+      if due.line:
+        accuracy = self._write_line(stage, watch, out)
+        if best is not None:
+          best.offer(self.step, self.state, accuracy)
+      if due.leave:
+        self._leave(stage, following, best, watch)
+      if due.checkpoint:
+        self._keep(stage)
+        out.write_histograms(self.step, watch.shown(self.state))
+      if due.stop:
+        raise InterruptedRunError(
+          f"SIGTERM: stopped after step {self.step} of"
+          f" {self._phase.final.last} ({self._phase.name}); the same command"
+          " goes on there."
+        )
+
+  def _advance(self, step: Callable[[Any, Any], Any]) -> None:
+    if self.step in self._phase.snapshots:
+      self._phase.keep_latents(self.state)
+    self.state, measured = step(self.state, next(self._batches))
+    self._losses.append(measured["loss"])
+    self.step += 1
+
+  def _due(self, stage: Stage, asked: Callable[[int], bool]) -> Due:
+    n, config = self.step, self._config
+    leave = n == stage.last
+    stop = n < self._phase.final.last and asked(n)
+    return Due(
+      line=n % config.log_every == 0 or leave,
+      checkpoint=n % config.checkpoint_every == 0 or leave or stop,
+      leave=leave,
+      stop=stop,
+    )
+
+  def _check_losses(self, step: Callable[[Any, Any], Any]) -> None:
+    """Raises a DivergedError that tells the first step that is not finite."""
+    # The only place that waits for the devices.
+    self._losses = jax.device_get(self._losses)
+    if np.isfinite(self._losses).all():
+      return
+    good, _, last = self._restore()
+    repeated = range(last + 1, self.step + 1)
+    path = self._saved.directory / str(last)
+    raise DivergedError(
+      guard.where_it_arose(step, good.state, self._batches, repeated, path)
+    )
+
+  def _write_line(self, stage: Stage, watch: Watch, out: log.Log) -> float:
+    """Writes a line of metrics; returns the validation accuracy."""
+    variables = stage.variables(self.state)
+    found = self._score(variables, self._dataset.validation)
+    line = {
+      "loss": float(np.mean(self._losses)),
+      "validation_loss": found.loss,
+      "validation_accuracy": found.accuracy,
+    }
+    more, self._seen = watch(self.state, self._seen)
+    out.write(self.step, line | more)
+    self._losses = []
+    return found.accuracy
+
+  def _leave(
+    self,
+    stage: Stage,
+    following: Stage | None,
+    best: Best | None,
+    watch: Watch,
+  ) -> None:
+    """Makes the state that the following stage starts with."""
+    state = self.state
+    if best is not None:
+      state = dataclasses.replace(best.state, step=state.step)
+    if following is not None:
+      state = stage.refreshed(state)
+      opt_state = following.tx.init(state.params)
+      state = dataclasses.replace(state, opt_state=opt_state)
+      self._seen = watch.look(state)
+    self.state = state
+
+  def _keep(self, stage: Stage) -> None:
+    # All that is between two lines is kept too: a run may stop anywhere.
+    extra = {
+      "data": self._batches.get_state(),
+      "losses": [*map(float, self._losses)],
+    }
+    packed = pack(stage.ternary(self.state))
+    progress = Progress(self.state, self._seen)
+    self._saved.save(
+      self.step, progress, packed, extra=extra, method=stage.tern
+    )
+
+  def _restore(self) -> tuple[Progress, list[float], int]:
+    """Returns progress, losses and step of the latest checkpoint.
+
+    The batches go on from there, too.
+    """
+    like = Progress(self.state, self._seen)
+    progress, extra, step = self._saved.restore(like=like)
+    self._batches.set_state(extra["data"])
+    return progress, extra["losses"], step
