@@ -103,7 +103,7 @@ def _fit_levels(
       low = int(np.flatnonzero(counts)[0])
       # e of the power of two, 2^(e - 1), that is closest in the logarithm.
       lengths = ((2 * c * c).bit_length() for c in counts[low:].tolist())
-      weights = tuple(min(15, (n + 1) // 2) for n in lengths)
+      weights = tuple(min(15, (size + 1) // 2) for size in lengths)
       model = Levels(axis, grid, low, weights, index)
       prior = np.array([1 << e >> 1 for e in weights])
       prior = _ratios(prior, prior.sum(), 0)
