@@ -9,7 +9,7 @@ saved, restored and looked at as on one device.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -68,15 +68,11 @@ def init_state(
     model_state: for example batch-norm statistics.
     seed: seed of the run's PRNG key.
 
-  Returns:
-    TrainState at step 0.
-
   >>> float_run = init_state({"w": jnp.ones(2)}, optax.sgd(0.1))
   >>> int(float_run.step), float_run.tern_state
   (0, {})
   """
-  params: Any = tree
-  tern_state: dict[str, Any] = {}
+  params, tern_state = cast(Any, tree), {}
   if tern is not None:
     params, tern_state = tern.init(tree)
   return TrainState(
@@ -249,24 +245,15 @@ def data_mesh(
 ) -> Mesh:
   """Returns a mesh of the given devices, or of all, along one axis."""
   devices = jax.devices() if devices is None else devices
-  return jax.make_mesh(
-    (len(devices),), (axis_name,), (AxisType.Auto,), devices=devices
-  )
+  types = (AxisType.Auto,)
+  return jax.make_mesh((len(devices),), (axis_name,), types, devices=devices)
 
 
 def split_batch(batch: PyTree, devices: int, parts: str = "devices") -> PyTree:
   """Adds the leading axis of devices that `pmap_step` maps over.
 
-  Args:
-    batch: tree of arrays, the first axis divisible by devices.
-    devices: number of devices.
-    parts: what they are, for the message of the error.
-
-  Returns:
-    Tree of arrays [devices, batch / devices, ...].
-
-  Raises:
-    ValueError: the batch cannot be shared evenly.
+  Arrays [batch, ...] become [devices, batch / devices, ...]. If a batch cannot
+  be shared evenly, the ValueError calls the devices parts.
 
   >>> import numpy as np
   >>> split_batch(np.zeros((8, 3)), 4).shape
@@ -304,9 +291,6 @@ def reestimate_model_state(
     weights: the rounded weights.
     model_state: the statistics of the unrounded ones.
     batches: training batches.
-
-  Returns:
-    The new model state.
   """
   fn = jax.jit(update_fn)
   for batch in batches:

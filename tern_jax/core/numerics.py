@@ -81,9 +81,7 @@ def scale_floor(start: Array) -> Array:
 
 
 def alive(scale: Array) -> Array:
-  """Magnitudes to train, where those that no weight has may be 0.
-
-  A trained magnitude must not be 0; the largest of the array takes its place.
+  """Magnitudes to train: in place of 0, which no weight has, the largest.
 
   >>> alive(jnp.array([[0.0, 0.5, 2.0]])).tolist(), float(alive(jnp.zeros(())))
   ([[2.0, 0.5, 2.0]], 1.0)

@@ -91,11 +91,7 @@ class AtSparsity(Barrier):
     sparsity: share of zeros in [0, 1), or a schedule of it; also `per_layer`
       or `across_layers`.
     every: updates between two searches for the quantile.
-    gain: Theta over the parameters; 1 where they are Theta itself.
-
-  Raises:
-    ValueError: a concrete sparsity outside [0, 1), `every` below 1, or a gain
-      that is not positive.
+    gain: Theta over the parameters, > 0; 1 where they are Theta itself.
 
   >>> AtSparsity(0.9)
   at_sparsity(sparsity=0.9)

@@ -66,9 +66,6 @@ class Relative(Strength):
   Args:
     kappa: number >= 0, traced array, or a schedule.
 
-  Raises:
-    ValueError: a concrete kappa is negative.
-
   >>> Relative(0.5)
   relative(kappa=0.5)
   """

@@ -84,9 +84,6 @@ def ramp(
     steps: training steps of the whole run.
     until: share of the run after which the target is reached.
 
-  Returns:
-    A schedule, printable as this call.
-
   >>> s = ramp(0.8, steps=1000)
   >>> [round(float(s(n)), 4) for n in (0, 250, 500, 1000)]
   [0.0, 0.7, 0.8, 0.8]
@@ -109,10 +106,7 @@ class PerLayer:
   Args:
     targets: {pattern: share of zeros in [0, 1), or a schedule of it}; patterns
       are those of `kernels`, a whole path among them, and the first that
-      matches counts. `fit_budget` returns such targets.
-
-  Raises:
-    ValueError: a concrete share lies outside [0, 1).
+        matches counts. `fit_budget` returns such targets.
 
   >>> PerLayer({"head": 0.5, "*": 0.9}).of("Dense_0/kernel")
   0.9
@@ -134,11 +128,7 @@ class PerLayer:
     return PerLayer((k, fn(target)) for k, target in self.targets)
 
   def of(self, path: str) -> "Target":
-    """Returns the target of a leaf: that of the first pattern that matches.
-
-    Raises:
-      ValueError: none does.
-    """
+    """Returns the target of a leaf: that of the first pattern that matches."""
     for pattern, target in self.targets:
       if matches(pattern, path):
         return target
@@ -161,9 +151,6 @@ class AcrossLayers:
 
   Args:
     sparsity: share of zeros of all selected weights in [0, 1), or a schedule.
-
-  Raises:
-    ValueError: a concrete share lies outside [0, 1).
 
   >>> AcrossLayers(0.9)
   across_layers(sparsity=0.9)

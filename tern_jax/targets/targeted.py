@@ -16,10 +16,8 @@ from tern_jax.targets.schedules import at, check_sparsity, look_at
 class Look(NamedTuple):
   """At which step latents are measured, and how closely."""
 
-  count: Array
-  """int32, 0-d."""
-  tolerance: Scalar = 0.0
-  """Share of the weights by which a sparsity may be missed."""
+  count: Array  # int32, 0-d
+  tolerance: Scalar = 0.0  # share of the weights by which it may be missed
 
 
 class Targeted(Ternarizer):
