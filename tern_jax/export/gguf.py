@@ -136,6 +136,7 @@ _OPTIONS = {
   "channel_axis": {"type": int, "default": -1},
 }
 GGUF = files.Writer(to_gguf, _OPTIONS)
+_decode = jax.jit(lambda x: (to_ternary(x).codes, x.dequantize()))
 
 
 def _fit(
@@ -171,12 +172,6 @@ def _fit(
     faults.append(f"{what} within {_BLOCK} weights (forced: their mean)")
   # The weights as they would be stored, their error, and what forbids it.
   return stored.reshape(padded.shape)[..., :n], relative, faults
-
-
-@jax.jit
-def _decode(x: PackedTernary) -> tuple[jax.Array, jax.Array]:
-  """Returns the codes and the weights."""
-  return to_ternary(x).codes, x.dequantize()
 
 
 def _rows(x: np.ndarray, channel_axis: int) -> np.ndarray:

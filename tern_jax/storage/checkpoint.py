@@ -39,7 +39,6 @@ from tern_jax.version import version_of
 
 #: Version of the layout that this module writes, and the newest that it reads.
 FORMAT = 1
-
 _text = functools.partial(json.dumps, sort_keys=True)
 
 

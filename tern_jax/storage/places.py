@@ -60,7 +60,7 @@ def locate(path: PathLike) -> Place:
   """
   path = absolute(path)
   with explained("look at", path):
-    old = _stage(path) / "old"
+    old = path.with_name(f".{path.name}.new") / "old"
     if not _taken(path) and is_whole(old):
       return old  # A save was killed while it replaced the checkpoint.
     if not path.is_dir():
@@ -214,15 +214,10 @@ def _move(path: Place, target: Place) -> None:
   remove(path)
 
 
-def _stage(path: Place) -> Place:
-  """Returns the folder of what is saved to a path before it is whole."""
-  return path.with_name(f".{path.name}.new")
-
-
 @contextlib.contextmanager
 def staged(path: Place, overwrite: bool) -> Iterator[Place]:
   """Yields where to save a checkpoint, which then appears at its path."""
-  stage = _stage(path)
+  stage = path.with_name(f".{path.name}.new")
   with contextlib.ExitStack() as stack:
 
     def prepare() -> None:

@@ -16,6 +16,8 @@ T = TypeVar("T")
 Mask = np.ndarray | None
 #: Probabilities are integers, in units of 1 / ONE.
 ONE = 1 << 16
+#: Packs bits to bytes, in C order, the first bit lowest.
+pack_bits = functools.partial(np.packbits, bitorder="little")
 # What the fixed-point probabilities of constriction add up to.
 _TOTAL = 1 << 24
 # Weights, or symbols, that are handled in one go: indices take 8 bytes each,
@@ -122,11 +124,6 @@ def give(x: np.ndarray, mask: Mask, found: np.ndarray) -> None:
     (at,) = mask[i : i + _BLOCK].nonzero()
     x[i : i + _BLOCK][at] = found[n : n + at.size]
     n += at.size
-
-
-def pack_bits(bits: np.ndarray) -> np.ndarray:
-  """Returns bits as bytes, in C order, the first bit lowest."""
-  return np.packbits(bits, bitorder="little")
 
 
 def crc_of(nonzero: np.ndarray, sign: np.ndarray) -> int:

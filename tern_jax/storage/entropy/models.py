@@ -53,11 +53,7 @@ class Neighbors:
     return np.ascontiguousarray(np.moveaxis(x, axes, front))
 
   def parts(self, box: Box, bits: np.ndarray, mask: Mask) -> Iterator[Part]:
-    """Yields the parts, one for each index of the axes of the neighbors.
-
-    Bits and mask are arranged; the bits of a part must be known when the next
-    part is asked for.
-    """
+    """Yields the parts; bits of one are known when the next is asked for."""
     del box
     # What a neighbor counts for: its bit of `nonzero`, or its code if the bits
     # are those of `sign`.
@@ -113,7 +109,7 @@ class Levels:
     return x.take(np.argsort(order) if back else order, self.axis)
 
   def parts(self, box: Box, bits: np.ndarray, mask: Mask) -> Iterator[Part]:
-    """Yields the parts, one for each level, as `Neighbors.parts`."""
+    """Yields the parts, one for each level."""
     del bits
     used, counts = np.unique(self.index[box[self.axis]], return_counts=True)
     ends = np.cumsum([0, *counts])
