@@ -533,7 +533,7 @@ def train(s):
   def loss_fn(p):
     x = jax.random.normal(jax.random.fold_in(s.key, s.step), (32, 16))
     w = p.latent["w"] * p.scales["w"]["w_p"]
-    return jnp.mean((x @ w + p.latent["b"] - x[:, :8]) ** 2)
+    return jnp.mean((x @ w + p.latent["b"][None] - x[:, :8]) ** 2)
 
   loss, grads = jax.value_and_grad(loss_fn)(s.params)
   updates, opt = TX.update(grads, s.opt)

@@ -219,6 +219,17 @@ def test_the_rarer_sign_pays_more():
 
 @settings(deadline=None, max_examples=40, derandomize=True, database=None)
 @example(23 * [-23 / 64] + [0.5], 0.0, 1.0, 0.0)  # half-way to the centroid
+@example(
+  # Its lambda is closer to the next weight's than its threshold is rounded.
+  [
+    *(7 * [0.0]),
+    *(i / 64 for i in (35, 20, 2, 64, 145, 256, -161, -132, -197)),
+    *(i / 64 for i in (-203, -205, -205, -206, -212, 223, -243, 256)),
+  ],
+  0.75,
+  0.05,
+  0.0,
+)
 @given(
   # No weight so close to 0 that its lambda rounds to that of 0.
   st.lists(
@@ -238,11 +249,13 @@ def test_zeros_are_those_below_the_quantile_of_lambda(x, share, c, min_p_0):
   codes = (wide > float(t_p)).astype(int) - (wide < -float(t_n))
   turns = np.where(wide, lambdas(wide, c, 0.7 * c, min_p_0), -np.inf)
   k = asked(share, w.size)
-  edge = np.sort(turns)[k - 1] if k else -np.inf
+  edge, above = np.concatenate([[-np.inf], np.sort(turns)])[k : k + 2]
+  # Anywhere between the two, so within its rounding of the second, too.
+  bound = np.clip(float(lam), edge, above)
   # Rounding, where a rate is the least.
   near = 4e-3 * c * (c + np.max(np.abs(wide)))
   assert not codes[turns < edge - near].any()
-  beyond = (turns > edge + near) & (turns > -np.inf)
+  beyond = (turns > bound + near) & (turns > -np.inf)
   np.testing.assert_array_equal(codes[beyond], np.sign(wide)[beyond])
 
 

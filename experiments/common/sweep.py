@@ -152,7 +152,9 @@ class _Net:
   def standardized(self, images: Array) -> Array:
     """Returns images as the network takes them."""
     dataset = self._dataset
-    return (images.astype(jnp.float32) - dataset.mean) / dataset.std
+    axes = tuple(range(images.ndim - 1))
+    mean, std = (np.expand_dims(x, axes) for x in (dataset.mean, dataset.std))
+    return (images.astype(jnp.float32) - mean) / std
 
   def batch(self, rows: Array) -> Any:
     """Returns a batch of training."""
