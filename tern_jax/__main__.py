@@ -9,26 +9,21 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from tern_jax import export, metrics
-from tern_jax.checkpoint import (
-  CheckpointError,
-  examine,
-  load_packed,
-  locate,
-  read_spec,
-  stored_bytes,
-)
+from tern_jax import checkpoint, export, metrics
+from tern_jax.checkpoint import CheckpointError
+from tern_jax.storage.leaves import Json, Leaf
 from tern_jax.storage.packed import PackedTernary, to_ternary
 
-Leaves = dict[tuple[str, ...], Any]
+Options = argparse.Namespace
 PATH = "a checkpoint, a step of a training run, or a run: its latest step"
 LAYER = ("layer", "shape", "zeros", "bits", "entropy", "scales", "crc32")
+DIFFERS = ("only_a", "only_b", "kinds", "others")
 FLIPS = ("layer", "weights", "flips", "share", "+zeros", "-zeros", "signs", "")
 VERIFY = (
   "Checks every array of a checkpoint. Damage to the arrays of a leaf is"
@@ -38,14 +33,7 @@ VERIFY = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command.
-
-  Args:
-    argv: its arguments, None for those of the process.
-
-  Returns:
-    The exit status.
-  """
+  """Runs the command of `argv`, or of the process; returns its exit status."""
   options = _parser().parse_args(argv)
   try:
     return options.run(options)
@@ -58,12 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog="python -m tern_jax", description="Looks at checkpoints of tern_jax."
-  )
+  about = "Looks at checkpoints of tern_jax."
+  parser = argparse.ArgumentParser("python -m tern_jax", description=about)
   commands = parser.add_subparsers(dest="command", required=True)
 
-  def add(name: str, run: Any, text: str, *paths: str) -> Any:
+  def add(run: Callable, text: str, *paths: str) -> Any:
+    name = run.__name__.lstrip("_")
     command = commands.add_parser(name, help=text, description=text)
     command.set_defaults(run=run)
     for path in paths:
@@ -72,10 +60,10 @@ def _parser() -> argparse.ArgumentParser:
       command.add_argument("--json", action="store_true", help="for machines")
     return command
 
-  add("inspect", _inspect, "Shows what a checkpoint holds, by layer.", "path")
-  add("verify", _verify, VERIFY, "path")
-  add("diff", _diff, "Counts the codes that flipped, by layer.", "a", "b")
-  command = add("export", _export, "Writes a file for other runtimes.", "path")
+  add(_inspect, "Shows what a checkpoint holds, by layer.", "path")
+  add(_verify, VERIFY, "path")
+  add(_diff, "Counts the codes that flipped, by layer.", "a", "b")
+  command = add(_export, "Writes a file for other runtimes.", "path")
   command.add_argument("out", help="file to write")
   command.add_argument("--to", choices=export.FORMATS, required=True)
   chain = (w.options.items() for w in export.FORMATS.values())
@@ -86,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _print(options: Any, report: Any, lines: Iterable[str]) -> None:
+def _print(options: Options, report: Json, lines: Iterable[str]) -> None:
   """Prints the report as JSON, or the lines that say it as text."""
   print(json.dumps(report, indent=2) if options.json else "\n".join(lines))
 
@@ -94,55 +82,54 @@ def _print(options: Any, report: Any, lines: Iterable[str]) -> None:
 def _table(*rows: tuple[str, ...]) -> Iterator[str]:
   """Yields columns as wide as they need; all but the first to the right."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  for row in rows:
-    first, *rest = zip(row, widths, strict=True)
-    cells = [first[0].ljust(first[1]), *(x.rjust(n) for x, n in rest)]
-    yield "  ".join(cells).rstrip()
+  for first, *rest in rows:
+    cells = map(str.rjust, rest, widths[1:])
+    yield "  ".join([first.ljust(widths[0]), *cells]).rstrip()
 
 
-def _inspect(options: argparse.Namespace) -> int:
-  path = locate(options.path)
-  spec, leaves = read_spec(path), examine(path)
+def _inspect(options: Options) -> int:
+  path = checkpoint.locate(options.path)
+  spec, leaves = checkpoint.read_spec(path), checkpoint.examine(path)
   layers, others = [], []
   for entry in spec["leaves"]["packed"]:
     rows = layers if entry["kind"] == "ternary" else others
     rows.append(_row(entry, leaves[tuple(entry["path"])]))
   total = _total([x for x in layers if x["crc32"] == "ok"])
-  facts = {k: spec[k] for k in ("format", "codec", "method", "versions")}
-  report = {"path": str(path), **facts, "layers": layers, "others": others}
-  report["total"] = total
-
-  def lines() -> Iterator[str]:
-    yield f"{path}: {spec['method'] or 'no method'}, {spec['codec']}"
-    yield from _table(LAYER, *map(_cells, layers))
-    yield from _total_lines(total)
-    size = sum(x["bytes"] for x in others)
-    yield f"{len(others)} other arrays of {size:,} bytes"
-    bad = (x for x in others if x["crc32"] != "ok")
-    yield from (f"  {x['path']}: {x['crc32']}" for x in bad)
-
-  _print(options, report, lines())
+  report = {
+    "path": str(path),
+    **{k: spec[k] for k in ("format", "codec", "method", "versions")},
+    "layers": layers,
+    "others": others,
+    "total": total,
+  }
+  lines = (
+    f"{path}: {spec['method'] or 'no method'}, {spec['codec']}",
+    *_table(LAYER, *map(_cells, layers)),
+    *_total_lines(total),
+    f"{len(others)} other arrays of {sum(x['bytes'] for x in others):,} bytes",
+    *(f"  {x['path']}: {x['crc32']}" for x in others if x["crc32"] != "ok"),
+  )
+  _print(options, report, lines)
   return int(any(x["crc32"] != "ok" for x in layers + others))
 
 
-def _row(entry: dict[str, Any], leaf: Any) -> dict[str, Any]:
-  """Returns what there is to say about a leaf, as JSON."""
+def _row(entry: Json, leaf: Leaf | CheckpointError) -> Json:
+  """Returns what there is to say about a leaf."""
   row = {
     "path": "/".join(entry["path"]),
     "shape": entry["shape"],
     "dtype": entry["dtype"],
-    "bytes": stored_bytes(entry),
+    "bytes": checkpoint.stored_bytes(entry),
     "crc32": "damaged" if isinstance(leaf, CheckpointError) else "ok",
   }
   if not isinstance(leaf, PackedTernary):
     return row
-  n = leaf.size
-  scales = np.concatenate([np.ravel(leaf.w_p), np.ravel(leaf.w_n)])
-  scales = scales.astype(np.float64)
+  both = np.concatenate([np.ravel(leaf.w_p), np.ravel(leaf.w_n)])
+  scales = both.astype(np.float64)
   return row | {
-    "weights": n,
+    "weights": leaf.size,
     "sparsity": float(metrics.sparsity(leaf)),
-    "bits_per_weight": 8 * row["bytes"] / max(n, 1),
+    "bits_per_weight": 8 * row["bytes"] / max(leaf.size, 1),
     "entropy": float(metrics.entropy(leaf)),
     "scales": {
       "shape": list(leaf.w_p.shape),
@@ -153,15 +140,13 @@ def _row(entry: dict[str, Any], leaf: Any) -> dict[str, Any]:
   }
 
 
-def _total(layers: list[dict[str, Any]]) -> dict[str, Any]:
+def _total(layers: list[Json]) -> Json:
   """Returns the sums over layers that are whole."""
-  n = sum(x["weights"] for x in layers)
-  zeros = sum(x["weights"] * x["sparsity"] for x in layers)
-  stored = sum(x["bytes"] for x in layers)
+  n, stored = (sum(x[k] for x in layers) for k in ("weights", "bytes"))
   bound = sum(x["weights"] * x["entropy"] for x in layers) / 8
   return {
     "weights": n,
-    "sparsity": zeros / max(n, 1),
+    "sparsity": sum(x["weights"] * x["sparsity"] for x in layers) / max(n, 1),
     "bytes": stored,
     "float32_bytes": 4 * n,
     "entropy_bytes": bound,
@@ -170,42 +155,36 @@ def _total(layers: list[dict[str, Any]]) -> dict[str, Any]:
   }
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-  shape = "x".join(map(str, row["shape"]))
-  if "scales" not in row:
-    return row["path"], shape, "", "", "", "", row["crc32"]
-  scales = row["scales"]
-  size = "x".join(map(str, scales["shape"])) or "tensor"
-  ends = [f"{x:.4g}" for x in (scales["min"], scales["max"]) if x is not None]
-  return (
-    row["path"],
-    shape,
-    f"{row['sparsity']:.3f}",
-    f"{row['bits_per_weight']:.3f}",
-    f"{row['entropy']:.3f}",
-    f"{size} {' to '.join(dict.fromkeys(ends))}",
-    row["crc32"],
-  )
+def _cells(row: Json) -> tuple[str, ...]:
+  facts = [""] * 4
+  if x := row.get("scales"):
+    ends = [f"{x[k]:.4g}" for k in ("min", "max") if x[k] is not None]
+    scales = f"{_by(x['shape'], 'tensor')} {' to '.join(dict.fromkeys(ends))}"
+    numbers = (row[k] for k in ("sparsity", "bits_per_weight", "entropy"))
+    facts = [*(f"{x:.3f}" for x in numbers), scales]
+  return row["path"], _by(row["shape"]), *facts, row["crc32"]
 
 
-def _total_lines(total: dict[str, Any]) -> Iterator[str]:
+def _by(shape: Iterable[int], scalar: str = "") -> str:
+  return "x".join(map(str, shape)) or scalar
+
+
+def _total_lines(total: Json) -> Iterator[str]:
   n = max(total["weights"], 1)
   yield f"{total['weights']:,} weights, {total['sparsity']:.3f} of them zero"
   for name in ("float32", "stored", "entropy"):
     size = total["bytes" if name == "stored" else f"{name}_bytes"]
     yield f"  {name:8}{size:>16,.0f} bytes {8 * size / n:8.3f} bits a weight"
-  if total["entropy_ratio"]:
-    yield (
-      f"  stored is 1 / {total['float32_ratio']:.2f} of float32, and"
-      f" {total['entropy_ratio']:.3f} times the entropy"
-    )
+  if ratio := total["entropy_ratio"]:
+    share = f"1 / {total['float32_ratio']:.2f} of float32"
+    yield f"  stored is {share}, and {ratio:.3f} times the entropy"
 
 
-def _verify(options: argparse.Namespace) -> int:
-  path = locate(options.path)
+def _verify(options: Options) -> int:
+  path = checkpoint.locate(options.path)
   try:
-    spec = read_spec(path)
-    found = {part: examine(path, part) for part in spec["leaves"]}
+    parts = checkpoint.read_spec(path)["leaves"]
+    found = {part: checkpoint.examine(path, part) for part in parts}
   except CheckpointError as error:
     found = {"spec": {(): error}}
   faults = {
@@ -218,56 +197,53 @@ def _verify(options: argparse.Namespace) -> int:
   counts = ", ".join(f"{n} of {part}" for part, n in arrays.items())
   whole = f"{path}: all leaves are as they were saved, {counts}"
   report = {"path": str(path), "leaves": arrays, "damaged": faults}
-  lines = [f"{name}: {fault}" for name, fault in faults.items()] or [whole]
-  _print(options, report, lines)
+  _print(options, report, map(": ".join, faults.items()) if faults else [whole])
   return int(bool(faults))
 
 
-def _diff(options: argparse.Namespace) -> int:
+def _diff(options: Options) -> int:
   a, b = (_whole(path) for path in (options.a, options.b))
-  layers, changed, shapes = [], [], {}
+  layers, changed, kinds = [], [], {}
   for keys in (k for k in a if k in b):
     name, x, y = "/".join(keys), a[keys], b[keys]
     if _kind(x) != _kind(y):
-      shapes[name] = [_kind(x), _kind(y)]
+      kinds[name] = [_kind(x), _kind(y)]
     elif isinstance(x, PackedTernary):
       layers.append({"path": name, **_flips(x, y)})
     elif np.asarray(x).tobytes() != np.asarray(y).tobytes():
       changed.append(name)
   n, flips = (sum(x[k] for x in layers) for k in ("weights", "flips"))
   report = {
-    "a": str(locate(options.a)),
-    "b": str(locate(options.b)),
+    "a": str(checkpoint.locate(options.a)),
+    "b": str(checkpoint.locate(options.b)),
     "layers": layers,
     "flips": flips,
     "share": flips / max(n, 1),
     "only_a": ["/".join(k) for k in a if k not in b],
     "only_b": ["/".join(k) for k in b if k not in a],
-    "kinds": shapes,
+    "kinds": kinds,
     "others": changed,
   }
   _print(options, report, _diff_lines(report))
-  differs = any(x["flips"] or x["magnitudes"] for x in layers)
-  return int(
-    differs or any(report[k] for k in ("only_a", "only_b", "kinds", "others"))
-  )
+  flipped = any(x["flips"] or x["magnitudes"] for x in layers)
+  return int(flipped or any(map(report.get, DIFFERS)))
 
 
-def _whole(path: str) -> Leaves:
+def _whole(path: str) -> dict[tuple[str, ...], Any]:
   """Returns the leaves of a checkpoint, none of them damaged."""
-  leaves = examine(path)
+  leaves = checkpoint.examine(path)
   for leaf in leaves.values():
     if isinstance(leaf, CheckpointError):
       raise leaf
   return leaves
 
 
-def _kind(leaf: Any) -> str:
+def _kind(leaf: Leaf) -> str:
   kind = "ternary " if isinstance(leaf, PackedTernary) else ""
-  return f"{kind}{leaf.dtype} {'x'.join(map(str, leaf.shape)) or '0-d'}"
+  return f"{kind}{leaf.dtype} {_by(leaf.shape, '0-d')}"
 
 
-def _flips(x: PackedTernary, y: PackedTernary) -> dict[str, Any]:
+def _flips(x: PackedTernary, y: PackedTernary) -> Json:
   """Counts what changed from one to the other."""
   old, new = (np.asarray(to_ternary(leaf).codes) for leaf in (x, y))
   flips = int(np.sum(old != new))
@@ -283,8 +259,8 @@ def _flips(x: PackedTernary, y: PackedTernary) -> dict[str, Any]:
   }
 
 
-def _diff_lines(report: dict[str, Any]) -> Iterator[str]:
-  def cells(x: dict[str, Any]) -> tuple[str, ...]:
+def _diff_lines(report: Json) -> Iterator[str]:
+  def cells(x: Json) -> tuple[str, ...]:
     signed = (f"{x[k]:,}" for k in ("zeros_added", "zeros_removed", "signs"))
     other = "other magnitudes" if x["magnitudes"] else ""
     counts = f"{x['weights']:,}", f"{x['flips']:,}", f"{x['share']:.4%}"
@@ -293,20 +269,18 @@ def _diff_lines(report: dict[str, Any]) -> Iterator[str]:
   yield from _table(FLIPS, *map(cells, report["layers"]))
   yield f"{report['flips']:,} codes flipped, {report['share']:.4%}"
   for side in ("a", "b"):
-    for name in report[f"only_{side}"]:
-      yield f"{name}: only in {report[side]}"
-  for name, (x, y) in report["kinds"].items():
-    yield f"{name}: {x} became {y}"
-  for name in report["others"]:
-    yield f"{name}: other values"
+    yield from (f"{x}: only in {report[side]}" for x in report[f"only_{side}"])
+  for name, kinds in report["kinds"].items():
+    yield f"{name}: {' became '.join(kinds)}"
+  yield from (f"{name}: other values" for name in report["others"])
 
 
-def _export(options: argparse.Namespace) -> int:
+def _export(options: Options) -> int:
   writer = export.FORMATS[options.to]
   if writer.write is None:
     raise ValueError(writer.refusal)
   given = {k: v for k, v in vars(options).items() if k in writer.options}
-  tree = load_packed(options.path)
+  tree = checkpoint.load_packed(options.path)
   errors = writer.write(options.out, tree, overwrite=options.overwrite, **given)
   for name, error in (errors or {}).items():
     print(f"{name}: relative RMS error {error:.1e}")

@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from tern_jax.core.paths import path_str
+from tern_jax.core.types import PyTree
 from tern_jax.storage import leaves
+from tern_jax.storage.leaves import PathLike
 from tern_jax.storage.packed import validate
 
 #: Version of the layouts that this package writes, the newest that is read.
 FORMAT = 1
+#: {keyword: arguments of `argparse.add_argument`}.
+Options = Mapping[str, Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,40 +31,28 @@ class Writer:
     write: called as write(path, tree, overwrite=..., **options) with the tree
       of a checkpoint; returns {leaf: relative RMS error} of what it rounds, or
       None. Itself None if a checkpoint cannot be written in this format.
-    options: {keyword of write: arguments of `argparse.add_argument`}; those of
-      one name in several formats must agree. Without a default, write's holds.
+    options: keywords of `write`; those of one name in several formats must
+      agree. Without a default, that of `write` holds.
     refusal: why there is no `write`.
   """
 
   write: Callable[..., Mapping[str, float] | None] | None
-  options: Mapping[str, Mapping[str, Any]] = dataclasses.field(
-    default_factory=dict
-  )
+  options: Options = dataclasses.field(default_factory=dict)
   refusal: str = ""
 
 
 def require(package: str, task: str) -> Any:
-  """Imports an optional package.
-
-  Raises:
-    ImportError: it is missing; says how to install it.
-  """
+  """Imports an optional package; if it is missing, says how to install it."""
   try:
     return importlib.import_module(package)
   except ImportError as e:
-    name = package.partition(".")[0]
-    raise ImportError(
-      f"{task} needs the package {name}: pip install 'tern_jax[export]'."
-    ) from e
+    hint = f"{package.partition('.')[0]}: pip install 'tern_jax[export]'"
+    raise ImportError(f"{task} needs the package {hint}.") from e
 
 
 @contextlib.contextmanager
-def fresh_file(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
-  """Yields a path to write to, which becomes the real one if all went well.
-
-  Raises:
-    FileExistsError: the path is taken, and is not to be overwritten.
-  """
+def fresh_file(path: PathLike, overwrite: bool) -> Iterator[Path]:
+  """Yields a path to write to, which becomes the real one if all went well."""
   path = Path(path).absolute()
   taken = f"{path} already exists: pass overwrite=True."
   if os.path.lexists(path) and not overwrite:
@@ -81,9 +73,7 @@ def fresh_file(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
     try:
       # Unlike a rename, a link never replaces what another writer put there.
       path.hardlink_to(fresh)
-    except FileExistsError:
-      raise FileExistsError(taken) from None
-    except OSError:  # the file system has no links
+    except OSError:  # it is taken, or the file system has no links
       if os.path.lexists(path):
         raise FileExistsError(taken) from None
       fresh.rename(path)
@@ -91,13 +81,8 @@ def fresh_file(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
     fresh.unlink(missing_ok=True)
 
 
-def checked_leaves(tree: Any) -> dict[leaves.Path, Any]:
-  """Returns the leaves of a tree by path, each an array or valid weights.
-
-  Raises:
-    TypeError: a leaf is neither packed nor an array of numbers.
-    ValueError: a packed leaf breaks an invariant.
-  """
+def checked_leaves(tree: PyTree) -> dict[leaves.Path, Any]:
+  """Returns the leaves of a tree by path, each an array or valid weights."""
   found, _ = leaves.flatten(tree, depth=math.inf)
   for path, x in found.items():
     name = path_str(path) or "the leaf"

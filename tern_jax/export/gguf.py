@@ -1,16 +1,15 @@
 """GGUF: ggml's ternary types, for the tools of llama.cpp's family."""
 
 import contextlib
-import os
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tern_jax.core.select import KERNEL_NAMES
+from tern_jax.core.types import PyTree
 from tern_jax.export import files
+from tern_jax.storage.leaves import Leaf, PathLike
 from tern_jax.storage.packed import PackedTernary, to_ternary
 from tern_jax.version import __version__
 
@@ -23,8 +22,8 @@ _HALF_MAX = 65504
 
 
 def to_gguf(
-  path: str | os.PathLike[str],
-  tree: Any,
+  path: PathLike,
+  tree: PyTree,
   type: str = "TQ2_0",
   *,
   channel_axis: int = -1,
@@ -72,8 +71,7 @@ def to_gguf(
     FileExistsError: the path is taken.
 
   >>> import tempfile
-  >>> from tern_jax.core.containers import Ternary
-  >>> from tern_jax.storage.packed import pack
+  >>> from tern_jax import Ternary, pack
   >>> codes = jnp.ones((256, 3), jnp.int8)
   >>> tree = {"kernel": pack(Ternary(codes, jnp.array(0.5), jnp.array(0.5)))}
   >>> with tempfile.TemporaryDirectory() as folder:
@@ -84,10 +82,8 @@ def to_gguf(
   if type not in GGUF_TYPES:
     raise ValueError(f"type must be one of {GGUF_TYPES}, got {type!r}.")
   if channel_axis not in (-1, 0):
-    raise ValueError(
-      f"channel_axis must be -1 (Flax, Haiku) or 0 (Equinox), got"
-      f" {channel_axis}."
-    )
+    wanted = "-1 (Flax, Haiku) or 0 (Equinox)"
+    raise ValueError(f"channel_axis must be {wanted}, got {channel_axis}.")
   found = files.checked_leaves(tree)
   files.check_unique(map(files.tensor_name, found))
   leaves = {files.tensor_name(keys): x for keys, x in found.items()}
@@ -95,17 +91,17 @@ def to_gguf(
   tensors, errors, faults = {}, {}, []
   for name, x in leaves.items():
     wrong = _faults(name, x)
-    fit = _fit(x, channel_axis) if isinstance(x, PackedTernary) else None
-    if fit and fit.faults:
-      wrong += fit.faults
-      wrong.append(f"forced, its relative RMS error would be {fit.error:.1e}")
+    if isinstance(x, PackedTernary):
+      rows, errors[name], misfits = _fit(x, channel_axis)
+      if misfits:
+        forced = f"forced, its relative RMS error would be {errors[name]:.1e}"
+        wrong += [*misfits, forced]
+      if not wrong:
+        tensors[name] = gguf.quantize(rows, ggml_type), ggml_type
+    elif not wrong:
+      tensors[name] = _dense(name, x, channel_axis), None
     if wrong:
       faults.append(f"{name}: {'; '.join(wrong)}")
-    elif fit:
-      errors[name] = fit.error
-      tensors[name] = gguf.quantize(fit.rows, ggml_type), ggml_type
-    else:
-      tensors[name] = _dense(name, x, channel_axis), None
   if faults:
     raise ValueError(
       f"{type} has one half-precision scale for each {_BLOCK} weights of a"
@@ -113,77 +109,53 @@ def to_gguf(
       " weights to store them as F32."
     )
   with files.fresh_file(path, overwrite) as fresh:
-    _write(gguf, fresh, type, tensors, list(errors))
+    with contextlib.closing(gguf.GGUFWriter(fresh, "tern_jax")) as writer:
+      writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{type}"])
+      writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+      writer.add_uint32("tern_jax.format", files.FORMAT)
+      writer.add_string("tern_jax.version", __version__)
+      writer.add_array("tern_jax.ternary", list(errors))
+      for name, (data, raw_dtype) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=raw_dtype)
+      writer.write_header_to_file()
+      writer.write_kv_data_to_file()
+      writer.write_tensors_to_file()
     written = {t.name: t for t in gguf.GGUFReader(fresh).tensors}
     for name, x in leaves.items():
       stored, wanted = written[name].data, tensors[name][0]
       if isinstance(x, PackedTernary):
         stored = gguf.dequantize(stored, ggml_type)
-        wanted = _fit(x, channel_axis).rows
+        wanted, *_ = _fit(x, channel_axis)
       if stored.tobytes() != wanted.tobytes():
         raise OSError(f"{path}: {name} was not written as it is.")
   return errors
 
 
-GGUF = files.Writer(
-  to_gguf,
-  {
-    "type": {"choices": GGUF_TYPES, "default": "TQ2_0"},
-    "channel_axis": {"type": int, "default": -1},
-  },
-)
+_OPTIONS = {
+  "type": {"choices": GGUF_TYPES, "default": "TQ2_0"},
+  "channel_axis": {"type": int, "default": -1},
+}
+GGUF = files.Writer(to_gguf, _OPTIONS)
+_decode = jax.jit(lambda x: (to_ternary(x).codes, x.dequantize()))
 
 
-def _write(
-  gguf: Any,
-  path: Path,
-  ggml_name: str,
-  tensors: dict[str, tuple[np.ndarray, Any]],
-  ternary: list[str],
-) -> None:
-  """Writes tensors, each with its type or None for that of its array."""
-  with contextlib.closing(gguf.GGUFWriter(path, "tern_jax")) as writer:
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{ggml_name}"])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_uint32("tern_jax.format", files.FORMAT)
-    writer.add_string("tern_jax.version", __version__)
-    writer.add_array("tern_jax.ternary", ternary)
-    for name, (data, raw_dtype) in tensors.items():
-      writer.add_tensor(name, data, raw_dtype=raw_dtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-
-
-class _Fit(NamedTuple):
-  """Ternary weights with one half-precision scale a block."""
-
-  #: float32 [..., inputs], the weights as they are stored.
-  rows: np.ndarray
-  #: Their relative root mean square error.
-  error: float
-  #: Why they are not stored so.
-  faults: list[str]
-
-
-def _fit(x: PackedTernary, channel_axis: int) -> _Fit:
+def _fit(
+  x: PackedTernary, channel_axis: int
+) -> tuple[np.ndarray, float, list[str]]:
   """Fits one scale to each block: the common one, or the mean magnitude."""
   codes, w = (_rows(np.asarray(a), channel_axis) for a in _decode(x))
   codes = codes.astype(np.float32)
   w = w.astype(np.promote_types(w.dtype, np.float32))
   n, faults = codes.shape[-1], []
   if pad := -n % _BLOCK:
-    faults.append(
-      f"rows of {n} weights, no multiple of {_BLOCK} (forced: zeros up to"
-      f" {n + pad})"
-    )
+    forced = f"(forced: zeros up to {n + pad})"
+    faults.append(f"rows of {n} weights, no multiple of {_BLOCK} {forced}")
   widths = [(0, 0)] * (codes.ndim - 1) + [(0, pad)]
   padded = np.pad(codes, widths)
   c = padded.reshape(-1, _BLOCK)
   with np.errstate(over="ignore", invalid="ignore"):
     w = np.pad(w, widths).reshape(c.shape)
-    magnitude = c * w
-    live = c != 0
+    magnitude, live = c * w, c != 0
     halves = magnitude.astype(np.float16)
     most, least = halves.max(-1), np.where(live, halves, np.inf).min(-1)
     mean = magnitude.sum(-1) / np.maximum(np.count_nonzero(live, -1), 1)
@@ -198,38 +170,30 @@ def _fit(x: PackedTernary, channel_axis: int) -> _Fit:
     differ = not np.array_equal(x.w_p, x.w_n)
     what = "w_p and w_n differ" if differ else "its scale changes"
     faults.append(f"{what} within {_BLOCK} weights (forced: their mean)")
-  return _Fit(stored.reshape(padded.shape)[..., :n], relative, faults)
-
-
-@jax.jit
-def _decode(x: PackedTernary) -> tuple[jax.Array, jax.Array]:
-  """Returns the codes and the weights."""
-  return to_ternary(x).codes, x.dequantize()
+  # The weights as they would be stored, their error, and what forbids it.
+  return stored.reshape(padded.shape)[..., :n], relative, faults
 
 
 def _rows(x: np.ndarray, channel_axis: int) -> np.ndarray:
   """Moves the inputs of [..., in, out] or [out, in, ...] to the last axis."""
   if x.ndim < 2:
     return np.atleast_1d(x)
-  outputs_inputs = (-1, -2) if channel_axis == -1 else (0, 1)
-  return np.moveaxis(x, outputs_inputs, (-2, -1))
+  return np.moveaxis(x, (-1, -2) if channel_axis == -1 else (0, 1), (-2, -1))
 
 
-def _faults(name: str, x: Any) -> list[str]:
+def _faults(name: str, x: Leaf) -> list[str]:
   """Returns what ggml's readers would not accept of a leaf."""
-  faults = []
-  if len(name.encode()) > 63:
-    faults.append("the name is longer than 63 bytes")
-  if len(x.shape) > 4:
-    faults.append(f"{len(x.shape)} axes are more than 4")
-  if not x.size:
-    faults.append("it is empty")
-  return faults
+  faults = {
+    "the name is longer than 63 bytes": len(name.encode()) > 63,
+    f"{len(x.shape)} axes are more than 4": len(x.shape) > 4,
+    "it is empty": not x.size,
+  }
+  return [what for what, wrong in faults.items() if wrong]
 
 
-def _dense(name: str, x: Any, channel_axis: int) -> np.ndarray:
+def _dense(name: str, leaf: Leaf, channel_axis: int) -> np.ndarray:
   """Returns a dense leaf as it is stored."""
-  x = np.asarray(x)
+  x = np.asarray(leaf)
   if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize <= 4:
     x = x.astype(np.float32)
   elif x.dtype not in (np.float64, np.int8, np.int16, np.int32, np.int64):

@@ -6,10 +6,11 @@ import zlib
 from typing import Any
 
 import jax
-import numpy as np
 
+from tern_jax.core.types import PyTree
 from tern_jax.export import files
 from tern_jax.storage import codecs, leaves
+from tern_jax.storage.leaves import Json, PathLike
 from tern_jax.storage.packed import PackedTernary, validate
 from tern_jax.version import __version__
 
@@ -24,8 +25,8 @@ _DTYPES = (
 
 
 def to_safetensors(
-  path: str | os.PathLike[str],
-  tree: Any,
+  path: PathLike,
+  tree: PyTree,
   *,
   codec: str = "planes",
   overwrite: bool = False,
@@ -77,10 +78,8 @@ def to_safetensors(
     ImportError: safetensors, or constriction for the codec, is missing.
     FileExistsError: the path is taken.
 
-  >>> import tempfile
-  >>> import jax.numpy as jnp
-  >>> from tern_jax.core.containers import Ternary
-  >>> from tern_jax.storage.packed import pack
+  >>> import tempfile, jax.numpy as jnp
+  >>> from tern_jax import Ternary, pack
   >>> t = Ternary(jnp.eye(8, dtype=jnp.int8), jnp.array(2.0), jnp.array(2.0))
   >>> with tempfile.TemporaryDirectory() as folder:
   ...   to_safetensors(folder + "/net.safetensors", {"kernel": pack(t)})
@@ -103,14 +102,11 @@ def to_safetensors(
     numpy_api.save_file(tensors, fresh, metadata)
 
 
-def from_safetensors(path: str | os.PathLike[str]) -> Any:
+def from_safetensors(path: PathLike) -> PyTree:
   """Loads and verifies what `to_safetensors` saved.
 
   Nothing in the file is trusted: memory is bounded by its size, names are
   keys and never paths of files.
-
-  Args:
-    path: of the file.
 
   Returns:
     Nested dicts by the components of the paths, with `PackedTernary` leaves
@@ -144,8 +140,8 @@ SAFETENSORS = files.Writer(
 
 
 def _encode(
-  path: tuple[str, ...], x: Any, codec: codecs.Codec
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  path: leaves.Path, x: leaves.Leaf, codec: codecs.Codec
+) -> tuple[Json, codecs.Arrays]:
   """Returns what the metadata says of a leaf, and its tensors."""
   name = files.tensor_name(path)
   if isinstance(x, PackedTernary):
@@ -158,14 +154,10 @@ def _encode(
       raise TypeError(f"{name}: safetensors has no arrays of {a.dtype}.")
   names = _names(name, kind)
   tensors = {names[part]: a for part, a in arrays.items()}
-  leaf = {
-    "path": list(path),
-    "name": name,
-    "kind": kind,
-    "tensors": leaves.describe(tensors),
-    "crc32": leaves.crc_of(tensors),
-  }
-  return leaf | extra, tensors
+  entry: Json = {"path": list(path), "name": name, "kind": kind}
+  entry["tensors"] = leaves.describe(tensors)
+  entry["crc32"] = leaves.crc_of(tensors)
+  return entry | extra, tensors
 
 
 def _names(name: str, kind: str) -> dict[str, str]:
@@ -176,7 +168,7 @@ def _names(name: str, kind: str) -> dict[str, str]:
   return {part: f"{name}.{part}" for part in parts}
 
 
-def _read_facts(metadata: dict[str, str]) -> list[dict[str, Any]]:
+def _read_facts(metadata: dict[str, str]) -> list[Json]:
   """Returns the leaves that a file's metadata describes."""
   text = metadata.get("tern_jax")
   if text is None:
@@ -190,14 +182,12 @@ def _read_facts(metadata: dict[str, str]) -> list[dict[str, Any]]:
   return _check_facts(facts)
 
 
-def _check_facts(facts: Any) -> list[dict[str, Any]]:
+def _check_facts(facts: Json) -> list[Json]:
   """Returns the leaves of metadata, of which nothing is taken on trust."""
   match facts:
     case {"format": int(version)} if version > files.FORMAT:
-      raise ValueError(
-        f"it has format {version}, but this tern_jax reads up to"
-        f" {files.FORMAT}: upgrade tern_jax"
-      )
+      reads = f"but this tern_jax reads up to {files.FORMAT}: upgrade tern_jax"
+      raise ValueError(f"it has format {version}, {reads}")
     case {"format": 1, "leaves": list(entries)}:
       pass
     case _:
@@ -210,7 +200,7 @@ def _check_facts(facts: Any) -> list[dict[str, Any]]:
   return entries
 
 
-def _check_leaf(leaf: Any) -> None:
+def _check_leaf(leaf: Json) -> None:
   match leaf:
     case {
       "kind": str(kind),
@@ -222,10 +212,9 @@ def _check_leaf(leaf: Any) -> None:
       pass
     case _:
       raise ValueError("its metadata has a leaf that lacks a field")
-  if len(path) > leaves.DEPTH or not all(isinstance(key, str) for key in path):
-    raise ValueError(
-      f"{name}: a path is up to {leaves.DEPTH} strings, got {path}"
-    )
+  depth = leaves.DEPTH
+  if len(path) > depth or not all(isinstance(key, str) for key in path):
+    raise ValueError(f"{name}: a path is up to {depth} strings, got {path}")
   names = list(_names(name, kind).values())
   if set(tensors) != set(names):
     raise ValueError(f"{name}: the tensors must be {names}")
@@ -235,22 +224,22 @@ def _check_leaf(leaf: Any) -> None:
         pass
       case _:
         raise ValueError(f"{name}: a tensor lacks its dtype or shape")
-  if kind == "dense":
-    return
   match leaf:
+    case {"kind": "dense"}:
+      pass
     case {"shape": shape, "axis": None | int()} if _is_shape(shape):
       pass
     case _:
       raise ValueError(f"{name}: the weights lack their shape or axis")
 
 
-def _is_shape(x: Any) -> bool:
+def _is_shape(x: object) -> bool:
   """Whether a JSON value is a shape that NumPy could have."""
-  sizes = isinstance(x, list) and all(type(n) is int for n in x)
-  return sizes and len(x) <= 32 and all(0 <= n < 2**63 for n in x)
+  sizes = x if isinstance(x, list) and len(x) <= 32 else [None]
+  return all(type(n) is int and 0 <= n < 2**63 for n in sizes)
 
 
-def _decode(file: Any, leaf: dict[str, Any]) -> Any:
+def _decode(file: Any, leaf: Json) -> leaves.Leaf:
   """Returns a verified leaf."""
   name, kind = leaf["name"], leaf["kind"]
   tensors = {k: file.get_tensor(k) for k in leaf["tensors"]}
@@ -258,11 +247,9 @@ def _decode(file: Any, leaf: dict[str, Any]) -> Any:
     raise ValueError(f"{name}: its dtypes are not those of the metadata")
   if leaves.crc_of(tensors) != leaf["crc32"]:
     raise ValueError(f"{name} is damaged: its crc32 differs")
-  arrays = {part: tensors[k] for part, k in _names(name, kind).items()}
   if kind == "dense":
-    return leaves.place(arrays[""])
-  shape = tuple(leaf["shape"])
-  fields = codecs.decode(codecs.by_kind()[kind], arrays, shape)
-  x = PackedTernary(**fields, shape=shape, axis=leaf["axis"])
+    return leaves.place(tensors[name])
+  arrays = {part: tensors[k] for part, k in _names(name, kind).items()}
+  x = codecs.decode(codecs.by_kind()[kind], arrays, leaf)
   validate({name: x})
   return leaves.place(x)

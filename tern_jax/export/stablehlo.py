@@ -1,24 +1,23 @@
 """StableHLO: the whole computation, run by JAX without the model's code."""
 
-import os
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.export as jax_export
 import jax.numpy as jnp
 
 from tern_jax.core.containers import Ternary
+from tern_jax.core.types import PyTree, Shaped
 from tern_jax.export import files
-from tern_jax.storage.leaves import is_whole
+from tern_jax.storage.leaves import PathLike, is_whole
 from tern_jax.storage.packed import PackedTernary
 
 
 def to_stablehlo(
-  path: str | os.PathLike[str] | None,
-  apply_fn: Callable[..., Any],
-  packed: Any,
-  *inputs: Any,
+  path: PathLike | None,
+  apply_fn: Callable[..., PyTree],
+  packed: PyTree,
+  *inputs: PyTree,
   platforms: tuple[str, ...] = ("cpu", "cuda", "tpu"),
   overwrite: bool = False,
 ) -> bytes:
@@ -35,7 +34,7 @@ def to_stablehlo(
   JAX reads it for at least six months; an older JAX may not read it.
 
   Args:
-    path: file to write; its folder is made. None to only return the bytes.
+    path: file to write; its folder is made. None to only return its bytes.
     apply_fn: pure function of a tree with dense weights, and of the inputs.
     packed: any pytree of arrays with `PackedTernary` leaves, for example
       `{"params": ..., "batch_stats": ...}` of Linen.
@@ -43,9 +42,6 @@ def to_stablehlo(
       batch, of any one size; a `jax.ShapeDtypeStruct` is taken as it is.
     platforms: that can run the artefact.
     overwrite: replace the file at `path`, once the new one is written.
-
-  Returns:
-    The bytes of the file.
 
   Raises:
     TypeError: the tree has unpacked ternary weights.
@@ -59,7 +55,7 @@ def to_stablehlo(
   """
   files.require("flatbuffers", "to_stablehlo")
 
-  def dense_weights(x: Any) -> Any:
+  def dense_weights(x: PyTree) -> PyTree:
     if isinstance(x, Ternary):
       raise TypeError("the tree has a Ternary: call tern_jax.pack first.")
     if not isinstance(x, PackedTernary):
@@ -69,18 +65,17 @@ def to_stablehlo(
     planes = jax.lax.optimization_barrier(x)
     return jax.lax.optimization_barrier(planes.dequantize())
 
-  def call(*inputs: Any) -> Any:
+  def call(*inputs: PyTree) -> PyTree:
     weights = jax.tree.map(dense_weights, packed, is_leaf=is_whole)
     return apply_fn(weights, *inputs)
 
   (batch,) = jax_export.symbolic_shape("batch")
 
-  def shape_of(x: Any) -> jax.ShapeDtypeStruct:
-    if isinstance(x, jax.ShapeDtypeStruct):
+  def shape_of(x: PyTree) -> Shaped:
+    if isinstance(x, Shaped):
       return x
     x = jnp.asarray(x)
-    shape = (batch, *x.shape[1:]) if x.ndim else ()
-    return jax.ShapeDtypeStruct(shape, x.dtype)
+    return Shaped((batch, *x.shape[1:]) if x.ndim else (), x.dtype)
 
   exported = jax_export.export(jax.jit(call), platforms=platforms)
   data = bytes(exported(*jax.tree.map(shape_of, inputs)).serialize())
@@ -90,8 +85,6 @@ def to_stablehlo(
   return data
 
 
-STABLEHLO = files.Writer(
-  write=None,
-  refusal="a StableHLO artefact has the model in it, which no checkpoint holds:"
-  " call tern_jax.export.to_stablehlo in Python.",
-)
+_WHY = "a StableHLO artefact has the model in it, which no checkpoint holds"
+_HINT = "call tern_jax.export.to_stablehlo in Python"
+STABLEHLO = files.Writer(write=None, refusal=f"{_WHY}: {_HINT}.")

@@ -9,7 +9,8 @@ A checkpoint is an orbax checkpoint of up to three parts:
 The arrays of leaf 7 of a part are stored as `{"0007": {name: array}}`, so that
 a path may hold any key. Orbax does not checksum data, hence the spec has the
 crc32 of every leaf: over the bytes of its arrays, sorted by name, each in C
-order and little-endian.
+order and little-endian. The crc32 of the spec itself is over its JSON text with
+sorted keys, ", " and ": " as separators.
 
 A codec stores other arrays in place of the planes of a leaf, "entropy" for
 instance one array, `coded`; the crc32 stays that of the planes.
@@ -18,35 +19,35 @@ A path may be a directory or, with `pip install '.[bucket]'`, a place in a
 bucket, such as gs://bucket/net.
 """
 
-import os
-from collections.abc import Callable, Iterator
+import functools
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from tern_jax.storage import codecs, leaves, tensors
+from tern_jax.core.types import PyTree
+from tern_jax.storage import codecs, leaves, places, tensors
 from tern_jax.storage.codecs import Codec
-from tern_jax.storage.leaves import CheckpointError, Path, crc_of, name_of
-from tern_jax.storage.packed import PackedTernary, validate
-from tern_jax.storage.places import Place, absolute, explained, locate, staged
-from tern_jax.storage.spec import (
-  Entries,
-  Entry,
-  check_fit,
-  entries_of,
-  number,
-  read_spec,
-  seal,
-)
+from tern_jax.storage.leaves import CheckpointError, Json, Leaf, Path, PathLike
+from tern_jax.storage.packed import validate
+from tern_jax.storage.places import Place, explained, locate
+from tern_jax.storage.tensors import Entries
+from tern_jax.version import version_of
+
+#: Version of the layout that this module writes, and the newest that it reads.
+FORMAT = 1
+_text = functools.partial(json.dumps, sort_keys=True)
 
 
 def save_packed(
-  path: str | os.PathLike[str],
-  tree: Any,
+  path: PathLike,
+  tree: PyTree,
   *,
   codec: str = "planes",
-  method: Any = None,
+  method: object = None,
   overwrite: bool = False,
 ) -> None:
   """Saves packed weights, and the dense leaves beside them, to a directory.
@@ -71,10 +72,8 @@ def save_packed(
     CheckpointError: the path is taken, or another process is saving there, or
       it cannot be written.
 
-  >>> import tempfile
-  >>> import jax.numpy as jnp
-  >>> from tern_jax.core.containers import Ternary
-  >>> from tern_jax.storage.packed import pack
+  >>> import tempfile, jax.numpy as jnp
+  >>> from tern_jax import Ternary, pack
   >>> t = Ternary(jnp.eye(8, dtype=jnp.int8), jnp.array(2.0), jnp.array(2.0))
   >>> with tempfile.TemporaryDirectory() as directory:
   ...   save_packed(directory + "/net", {"Dense_0": {"kernel": pack(t)}})
@@ -83,17 +82,17 @@ def save_packed(
   [2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
   """
   stored_by = codecs.named(codec)
-  path = absolute(path)
+  path = places.absolute(path)
   parts = parts_of({"packed": tree}, stored_by, method)
   saving = tensors.context()
   saving.array.saving.use_compression = _compressible(parts, stored_by)
-  with explained("save", path), staged(path, overwrite) as fresh, saving:
+  with explained("save", path), places.staged(path, overwrite) as fresh, saving:
     tensors.ocp.save_checkpointables(fresh, tensors.lent(parts))
 
 
 def load_packed(
-  path: str | os.PathLike[str], like: Any = None, *, partial: bool = False
-) -> Any:
+  path: PathLike, like: PyTree = None, *, partial: bool = False
+) -> PyTree:
   """Loads and verifies what `save_packed` or a `Checkpointer` saved.
 
   Args:
@@ -116,8 +115,8 @@ def load_packed(
 
 
 def examine(
-  path: str | os.PathLike[str], part: str = "packed"
-) -> dict[tuple[str, ...], Any]:
+  path: PathLike, part: str = "packed"
+) -> dict[Path, Leaf | CheckpointError]:
   """Loads and verifies each leaf alone, whatever is wrong with the others.
 
   Damage to the arrays of a leaf is reported for this leaf. All leaves of a part
@@ -140,26 +139,48 @@ def examine(
   path = locate(path)
   spec = read_spec(path)
   with explained("read", path):
-    entries = entries_of(path, part, spec)
+    entries = _entries_of(path, part, spec)
   return dict(_read(path, part, spec, entries))
 
 
-# Trees to parts.
+def read_spec(path: PathLike) -> Json:
+  """Returns the verified spec of a checkpoint, without loading its arrays.
+
+  It has "format", "versions", "codec", "method", "selected" (the paths of the
+  packed leaves), "extra", and "leaves", a list for each part.
+
+  Args:
+    path: a checkpoint, a step of a training run, or a run: its latest step.
+
+  Raises:
+    CheckpointError: nothing there, damaged, or from a newer version.
+  """
+  path = locate(path)
+  with explained("read the spec of", path):
+    sealed = json.loads((path / places.SPEC).read_text("utf-8"))
+    spec = sealed["spec"]
+    if sealed["crc32"] != zlib.crc32(_text(spec).encode()):
+      raise CheckpointError(f"{path}: the spec is damaged: crc32 differs.")
+    if type(spec["format"]) is not int or spec["format"] < 1:
+      raise CheckpointError(
+        f"{path} has format {spec['format']!r}, but formats are numbers from "
+        f"1 to {FORMAT}: it was not written by tern_jax."
+      )
+    if spec["format"] > FORMAT:
+      reads = f"this tern_jax reads up to {FORMAT}: upgrade tern_jax"
+      raise CheckpointError(f"{path} has format {spec['format']}, but {reads}.")
+    if spec["codec"] not in codecs.CODECS:
+      reads = f"this tern_jax reads {tuple(codecs.CODECS)}: upgrade tern_jax"
+      raise CheckpointError(f"{path} has codec {spec['codec']!r}, but {reads}.")
+    return spec
 
 
 def parts_of(
-  trees: dict[str, Any], codec: Codec, method: Any, extra: Any = None
-) -> dict[str, Any]:
-  """Returns the parts of a checkpoint: arrays by number, and the sealed spec.
-
-  Args:
-    trees: {part: tree}; "packed" is among them.
-    codec: of the planes.
-    method: what made the weights.
-    extra: JSON value.
-  """
-  parts: dict[str, Any] = {}
-  entries: dict[str, list[Entry]] = {}
+  trees: dict[str, PyTree], codec: Codec, method: object, extra: object = None
+) -> dict[str, Json]:
+  """Returns {part: arrays by number}, of trees, and the sealed spec."""
+  parts: dict[str, Json] = {}
+  entries: dict[str, list[Json]] = {}
   for part, tree in trees.items():
     entries[part], stored = [], {}
     for i, (path, x) in enumerate(leaves.flatten(tree)[0].items()):
@@ -167,40 +188,49 @@ def parts_of(
       entries[part].append(entry)
       # Orbax cannot store what has no elements; the spec knows all about it.
       if arrays := {k: a for k, a in arrays.items() if a.size}:
-        stored[number(i)] = arrays
+        stored[f"{i:04d}"] = arrays
     if stored:
       parts[part] = stored
-  return parts | {"spec": seal(entries, codec.name, method, extra)}
+  packages = ("tern_jax", "jax", "orbax-checkpoint")
+  ternary = (e["path"] for e in entries["packed"] if e["kind"] == "ternary")
+  spec = {
+    "format": FORMAT,
+    "versions": {name: version_of(name) for name in packages},
+    "codec": codec.name,
+    "method": method if isinstance(method, str | None) else repr(method),
+    "selected": list(map(leaves.name_of, ternary)),
+    "extra": extra,
+    "leaves": entries,
+  }
+  try:
+    spec = json.loads(_text(spec))  # what a reader will see
+  except TypeError as e:
+    raise TypeError(f"extra must be a JSON value: {e}.") from e
+  sealed = {"crc32": zlib.crc32(_text(spec).encode()), "spec": spec}
+  return parts | {"spec": sealed}
 
 
-def _encode(path: Path, x: Any, codec: Codec) -> tuple[Entry, dict[str, Any]]:
+def _encode(path: Path, x: PyTree, codec: Codec) -> tuple[Json, codecs.Arrays]:
   """Returns a leaf's entry in the spec, and its arrays on the host."""
-  name = name_of(path)
-  kind, extra = leaves.kind_of(name, x, keys=True), {}
+  name, extra = leaves.name_of(path), {}
+  kind = leaves.kind_of(name, x, keys=True)
   if kind == "ternary":
     extra = {"axis": x.axis}
     x = jax.tree.map(leaves.host, x)
     validate({name: x})
-    crc = crc_of({k: getattr(x, k) for k in leaves.FIELDS})
+    checked = {k: getattr(x, k) for k in leaves.FIELDS}
     arrays = codecs.encode(codec, x)
   else:
     if kind == "key":
       extra = {"impl": str(jax.random.key_impl(x))}
     data = jax.random.key_data(x) if kind == "key" else x
-    arrays = {"value": leaves.host(data)}
-    crc = crc_of(arrays)
-  entry = {
-    "path": path,
-    "kind": kind,
-    "shape": x.shape,
-    "dtype": x.dtype.name,
-    "crc32": crc,
-    "arrays": leaves.describe(arrays),
-  }
+    checked = arrays = {"value": leaves.host(data)}
+  entry = {"path": path, "kind": kind, "shape": x.shape, "dtype": x.dtype.name}
+  entry |= {"crc32": leaves.crc_of(checked), "arrays": leaves.describe(arrays)}
   return entry | extra, arrays
 
 
-def _compressible(parts: dict[str, Any], codec: Codec) -> bool:
+def _compressible(parts: dict[str, Json], codec: Codec) -> bool:
   """Whether at least half of the bytes can be compressed at all."""
   packed = parts.get("packed", {}).values()
   sizes = [(name, x.nbytes) for leaf in packed for name, x in leaf.items()]
@@ -208,20 +238,17 @@ def _compressible(parts: dict[str, Any], codec: Codec) -> bool:
   return not codec.incompressible or 2 * coded <= sum(n for _, n in sizes)
 
 
-# Parts to trees.
-
-
 def load(
-  path: Place, part: str, spec: dict[str, Any], like: Any, partial: bool
-) -> Any:
+  path: Place, part: str, spec: Json, like: PyTree, partial: bool
+) -> PyTree:
   """Returns a part of a checkpoint, verified, in the structure of `like`."""
   with explained("read", path):
-    entries = entries_of(path, part, spec)
+    entries = _entries_of(path, part, spec)
     wanted, structure = ({}, None) if like is None else leaves.flatten(like)
     if structure is not None:
       if partial:
         entries = {k: e for k, e in entries.items() if k in wanted}
-      check_fit(path, entries, wanted)
+      _check_fit(path, entries, wanted)
     found = {}
     for keys, x in _read(path, part, spec, entries):
       if isinstance(x, CheckpointError):
@@ -232,20 +259,57 @@ def load(
     return jax.tree.unflatten(structure, (wanted | found).values())
 
 
+def _entries_of(path: Place, part: str, spec: Json) -> Entries:
+  """Returns the entries of a part, with the numbers of their arrays."""
+  if part not in spec["leaves"]:
+    raise CheckpointError(f"{path} has packed weights only, no {part}.")
+  entries, depth = spec["leaves"][part], leaves.DEPTH
+  for e in entries:
+    if not isinstance(e["path"], list) or len(e["path"]) > depth:
+      raise CheckpointError(f"{path}: a path is a list of up to {depth} keys.")
+  paths = [tuple(e["path"]) for e in entries]
+  if leaves.clash(paths):
+    raise CheckpointError(f"{path}: two leaves have one path.")
+  numbered = (e | {"number": f"{i:04d}"} for i, e in enumerate(entries))
+  return dict(zip(paths, numbered, strict=True))
+
+
+def _check_fit(
+  path: Place, entries: Entries, wanted: Mapping[Path, PyTree]
+) -> None:
+  """Raises unless the wanted leaves are the stored ones, shapes and all."""
+  arrays = {k: x for k, x in wanted.items() if hasattr(x, "dtype")}
+  named = {k: leaves.name_of(k) for k in (*arrays, *entries)}
+  wrong = [f"{named[k]} is not stored" for k in arrays if k not in entries]
+  for k, e in entries.items():
+    x = arrays.get(k)
+    if x is None:
+      wrong.append(f"{named[k]} is stored, but not in the tree")
+      continue
+    # Packed weights may take the place of the dense ones that they stand for.
+    kind = "ternary" if leaves.is_whole(x) else e["kind"]
+    wants = f"{kind} {x.dtype.name}{list(x.shape)}"
+    if (has := f"{e['kind']} {e['dtype']}{e['shape']}") != wants:
+      what = f"stored as {has}, but in the tree it is {wants}"
+      wrong.append(f"{named[k]} is {what}")
+  if wrong:
+    raise CheckpointError(f"{path} does not fit the tree: {'; '.join(wrong)}.")
+
+
 def _read(
-  path: Place, part: str, spec: dict[str, Any], entries: Entries
-) -> Iterator[tuple[Path, Any]]:
+  path: Place, part: str, spec: Json, entries: Entries
+) -> Iterator[tuple[Path, Leaf | CheckpointError]]:
   """Yields each leaf, verified, or the CheckpointError of what is wrong."""
   codec = codecs.named(spec["codec"])
 
-  def attempt(task: Callable[..., Any], *args: Any) -> Any:
+  def attempt(task: Callable, *args: object) -> Any:
     try:
       with explained("read", path):
         return task(*args)
     except CheckpointError as e:
       return e
 
-  def leaf(keys: Path, entry: Entry, together: Any) -> Any:
+  def leaf(keys: Path, entry: Json, together: Json | CheckpointError) -> Leaf:
     if isinstance(together, CheckpointError):
       together = tensors.read(path, part, {keys: entry}, index)
     return _leaf(path, codec, entry, together)
@@ -263,27 +327,23 @@ def _read(
       yield keys, attempt(leaf, keys, entry, together)
 
 
-def _leaf(
-  path: Place, codec: Codec, entry: Entry, stored: dict[str, Any]
-) -> Any:
+def _leaf(path: Place, codec: Codec, entry: Json, stored: Json) -> Leaf:
   """Returns a verified leaf, on the host; its arrays leave `stored`."""
-  name, data = name_of(entry["path"]), stored.pop(entry["number"], {})
-  arrays: dict[str, Any] = {
+  name, data = leaves.name_of(entry["path"]), stored.pop(entry["number"], {})
+  arrays: codecs.Arrays = {
     k: data[k] if k in data else np.zeros(a["shape"], a["dtype"])
     for k, a in entry["arrays"].items()
   }
-  shape = tuple(entry["shape"])
+  x: Any = None
   if entry["kind"] == "ternary":
     try:
-      arrays = codecs.decode(codec, arrays, shape)
+      x = codecs.decode(codec, arrays, entry)
     except ValueError as e:
       raise CheckpointError(f"{path}: {name} is damaged: {e}") from e
-  if crc_of(arrays) != entry["crc32"]:
+    arrays = {k: getattr(x, k) for k in leaves.FIELDS}
+  if leaves.crc_of(arrays) != entry["crc32"]:
     raise CheckpointError(f"{path}: {name} is damaged: its crc32 differs.")
-  if entry["kind"] == "ternary":
-    x = PackedTernary(**arrays, shape=shape, axis=entry["axis"])
-    validate({name: x})
-    return x
+  validate({name: x})
   if entry["kind"] == "key":
     return jax.random.wrap_key_data(arrays["value"], impl=entry["impl"])
-  return arrays["value"]
+  return arrays["value"] if x is None else x

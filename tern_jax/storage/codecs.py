@@ -6,12 +6,13 @@ before files of it are written or read.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
 from tern_jax.storage import entropy
+from tern_jax.storage.leaves import Json
 from tern_jax.storage.packed import PackedTernary
 
 #: Named arrays on the host.
@@ -37,7 +38,7 @@ class Codec:
   name: str
   arrays: tuple[str, ...]
   encode: Callable[[PackedTernary], Arrays]
-  decode: Callable[[Arrays, tuple[int, ...]], Any]
+  decode: Callable[[Arrays, tuple[int, ...]], Iterable[Any]]
   kind: str = ""
   incompressible: bool = False
 
@@ -79,8 +80,9 @@ def encode(codec: Codec, x: PackedTernary) -> Arrays:
   return codec.encode(x) | {"w_p": x.w_p, "w_n": x.w_n}
 
 
-def decode(codec: Codec, arrays: Arrays, shape: tuple[int, ...]) -> Arrays:
-  """Returns the fields of `PackedTernary` that `encode` made arrays."""
-  planes = codec.decode({k: arrays[k] for k in codec.arrays}, shape)
+def decode(codec: Codec, arrays: Arrays, entry: Json) -> PackedTernary:
+  """Returns the weights that `encode` made arrays, of an entry's shape."""
+  shape = tuple(entry["shape"])
+  nonzero, sign = codec.decode({k: arrays[k] for k in codec.arrays}, shape)
   scales = {k: x for k, x in arrays.items() if k not in codec.arrays}
-  return dict(zip(("nonzero", "sign"), planes, strict=True)) | scales
+  return PackedTernary(nonzero, sign, **scales, shape=shape, axis=entry["axis"])

@@ -5,6 +5,7 @@ and the crc32 of its bytes.
 """
 
 import dataclasses
+import os
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,10 +17,17 @@ from jax.experimental import multihost_utils
 
 from tern_jax.core.containers import Ternary
 from tern_jax.core.paths import key_str
+from tern_jax.core.types import Array, PyTree
 from tern_jax.storage.packed import PackedTernary
 
 #: The keys that lead to a leaf.
 Path = tuple[str, ...]
+#: What a leaf is once it is loaded.
+Leaf = Array | np.ndarray | PackedTernary
+#: What names a file or folder.
+PathLike = str | os.PathLike[str]
+#: A JSON object: what a file says of itself, or of a leaf.
+Json = dict[str, Any]
 
 #: Most keys of a path: a deeper tree could overflow a reader's stack.
 DEPTH = 64
@@ -31,20 +39,13 @@ class CheckpointError(ValueError):
   """A checkpoint cannot be written, is damaged, or does not fit the request."""
 
 
-# Trees.
-
-
-def is_whole(x: Any) -> bool:
+def is_whole(x: object) -> bool:
   """Whether a node is one leaf, although JAX sees several arrays in it."""
   return isinstance(x, Ternary | PackedTernary)
 
 
-def flatten(tree: Any, depth: float = DEPTH) -> tuple[dict[Path, Any], Any]:
-  """Returns the leaves by path, weights whole, and the tree's structure.
-
-  Raises:
-    ValueError: two leaves have one path, or a path has more keys than `depth`.
-  """
+def flatten(tree: PyTree, depth: float = DEPTH) -> tuple[dict[Path, Any], Any]:
+  """Returns the leaves by path, weights whole, and the tree's structure."""
   flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_whole)
   leaves = {}
   for keys, x in flat:
@@ -58,22 +59,17 @@ def flatten(tree: Any, depth: float = DEPTH) -> tuple[dict[Path, Any], Any]:
   return leaves, treedef
 
 
-def nest(leaves: Mapping[Path, Any]) -> Any:
-  """Returns nested dicts of leaves; a leaf without a path is the whole tree.
-
-  >>> nest({("a", "b"): 1, ("a", "c"): 2})
-  {'a': {'b': 1, 'c': 2}}
-  """
-  tree: dict[str, Any] = {}
+def nest(leaves: Mapping[Path, PyTree]) -> PyTree:
+  """Returns nested dicts of leaves; a leaf without a path is the whole tree."""
+  root: dict[str, PyTree] = {}
   for path, x in leaves.items():
     if not path:
       return x
-    *parents, last = path
-    node = tree
-    for key in parents:
+    node = root
+    for key in path[:-1]:
       node = node.setdefault(key, {})
-    node[last] = x
-  return tree
+    node[path[-1]] = x
+  return root
 
 
 def name_of(path: Iterable[str]) -> str:
@@ -88,24 +84,16 @@ def clash(paths: list[Path]) -> bool:
   return len(unique) < len(paths) or not unique.isdisjoint(above)
 
 
-# Leaves.
-
-
-def kind_of(name: str, x: Any, *, keys: bool = False) -> str:
-  """Returns the kind of a leaf: "ternary", "dense", or "key" if those may be.
-
-  Raises:
-    TypeError: it cannot be stored; says why.
-  """
+def kind_of(name: str, x: object, *, keys: bool = False) -> str:
+  """Returns "ternary", "dense" or, if allowed, "key"; raises for the rest."""
   if isinstance(x, Ternary):
     raise TypeError(f"{name} is a Ternary: call tern_jax.pack first.")
   if isinstance(x, PackedTernary):
     return "ternary"
   if not isinstance(x, jax.Array | np.ndarray | np.generic):
-    raise TypeError(
-      f"{name}: leaves must be arrays or PackedTernary, got"
-      f" {type(x).__name__}: leave it out of the tree."
-    )
+    wanted = "leaves must be arrays or PackedTernary"
+    got = f"{type(x).__name__}: leave it out of the tree"
+    raise TypeError(f"{name}: {wanted}, got {got}.")
   if keys and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
     return "key"
   if x.dtype == bool or jnp.issubdtype(x.dtype, jnp.number):
@@ -113,7 +101,7 @@ def kind_of(name: str, x: Any, *, keys: bool = False) -> str:
   raise TypeError(f"{name}: cannot save an array of dtype {x.dtype}.")
 
 
-def host(x: Any) -> np.ndarray:
+def host(x: Array | np.ndarray | np.generic) -> np.ndarray:
   """Returns an array of any device or process, whole, in C order, here."""
   if isinstance(x, jax.Array) and not (
     x.is_fully_addressable or x.is_fully_replicated
@@ -123,38 +111,26 @@ def host(x: Any) -> np.ndarray:
   return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
-def place(x: Any, like: Any = None, source: str = "it") -> Any:
-  """Puts a loaded leaf on the devices of `like`, else on the default device.
-
-  Raises:
-    CheckpointError: a 64-bit dtype, while JAX is restricted to 32 bits.
-  """
+def place(x: Leaf, like: object = None, source: str = "it") -> Any:
+  """Puts a loaded leaf on the devices of `like`, else on the default device."""
   if isinstance(x, PackedTernary):
-    fields = {
-      k: place(getattr(x, k), getattr(like, k, None), source) for k in FIELDS
-    }
+    pairs = ((k, getattr(x, k), getattr(like, k, None)) for k in FIELDS)
+    fields = {k: place(a, b, source) for k, a, b in pairs}
     return dataclasses.replace(x, **fields)
   # An array that was free to move to another device stays so.
-  if getattr(like, "sharding", None) and getattr(like, "committed", True):
-    placed = jax.device_put(x, like.sharding)
-  else:
-    placed = jnp.asarray(x)
+  fixed = getattr(like, "committed", True)
+  sharding = getattr(like, "sharding", None) if fixed else None
+  placed = jax.device_put(x, sharding) if sharding else jnp.asarray(x)
   if placed.dtype != x.dtype:
-    raise CheckpointError(
-      f"{source} has {x.dtype} arrays: set jax_enable_x64 to load them."
-    )
+    hint = "set jax_enable_x64 to load them"
+    raise CheckpointError(f"{source} has {x.dtype} arrays: {hint}.")
   return placed
 
 
-# Arrays.
-
-
-def describe(arrays: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns {name: {"dtype", "shape"}}, as JSON."""
-  return {
-    k: {"dtype": a.dtype.name, "shape": list(a.shape)}
-    for k, a in arrays.items()
-  }
+def describe(arrays: Mapping[str, Array | np.ndarray]) -> Json:
+  """Returns {name: {"dtype", "shape"}}."""
+  facts = ((k, a.dtype.name, list(a.shape)) for k, a in arrays.items())
+  return {k: {"dtype": dtype, "shape": shape} for k, dtype, shape in facts}
 
 
 def crc_of(arrays: Mapping[str, np.ndarray]) -> int:

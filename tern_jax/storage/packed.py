@@ -7,7 +7,6 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ import numpy as np
 from tern_jax.core.checks import concrete
 from tern_jax.core.containers import Ternary
 from tern_jax.core.paths import path_str
-from tern_jax.core.types import Array
+from tern_jax.core.types import Array, KeyPath, PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -47,9 +46,9 @@ class PackedTernary:
     nonzero: uint8 bit-plane, set where the weight is not zero.
     sign: uint8 bit-plane, set where the weight is negative.
     w_p: float, magnitude of the +1 weights, as in `Ternary`.
-    w_n: float, magnitude of the -1 weights, as in `Ternary`.
-    shape: shape of the weights.
-    axis: axis of the weights that is packed, None if they are flattened.
+    w_n: float, magnitude of the -1 weights.
+    shape: of the weights.
+    axis: of the weights that is packed, None if they are flattened.
 
   >>> codes = jnp.array([1, 0, -1, 0, 0, 0, 0, 1], jnp.int8)
   >>> packed = pack(Ternary(codes, jnp.array(2.0), jnp.array(3.0)))
@@ -79,22 +78,18 @@ class PackedTernary:
   @property
   def nbytes(self) -> int:
     """Bytes of the planes and the scales."""
-    arrays = (self.nonzero, self.sign, self.w_p, self.w_n)
-    return sum(x.size * x.dtype.itemsize for x in arrays)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
   def dequantize(self) -> Array:
     """Returns the dense weights, of the given shape and the dtype of w_p."""
     return to_ternary(self).dequantize()
 
 
-def pack(tree: Any) -> Any:
+def pack(tree: PyTree) -> PyTree:
   """Packs the ternary leaves of a tree; other leaves pass through unchanged.
 
   Args:
     tree: any pytree with `Ternary` leaves, or one `Ternary`.
-
-  Returns:
-    The same tree with a `PackedTernary` in place of each `Ternary`.
 
   Raises:
     TypeError: codes are not int8.
@@ -108,36 +103,28 @@ def pack(tree: Any) -> Any:
   ((2, 3), (16, 3), 0)
   """
 
-  def leaf(path: Any, x: Any) -> Any:
+  def leaf(path: KeyPath, x: PyTree) -> PyTree:
     if not isinstance(x, Ternary):
       return x
     _check_ternary(path_str(path) or "the leaf", x)
-    axis = packed_axis(x.codes.shape)
+    axis = packed_axis(x.shape)
     # All arithmetic is int32: XLA:CPU miscompiles some fused int8 maths.
     codes = jnp.asarray(x.codes).astype(jnp.int32)
-    return PackedTernary(
-      nonzero=_pack_bits(codes != 0, axis),
-      sign=_pack_bits(codes < 0, axis),
-      w_p=x.w_p,
-      w_n=x.w_n,
-      shape=codes.shape,
-      axis=axis,
-    )
+    planes = _pack_bits(codes != 0, axis), _pack_bits(codes < 0, axis)
+    return PackedTernary(*planes, x.w_p, x.w_n, codes.shape, axis)
 
   return jax.tree_util.tree_map_with_path(
     leaf, tree, is_leaf=lambda x: isinstance(x, Ternary)
   )
 
 
-def unpack(tree: Any) -> Any:
+def unpack(tree: PyTree) -> PyTree:
   """Expands the packed leaves of a tree to dense weights.
+
+  They equal `Ternary.dequantize` bit for bit; other leaves pass through.
 
   Args:
     tree: any pytree with `PackedTernary` leaves, or one `PackedTernary`.
-
-  Returns:
-    The same tree with a dense array in place of each `PackedTernary`, equal
-    bit for bit to `Ternary.dequantize`; other leaves pass through unchanged.
 
   >>> codes = jnp.array([[1, -1], [0, 1]], jnp.int8)
   >>> packed = pack(Ternary(codes, jnp.array(2.0), jnp.array(0.5)))
@@ -145,9 +132,7 @@ def unpack(tree: Any) -> Any:
   [[2.0, -0.5], [0.0, 2.0]]
   """
   return jax.tree.map(
-    lambda x: x.dequantize() if isinstance(x, PackedTernary) else x,
-    tree,
-    is_leaf=lambda x: isinstance(x, PackedTernary),
+    lambda x: x.dequantize() if _is_packed(x) else x, tree, is_leaf=_is_packed
   )
 
 
@@ -159,11 +144,8 @@ def to_ternary(packed: PackedTernary) -> Ternary:
   return Ternary(codes, packed.w_p, packed.w_n)
 
 
-def validate(tree: Any) -> None:
-  """Checks the invariants of every packed leaf of a tree, on the host.
-
-  Args:
-    tree: any pytree of concrete arrays, with `PackedTernary` leaves or none.
+def validate(tree: PyTree) -> None:
+  """Checks the invariants of every packed leaf of a tree of concrete arrays.
 
   Raises:
     ValueError: a leaf breaks an invariant; names the leaf and what is wrong.
@@ -175,12 +157,13 @@ def validate(tree: Any) -> None:
   Traceback (most recent call last):
   ValueError: w: 1 sign bits are set where the weight is zero.
   """
-  leaves = jax.tree_util.tree_leaves_with_path(
-    tree, is_leaf=lambda x: isinstance(x, PackedTernary)
-  )
-  for path, x in leaves:
-    if isinstance(x, PackedTernary) and (wrong := "; ".join(_faults(x))):
+  for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_packed):
+    if _is_packed(x) and (wrong := "; ".join(_faults(x))):
       raise ValueError(f"{path_str(path) or 'the leaf'}: {wrong}.")
+
+
+def _is_packed(x: object) -> bool:
+  return isinstance(x, PackedTernary)
 
 
 def packed_axis(shape: tuple[int, ...]) -> int | None:
@@ -189,11 +172,7 @@ def packed_axis(shape: tuple[int, ...]) -> int | None:
 
 
 def plane_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Returns the shape of a plane of weights of a shape.
-
-  >>> plane_shape((3, 3, 16, 32)), plane_shape((3, 5))
-  ((3, 3, 2, 32), (2,))
-  """
+  """Returns the shape of a plane of weights of a shape."""
   axis = packed_axis(shape)
   if axis is None:
     return (-(-math.prod(shape) // 8),)
@@ -205,81 +184,65 @@ def _pack_bits(bits: Array, axis: int | None) -> Array:
     bits = jnp.pad(bits.reshape(-1), (0, -bits.size % 8))
     axis = 0
   # The axis is split in place, not moved, and so keeps its sharding.
-  split = (bits.shape[axis] // 8, 8)
-  bits = bits.reshape(*bits.shape[:axis], *split, *bits.shape[axis + 1 :])
-  byte = jnp.sum(
-    bits.astype(jnp.int32) << _shifts(bits.ndim, axis + 1), axis + 1
-  )
+  before, n, after = bits.shape[:axis], bits.shape[axis], bits.shape[axis + 1 :]
+  bits = bits.reshape(*before, n // 8, 8, *after).astype(jnp.int32)
+  byte = jnp.sum(bits << _shifts(bits.ndim, axis + 1), axis + 1)
   return byte.astype(jnp.uint8)
 
 
-def _unpack_bits(
-  plane: Array, shape: tuple[int, ...], axis: int | None
-) -> Array:
-  at = axis or 0
-  byte = jnp.expand_dims(jnp.asarray(plane).astype(jnp.int32), at + 1)
-  bits = (byte >> _shifts(byte.ndim, at + 1)) & 1
+def _unpack_bits(plane: Array, shape: tuple, axis: int | None) -> Array:
+  at = (axis or 0) + 1
+  byte = jnp.expand_dims(jnp.asarray(plane).astype(jnp.int32), at)
+  bits = (byte >> _shifts(byte.ndim, at)) & 1
   if axis is None:
     bits = bits.reshape(-1)[: math.prod(shape)]
   return bits.reshape(shape)
 
 
 def _shifts(ndim: int, axis: int) -> Array:
-  return jax.lax.broadcasted_iota(
-    jnp.int32, tuple(8 if i == axis else 1 for i in range(ndim)), axis
-  )
+  shape = tuple(8 if i == axis else 1 for i in range(ndim))
+  return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
 def _check_ternary(name: str, t: Ternary) -> None:
   if t.codes.dtype != jnp.int8:
-    raise TypeError(
-      f"{name}: codes must be int8, got {t.codes.dtype}: "
-      "use codes.astype(jnp.int8)."
-    )
+    hint = "use codes.astype(jnp.int8)"
+    raise TypeError(f"{name}: codes must be int8, got {t.codes.dtype}: {hint}.")
   if wrong := "; ".join(_scale_faults(t.w_p, t.w_n, t.codes.shape)):
     raise ValueError(f"{name}: {wrong}.")
   if concrete(t.codes):
     codes = jnp.asarray(t.codes).astype(jnp.int32)
     if not jnp.all(jnp.abs(codes) <= 1):
-      raise ValueError(
-        f"{name}: codes must be -1, 0 or 1, got values from {codes.min()} "
-        f"to {codes.max()}: discretize the weights first."
-      )
+      got = f"values from {codes.min()} to {codes.max()}"
+      hint = f"got {got}: discretize the weights first"
+      raise ValueError(f"{name}: codes must be -1, 0 or 1, {hint}.")
 
 
-def _scale_faults(w_p: Any, w_n: Any, shape: tuple[int, ...]) -> Iterator[str]:
+def _scale_faults(w_p: Array, w_n: Array, shape: tuple) -> Iterator[str]:
   for name, w in (("w_p", w_p), ("w_n", w_n)):
     if not jnp.issubdtype(w.dtype, jnp.floating):
       yield f"{name} must be floating, got {w.dtype}"
-    if not _divides(w.shape, shape):
-      yield (
-        f"{name} of shape {w.shape} does not divide weights of shape {shape}"
-      )
+    pairs = zip(w.shape[::-1], shape[::-1], strict=False)
+    divides = all(m % n == 0 if n else m == 0 for n, m in pairs)
+    if len(w.shape) > len(shape) or not divides:
+      whole = f"weights of shape {shape}"
+      yield f"{name} of shape {w.shape} does not divide {whole}"
   if w_p.dtype != w_n.dtype:
     yield f"w_p is {w_p.dtype}, but w_n is {w_n.dtype}"
-
-
-def _divides(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
-  pairs = zip(shape[::-1], whole[::-1], strict=False)
-  return len(shape) <= len(whole) and all(
-    m % n == 0 if n else m == 0 for n, m in pairs
-  )
 
 
 def _faults(x: PackedTernary) -> Iterator[str]:
   yield from _scale_faults(x.w_p, x.w_n, x.shape)
   axis, wanted = packed_axis(x.shape), plane_shape(x.shape)
-  layout_ok = x.axis == axis
-  if not layout_ok:
-    yield f"axis must be {axis} for shape {x.shape}, got {x.axis}"
+  wrong = []
+  if x.axis != axis:
+    wrong.append(f"axis must be {axis} for shape {x.shape}, got {x.axis}")
   for name, plane in (("nonzero", x.nonzero), ("sign", x.sign)):
     if plane.dtype != jnp.uint8 or plane.shape != wanted:
-      layout_ok = False
-      yield (
-        f"{name} must be uint8{list(wanted)}, "
-        f"got {plane.dtype}{list(plane.shape)}"
-      )
-  if not layout_ok:
+      found = f"{plane.dtype}{list(plane.shape)}"
+      wrong.append(f"{name} must be uint8{list(wanted)}, got {found}")
+  if wrong:
+    yield from wrong
     return
   nonzero, sign = np.asarray(x.nonzero), np.asarray(x.sign)
   if stray := int(np.bitwise_count(sign & ~nonzero).sum()):

@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import jax
@@ -19,7 +18,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from tern_jax.storage.leaves import CheckpointError
+from tern_jax.storage.leaves import CheckpointError, PathLike
 
 try:
   import fcntl
@@ -37,7 +36,7 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 _COMMITTED = "commit_success.txt"
 
 
-def absolute(path: str | os.PathLike[str]) -> Place:
+def absolute(path: PathLike) -> Place:
   """Returns a path that means the same in every working directory.
 
   >>> absolute("gs://bucket/runs/7")
@@ -53,7 +52,7 @@ def absolute(path: str | os.PathLike[str]) -> Place:
   return epath.Path(name)
 
 
-def locate(path: str | os.PathLike[str]) -> Place:
+def locate(path: PathLike) -> Place:
   """Returns the folder of a checkpoint, which may be a run's latest step.
 
   Raises:
@@ -61,31 +60,26 @@ def locate(path: str | os.PathLike[str]) -> Place:
   """
   path = absolute(path)
   with explained("look at", path):
-    old = _stage(path) / "old"
+    old = path.with_name(f".{path.name}.new") / "old"
     if not _taken(path) and is_whole(old):
       return old  # A save was killed while it replaced the checkpoint.
     if not path.is_dir():
       what = "is a file" if path.exists() else "does not exist"
       raise CheckpointError(f"{path} {what}: give the folder of a checkpoint.")
-    found = [] if is_whole(path) else steps(path)
-    if found:
+    if not is_whole(path) and (found := steps(path)):
       path = path / str(max(found))
     if not is_whole(path):
       raise CheckpointError(f"{path} holds no checkpoint: its spec is missing.")
     return path
 
 
-def disk_bytes(path: str | os.PathLike[str]) -> int:
-  """Returns the bytes of all files of a checkpoint, orbax's own included.
-
-  Args:
-    path: a checkpoint, a step of a training run, or a run: its latest step.
+def disk_bytes(path: PathLike) -> int:
+  """Returns the bytes of all files of what `locate` finds, orbax's own too.
 
   Raises:
     CheckpointError: nothing there.
   """
-  files = _files(locate(path))
-  return sum(epath.Path(file).stat().length for file in files)
+  return sum(x.stat().length for x in _files(locate(path)))
 
 
 @contextlib.contextmanager
@@ -96,10 +90,8 @@ def explained(task: str, path: Place) -> Iterator[None]:
   except (CheckpointError, ImportError):
     raise
   except Exception as e:  # orbax and TensorStore raise errors of many kinds
-    reason = str(e).partition("\n")[0]
-    raise CheckpointError(
-      f"cannot {task} {path}: {type(e).__name__}: {reason}"
-    ) from e
+    reason = type(e).__name__, str(e).partition("\n")[0]
+    raise CheckpointError(f"cannot {task} {path}: {': '.join(reason)}") from e
 
 
 def lead(task: Callable[[], None]) -> None:
@@ -110,12 +102,8 @@ def lead(task: Callable[[], None]) -> None:
       task()
     except Exception as e:
       error = e
-  failed = multihost_utils.broadcast_one_to_all(np.array(error is not None))
-  if failed:
+  if multihost_utils.broadcast_one_to_all(np.array(error is not None)):
     raise error or CheckpointError("the first process says what is wrong.")
-
-
-# What is there.
 
 
 def in_bucket(path: Place) -> bool:
@@ -140,11 +128,8 @@ def is_unfinished(path: Place) -> bool:
 
 def steps(directory: Place) -> list[int]:
   """Returns the numbers of the steps of a run."""
-  return [
-    int(path.name)
-    for path in directory.glob("*")
-    if path.name.isdecimal() and (not in_bucket(path) or is_whole(path))
-  ]
+  numbered = [x for x in directory.glob("*") if x.name.isdecimal()]
+  return [int(x.name) for x in numbered if not in_bucket(x) or is_whole(x)]
 
 
 def _taken(path: Place) -> bool:
@@ -154,21 +139,17 @@ def _taken(path: Place) -> bool:
   return os.path.lexists(path)
 
 
-def _files(folder: Any) -> Iterator[Any]:
+def _files(folder: Place) -> Iterator[epath.Path]:
   # The walk of epath returns names without a scheme.
   for path in folder.iterdir():
-    yield from _files(path) if path.is_dir() else [path]
-
-
-# What is changed there.
+    yield from _files(path) if path.is_dir() else [epath.Path(path)]
 
 
 def probe(path: Place) -> None:
   """Raises an OSError if no folder can be made there."""
   # A save that fails inside orbax leaves threads that wait for five minutes.
   trial = path.with_name(f".{path.name}.probe")
-  if in_bucket(path):
-    # There are no folders there, only names.
+  if in_bucket(path):  # It has no folders, only names.
     trial.write_text("")
     trial.unlink()
   else:
@@ -182,10 +163,8 @@ def locked(folder: Place, path: Place) -> Iterator[None]:
 
   The system releases the lock when the process ends, in whatever way.
   """
-  busy = CheckpointError(
-    f"{path}: another process is saving there, or a Checkpointer that was not "
-    "closed: save to another directory."
-  )
+  who = "another process is saving there, or a Checkpointer that was not closed"
+  busy = CheckpointError(f"{path}: {who}: save to another directory.")
   if fcntl is None or in_bucket(folder):
     yield
     return
@@ -211,12 +190,9 @@ def locked(folder: Place, path: Place) -> Iterator[None]:
 
 
 def remove(path: Place) -> None:
-  """Deletes a folder.
-
-  In a bucket its mark is removed first, so that a checkpoint of which only a
-  part is deleted is never taken for a whole one.
-  """
+  """Deletes a folder."""
   if isinstance(path, epath.Path):
+    # First its mark: what is deleted in part is never taken for a whole one.
     (path / _COMMITTED).unlink(missing_ok=True)
     path.rmtree(missing_ok=True)
   else:
@@ -226,29 +202,22 @@ def remove(path: Place) -> None:
 def _move(path: Place, target: Place) -> None:
   """Moves a checkpoint, which appears there whole or not at all."""
   if not isinstance(path, epath.Path):
-    # This fails if something else has appeared there.
-    path.rename(target)
+    path.rename(target)  # This fails if something else has appeared there.
     return
   if _taken(target):
     raise FileExistsError(f"{target} exists")
   remove(target)
   # With a spec and without its mark, a partial copy is known as one.
   first, last = path / SPEC, path / _COMMITTED
-  between = [file for file in _files(path) if file not in (first, last)]
-  for file in (first, *between, last):
+  for file in sorted(_files(path), key=lambda x: (x == last) - (x == first)):
     file.copy(target / file.relative_to(path), overwrite=True)
   remove(path)
-
-
-def _stage(path: Place) -> Place:
-  """Returns the folder of what is saved to a path before it is whole."""
-  return path.with_name(f".{path.name}.new")
 
 
 @contextlib.contextmanager
 def staged(path: Place, overwrite: bool) -> Iterator[Place]:
   """Yields where to save a checkpoint, which then appears at its path."""
-  stage = _stage(path)
+  stage = path.with_name(f".{path.name}.new")
   with contextlib.ExitStack() as stack:
 
     def prepare() -> None:
@@ -260,9 +229,8 @@ def staged(path: Place, overwrite: bool) -> Iterator[Place]:
         if not overwrite:
           raise CheckpointError(f"{path} already exists: pass overwrite=True.")
         if not is_whole(path):
-          raise CheckpointError(
-            f"{path} exists and is not a checkpoint: choose another path."
-          )
+          what = "exists and is not a checkpoint"
+          raise CheckpointError(f"{path} {what}: choose another path.")
       probe(stage / "new")
 
     def publish() -> None:
@@ -280,8 +248,7 @@ def _settle(stage: Place, path: Place, done: bool = False) -> None:
   old = stage / "old"
   if is_whole(old) and not _taken(path):
     _move(old, path)
-  leftovers = stage.iterdir() if stage.exists() else ()
-  for leftover in leftovers:
+  for leftover in stage.iterdir() if stage.exists() else ():
     # Something else may have appeared at the path: then the old one stays.
     if leftover != old or is_whole(path):
       remove(leftover)

@@ -3,14 +3,12 @@
 import contextlib
 import functools
 import operator
-import os
 from collections.abc import Iterator
 from typing import Any
 
-from tern_jax.storage import codecs, places
-from tern_jax.storage.checkpoint import load, parts_of
-from tern_jax.storage.leaves import CheckpointError
-from tern_jax.storage.spec import read_spec
+from tern_jax.core.types import PyTree
+from tern_jax.storage import checkpoint, codecs, places
+from tern_jax.storage.leaves import CheckpointError, PathLike
 from tern_jax.storage.tensors import context, lent, ocp
 
 
@@ -34,8 +32,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     ValueError: `save_interval`, `keep` or `keep_every` below 1.
     CheckpointError: the directory cannot be made or read.
 
-  >>> import tempfile
-  >>> import jax.numpy as jnp
+  >>> import tempfile, jax.numpy as jnp
   >>> state = {"w": jnp.arange(3.0)}
   >>> with (
   ...   tempfile.TemporaryDirectory() as directory,
@@ -49,17 +46,14 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
 
   def __init__(
     self,
-    directory: str | os.PathLike[str],
+    directory: PathLike,
     *,
     save_interval: int = 1,
     keep: int | None = None,
     keep_every: int | None = None,
   ):
-    for name, value in (
-      ("save_interval", save_interval),
-      ("keep", keep),
-      ("keep_every", keep_every),
-    ):
+    given = {"save_interval": save_interval, "keep": keep}
+    for name, value in (given | {"keep_every": keep_every}).items():
       if value is not None and value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
     policies = ocp.training.preservation_policies
@@ -78,21 +72,20 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
       self._run = self._open()
     #: The step that is being saved, and what waits for it.
     self._saving: tuple[places.Place, Any] | None = None
-    self._lock = contextlib.ExitStack()
-    self._locked = False
+    self._lock: contextlib.ExitStack | None = None
 
   def save(
     self,
     step: int,
-    state: Any,
-    packed: Any,
+    state: PyTree,
+    packed: PyTree,
     *,
-    extra: Any = None,
-    method: Any = None,
+    extra: object = None,
+    method: object = None,
     force: bool = False,
     wait: bool = True,
   ) -> bool:
-    """Saves one step, if it is due.
+    """Saves one step, if it is due; returns whether it was saved now.
 
     Args:
       step: number of the step, not below that of a saved step.
@@ -105,9 +98,6 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
       wait: return once the step is on disk. False: once all arrays are copied,
         so that they can be donated or changed; what goes wrong after that is
         raised by the next save that is due, `wait`, `restore` or `close`.
-
-    Returns:
-      Whether the step is saved now: it was due and not saved already.
 
     Raises:
       TypeError: a leaf is no array, or `extra` is no JSON value.
@@ -127,48 +117,39 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     if step == latest or not due:
       return False
     trees = {"state": state, "packed": packed}
-    parts = parts_of(trees, codecs.PLANES, method, extra)
+    parts = checkpoint.parts_of(trees, codecs.PLANES, method, extra)
     with places.explained("save", path):
       places.lead(lambda: self._prepare(path))
       if places.in_bucket(path):
         self._run.reload()  # Forget the incomplete step that was removed.
     with self._cleaned(path):
-      saving = self._run.save_checkpointables_async(
-        step, lent(parts) if wait else parts, force=True
-      )
+      parts = lent(parts) if wait else parts
+      saving = self._run.save_checkpointables_async(step, parts, force=True)
     self._saving = path, saving
     if wait:
       self.wait()
     return True
 
   def wait(self) -> None:
-    """Returns once the last save is on disk.
-
-    Raises:
-      CheckpointError: it could not be written.
-    """
+    """Returns once the last save is on disk, or raises a CheckpointError."""
     if self._saving:
       (path, saving), self._saving = self._saving, None
       with self._cleaned(path):
         saving.result()
 
   def close(self) -> None:
-    """Finishes the last save; then other processes can save.
-
-    Raises:
-      CheckpointError: it could not be written.
-    """
-    with self._lock:
-      self._locked = False
+    """Finishes the last save, as `wait`; then other processes can save."""
+    with self._lock or contextlib.nullcontext():
+      self._lock = None
       try:
         self.wait()
       finally:
         self._run.close()
 
   def restore(
-    self, like: Any, step: int | None = None, *, partial: bool = False
-  ) -> tuple[Any, Any, int]:
-    """Restores the state of a step, or a part of it.
+    self, like: PyTree, step: int | None = None, *, partial: bool = False
+  ) -> tuple[PyTree, Any, int]:
+    """Restores a step, or a part of its state, as (state, extra, step).
 
     Args:
       like: state, or its shapes, of the structure, shapes, dtypes and
@@ -176,9 +157,6 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
       step: number of the step, None for the latest.
       partial: `like` has only some of the leaves, at their paths in the state,
         such as `{"params": params}`; no others are read.
-
-    Returns:
-      (state, extra, step).
 
     Raises:
       CheckpointError: no such step, damaged, or of other paths, shapes or
@@ -189,8 +167,9 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     if step is None:
       raise CheckpointError(f"{self.directory} holds no checkpoint: save one.")
     path = places.locate(self.directory / str(step))
-    spec = read_spec(path)
-    return load(path, "state", spec, like, partial), spec["extra"], step
+    spec = checkpoint.read_spec(path)
+    state = checkpoint.load(path, "state", spec, like, partial)
+    return state, spec["extra"], step
 
   def latest_step(self) -> int | None:
     """Returns the number of the latest saved step, None if there is none."""
@@ -201,9 +180,10 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
 
   def _prepare(self, path: places.Place) -> None:
     """Makes sure that this is the only writer, and that it can write."""
-    if not self._locked:
-      self._lock.enter_context(places.locked(self.directory, self.directory))
-      self._locked = True
+    if not self._lock:
+      lock = contextlib.ExitStack()
+      lock.enter_context(places.locked(self.directory, self.directory))
+      self._lock = lock
       for leftover in self.directory.glob("*"):
         if places.is_unfinished(leftover):
           places.remove(leftover)

@@ -5,16 +5,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1
 
-from tern_jax.storage.leaves import CheckpointError, describe, name_of
+from tern_jax.core.types import PyTree
+from tern_jax.storage import leaves
+from tern_jax.storage.leaves import CheckpointError, Json, Path
 from tern_jax.storage.places import Place
-from tern_jax.storage.spec import Entries, stored_bytes
 
 # Its own annotations refuse pathlib paths, and its own policies.
 ocp: Any = v1
 
+#: Entries of leaves in the spec of a checkpoint, by their paths.
+Entries = dict[Path, Json]
 # Bytes that are worth a read of their own, and how many reads at most.
 _WORTH_A_READ = 1 << 22
 _READS = 8
@@ -22,9 +26,9 @@ _READS = 8
 
 def context() -> Any:
   """Returns an orbax context that stores the spec as JSON."""
-  made = ocp.Context()
-  made.checkpointables.registry = ocp.handlers.local_registry().add(
-    ocp.handlers.JsonHandler, checkpointable_name="spec"
+  made, handlers = ocp.Context(), ocp.handlers
+  made.checkpointables.registry = handlers.local_registry().add(
+    handlers.JsonHandler, checkpointable_name="spec"
   )
   return made
 
@@ -32,15 +36,21 @@ def context() -> Any:
 class _Lent(np.ndarray):
   """An array that nobody changes while it is saved: orbax need not copy it."""
 
-  def __deepcopy__(self, memo: Any) -> "_Lent":
+  def __deepcopy__(self, memo: object) -> "_Lent":
     return self
 
 
-def lent(parts: Any) -> Any:
+def lent(parts: PyTree) -> PyTree:
   """Returns the parts of a checkpoint, for a save that is waited for."""
   return jax.tree.map(
     lambda x: x.view(_Lent) if isinstance(x, np.ndarray) else x, parts
   )
+
+
+def stored_bytes(entry: Json) -> int:
+  """Returns the bytes of the arrays of a leaf, by its entry in a spec."""
+  facts = [(a["shape"], a["dtype"]) for a in entry["arrays"].values()]
+  return sum(math.prod(n) * jnp.dtype(dtype).itemsize for n, dtype in facts)
 
 
 def groups(entries: Entries) -> Iterator[Entries]:
@@ -50,12 +60,12 @@ def groups(entries: Entries) -> Iterator[Entries]:
   leaves: memory that the threads of a read have freed is for such threads, not
   for this one.
   """
-  sizes = {keys: stored_bytes(e) for keys, e in entries.items()}
-  enough = max(_WORTH_A_READ, sum(sizes.values()) / _READS)
+  whole = sum(map(stored_bytes, entries.values()))
+  enough = max(_WORTH_A_READ, whole / _READS)
   group, size = {}, 0
   for keys, e in entries.items():
     group[keys] = e
-    size += sizes[keys]
+    size += stored_bytes(e)
     if size >= enough:
       yield group
       group, size = {}, 0
@@ -63,33 +73,30 @@ def groups(entries: Entries) -> Iterator[Entries]:
     yield group
 
 
-def index_of(path: Place, part: str) -> Any:
+def index_of(path: Place, part: str) -> Json:
   """Returns what orbax knows of the arrays of a part, by their numbers."""
   if not (path / part).exists():
     return {}
   # Of what it cannot read, orbax warns, and returns None.
   index = ocp.metadata(path, part).metadata
   if index is None:
-    raise CheckpointError(
-      f"{path}: the index of {part} cannot be read: any of its leaves may be "
-      "damaged."
-    )
+    fault = f"the index of {part} cannot be read"
+    raise CheckpointError(f"{path}: {fault}: any of its leaves may be damaged.")
   return index
 
 
 def read(
-  path: Place, part: str, entries: Entries, index: Any
+  path: Place, part: str, entries: Entries, index: Json
 ) -> dict[str, Mapping[str, np.ndarray]]:
   """Returns the arrays of leaves, by their numbers, on the host."""
   # The index must agree with the spec before any array is allocated.
   wanted = {}
   for e in entries.values():
     described = {k: a for k, a in e["arrays"].items() if math.prod(a["shape"])}
-    if describe(index.get(e["number"], {})) != described:
-      raise CheckpointError(
-        f"{path}: {name_of(e['path'])} is damaged: its arrays are not those of "
-        f"the spec, {described}."
-      )
+    if leaves.describe(index.get(e["number"], {})) != described:
+      fault = f"its arrays are not those of the spec, {described}"
+      name = leaves.name_of(e["path"])
+      raise CheckpointError(f"{path}: {name} is damaged: {fault}.")
     if described:
       wanted[e["number"]] = index[e["number"]]
   if not wanted:

@@ -54,7 +54,7 @@ from typing import Any
 
 import numpy as np
 
-from tern_jax.storage.entropy.coding import Reader, crc_of, stream, threads
+from tern_jax.storage.entropy import coding
 from tern_jax.storage.entropy.fitting import fit
 from tern_jax.storage.entropy.layout import Layout
 from tern_jax.storage.entropy.models import Levels, get_bits, put_bits, read
@@ -67,8 +67,8 @@ VERSION = 1
 def encode(packed: PackedTernary) -> bytes:
   """Codes the planes of packed weights, without their scales.
 
-  If k_i of n_i bits are set at index i, or beside neighbors of sum i, the cost
-  is
+  The same planes give the same bytes, wherever they are coded. If k_i of n_i
+  bits are set at index i, or beside neighbors of sum i, the cost is
 
     sum_i -k_i log2 p_i - (n_i - k_i) log2(1 - p_i)
 
@@ -80,16 +80,12 @@ def encode(packed: PackedTernary) -> bytes:
   Args:
     packed: weights of any shape, on the host or a device.
 
-  Returns:
-    The same bytes for the same planes, wherever they are coded.
-
   Raises:
     ValueError: the weights break an invariant of `PackedTernary`.
     ImportError: constriction is not installed.
 
   >>> import jax.numpy as jnp
-  >>> from tern_jax.core.containers import Ternary
-  >>> from tern_jax.storage.packed import pack
+  >>> from tern_jax import Ternary, pack
   >>> codes = jnp.eye(64, dtype=jnp.int8)
   >>> packed = pack(Ternary(codes, jnp.ones(()), jnp.ones(())))
   >>> data = encode(packed)
@@ -104,33 +100,31 @@ def encode(packed: PackedTernary) -> bytes:
   Shtarkov, "Universal sequential coding of single messages", 1987.
   """
   validate(packed)
-  queue, layout = stream().queue, Layout.of(packed.shape)
+  coding.stream()  # Without constriction, nothing is fitted.
+  layout = Layout.of(packed.shape)
   planes = [layout.spread(x) for x in (packed.nonzero, packed.sign)]
   tallies = [layout.tallies(x) for x in planes]
-  models = (
-    fit(layout, planes[0], None, tallies[0], None),
-    fit(layout, planes[1], planes[0], *tallies[::-1]),
-  )
+  of_nonzero = fit(layout, planes[0], None, tallies[0], None)
+  models = of_nonzero, fit(layout, planes[1], planes[0], *tallies[::-1])
   parts = [bytes([VERSION]), *(m.header() for m in models)]
   if leveled := [m for m in models if isinstance(m, Levels)]:
-    coder = queue.RangeEncoder()
+    coder = coding.Encoder()
     for m in leveled:
       m.put_index(coder)
-    words = coder.get_compressed().astype("<u4")
-    parts += struct.pack("<I", len(words)), words.tobytes()
+    words = coder.words()
+    parts += struct.pack("<I", len(words) // 4), words
 
   def chunk(i: int) -> tuple[bytes, bytes]:
     grid = layout.box(i)
     box = layout.weights(grid)
     nonzero, sign = (layout.unpack(x[grid]) for x in planes)
-    coder = queue.RangeEncoder()
+    coder = coding.Encoder()
     put_bits(coder, models[0], box, nonzero, None)
     put_bits(coder, models[1], box, sign, nonzero)
-    words = coder.get_compressed().astype("<u4")
-    entry = struct.pack("<II", len(words), crc_of(nonzero, sign))
-    return entry, words.tobytes()
+    words, crc = coder.words(), coding.crc_of(nonzero, sign)
+    return struct.pack("<II", len(words) // 4, crc), words
 
-  chunks = threads(chunk, layout.chunks)
+  chunks = coding.threads(chunk, layout.chunks)
   parts += (entry for entry, _ in chunks)
   parts += (words for _, words in chunks)
   return b"".join(parts)
@@ -154,13 +148,14 @@ def decode(data: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     ValueError: the bytes are damaged, or are not those of such a shape.
     ImportError: constriction is not installed.
   """
-  queue, layout = stream().queue, Layout.of(shape)
-  reader = Reader(memoryview(data).cast("B"))
+  coding.stream()
+  layout = Layout.of(shape)
+  reader = coding.Reader(memoryview(data).cast("B"))
   (version,) = reader.numbers("<B")
   if version != VERSION:
     raise ValueError(f"the version must be {VERSION}, got {version}.")
   models = [read(reader, layout, signed) for signed in (False, True)]
-  indices = b""
+  indices = memoryview(b"")
   if leveled := [m for m in models if isinstance(m, Levels)]:
     indices = reader.take(4 * reader.numbers("<I")[0])
   table = np.frombuffer(reader.take(8 * layout.chunks), "<u4").reshape(-1, 2)
@@ -169,10 +164,7 @@ def decode(data: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
   if left := len(reader.data):
     raise ValueError(f"{left} bytes are left over.")
 
-  def decoder(words: Any) -> Any:
-    return queue.RangeDecoder(np.frombuffer(words, "<u4").astype(np.uint32))
-
-  coder = decoder(indices)
+  coder = coding.Decoder(indices)
   for m in leveled:
     m.get_index(coder, layout.shape[m.axis])
   planes = [np.zeros(layout.grid, np.uint8) for _ in range(2)]
@@ -180,14 +172,12 @@ def decode(data: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
   def chunk(i: int) -> None:
     grid = layout.box(i)
     box = layout.weights(grid)
-    coder = decoder(chunks[4 * ends[i] : 4 * ends[i + 1]])
+    coder = coding.Decoder(chunks[4 * ends[i] : 4 * ends[i + 1]])
     nonzero = get_bits(coder, models[0], box, None)
     sign = get_bits(coder, models[1], box, nonzero)
-    if crc_of(nonzero, sign) != table[i, 1]:
+    if coding.crc_of(nonzero, sign) != table[i, 1]:
       raise ValueError(f"the crc32 of chunk {i} of {layout.chunks} differs.")
-    for plane, bits in zip(planes, (nonzero, sign), strict=True):
-      plane[grid] = layout.pack(bits)
+    planes[0][grid], planes[1][grid] = layout.pack(nonzero), layout.pack(sign)
 
-  threads(chunk, layout.chunks)
-  nonzero, sign = map(layout.gather, planes)
-  return nonzero, sign
+  coding.threads(chunk, layout.chunks)
+  return layout.gather(planes[0]), layout.gather(planes[1])

@@ -1,19 +1,23 @@
 """Bits in and out of the range coder of constriction; bytes in and out."""
 
 import concurrent.futures
-import dataclasses
 import functools
 import importlib
 import os
 import struct
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+T = TypeVar("T")
+#: Where bits are coded; None for everywhere.
+Mask = np.ndarray | None
 #: Probabilities are integers, in units of 1 / ONE.
 ONE = 1 << 16
+#: Packs bits to bytes, in C order, the first bit lowest.
+pack_bits = functools.partial(np.packbits, bitorder="little")
 # What the fixed-point probabilities of constriction add up to.
 _TOTAL = 1 << 24
 # Weights, or symbols, that are handled in one go: indices take 8 bytes each,
@@ -27,55 +31,69 @@ def stream() -> Any:
   try:
     return importlib.import_module("constriction").stream
   except ImportError as e:
-    raise ImportError(
-      "codec='entropy' needs constriction: pip install 'tern_jax[codec]'."
-    ) from e
+    hint = "pip install 'tern_jax[codec]'"
+    raise ImportError(f"codec='entropy' needs constriction: {hint}.") from e
 
 
-# Bits of one probability.
+class Encoder:
+  """Codes symbols, and bits, to words."""
+
+  def __init__(self):
+    self._coder = stream().queue.RangeEncoder()
+
+  def symbols(self, data: np.ndarray, model: object) -> None:
+    """Codes symbols of a model."""
+    self._coder.encode(data.astype(np.int32), model)
+
+  def bits(self, bits: np.ndarray, p: int) -> None:
+    """Codes flat bits that are set with a probability of p / ONE."""
+    data, (n, rest) = pack_bits(bits), divmod(bits.size, 8)
+    for i in range(0, n, _BLOCK):
+      self.symbols(data[i : min(i + _BLOCK, n)], _byte(p, 8))
+    if rest:
+      self.symbols(data[n:], _byte(p, rest))
+
+  def words(self) -> bytes:
+    """Returns what was coded."""
+    return self._coder.get_compressed().astype("<u4").tobytes()
 
 
-def put(coder: Any, bits: np.ndarray, p: int) -> None:
-  """Codes flat bits that are set with a probability of p / ONE."""
-  data, (n, rest) = pack_bits(bits), divmod(bits.size, 8)
-  for i in range(0, n, _BLOCK):
-    coder.encode(data[i : min(i + _BLOCK, n)].astype(np.int32), _byte(p, 8))
-  if rest:
-    coder.encode(data[n:].astype(np.int32), _byte(p, rest))
+class Decoder:
+  """Decodes what an `Encoder` coded."""
 
+  def __init__(self, words: memoryview):
+    numbers = np.frombuffer(words, "<u4").astype(np.uint32)
+    self._coder = stream().queue.RangeDecoder(numbers)
 
-def get(coder: Any, size: int, p: int) -> np.ndarray:
-  """Decodes what `put` coded."""
-  n, rest = divmod(size, 8)
-  data = np.empty(n + (rest > 0), np.uint8)
-  data[:n] = symbols(coder, _byte(p, 8), n)
-  if rest:
-    data[n:] = symbols(coder, _byte(p, rest), 1)
-  return unpack_bits(data, size)
+  def symbols(self, n: int, model: object) -> np.ndarray:
+    """Decodes n symbols of a model."""
+    try:
+      return self._coder.decode(model, n)
+    except AssertionError as e:
+      raise ValueError(f"the coded words are damaged: {e}") from e
 
-
-def symbols(coder: Any, model: Any, n: int) -> np.ndarray:
-  """Decodes n symbols of a model."""
-  try:
-    return coder.decode(model, n)
-  except AssertionError as e:
-    raise ValueError(f"the coded words are damaged: {e}") from e
+  def bits(self, size: int, p: int) -> np.ndarray:
+    """Decodes flat bits that are set with a probability of p / ONE."""
+    n, rest = divmod(size, 8)
+    data = np.empty(n + (rest > 0), np.uint8)
+    data[:n] = self.symbols(n, _byte(p, 8))
+    if rest:
+      data[n:] = self.symbols(1, _byte(p, rest))
+    return np.unpackbits(data, count=size, bitorder="little").view(bool)
 
 
 @functools.lru_cache(1024)
-def _byte(p: int, n: int) -> Any:
+def _byte(p: int, n: int) -> object:
   """Returns the model of n <= 8 bits as one symbol, the first bit lowest."""
   by_count = [p**k * (ONE - p) ** (n - k) for k in range(n + 1)]
   return categorical(tuple(by_count[i.bit_count()] for i in range(1 << n)))
 
 
-def categorical(weights: tuple[int, ...]) -> Any:
-  """Returns a model of probabilities in proportion to integers.
-
-  The library scales what it is given to _TOTAL less the number of symbols,
-  takes the integer parts and adds 1 to each. Integers that have that sum are
-  scaled by exactly 1, and are exact in float32.
-  """
+def categorical(weights: tuple[int, ...]) -> object:
+  """Returns a model of probabilities in proportion to integers."""
+  # The library scales what it is given to _TOTAL less the number of symbols,
+  # takes the integer parts and adds 1 to each. Integers that have that sum are
+  # scaled by exactly 1, and are exact in float32.
   total = _TOTAL - len(weights)
   chances = [w * total // sum(weights) for w in weights]
   chances[weights.index(max(weights))] += total - sum(chances)
@@ -83,10 +101,7 @@ def categorical(weights: tuple[int, ...]) -> Any:
   return model(np.array(chances, np.float32), lazy=False, perfect=False)
 
 
-# Masks.
-
-
-def take(x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+def take(x: np.ndarray, mask: Mask) -> np.ndarray:
   """Returns x[mask] of flat arrays, in less time and memory; all for None."""
   if mask is None:
     return x
@@ -99,7 +114,7 @@ def take(x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
   return found[:n]
 
 
-def give(x: np.ndarray, mask: np.ndarray | None, found: np.ndarray) -> None:
+def give(x: np.ndarray, mask: Mask, found: np.ndarray) -> None:
   """Sets x[mask] of flat arrays to `found`, the inverse of `take`."""
   if mask is None:
     x[:] = found
@@ -111,29 +126,16 @@ def give(x: np.ndarray, mask: np.ndarray | None, found: np.ndarray) -> None:
     n += at.size
 
 
-# Bytes.
-
-
-def pack_bits(bits: np.ndarray) -> np.ndarray:
-  """Returns bits as bytes, in C order, the first bit lowest."""
-  return np.packbits(bits, bitorder="little")
-
-
-def unpack_bits(data: np.ndarray, n: int) -> np.ndarray:
-  """Returns the first n bits of bytes as bools."""
-  return np.unpackbits(data, count=n, bitorder="little").view(bool)
-
-
 def crc_of(nonzero: np.ndarray, sign: np.ndarray) -> int:
   """Returns the crc32 of the bits of a chunk."""
   return zlib.crc32(pack_bits(sign).data, zlib.crc32(pack_bits(nonzero).data))
 
 
-@dataclasses.dataclass
 class Reader:
   """Reads bytes from the front."""
 
-  data: memoryview
+  def __init__(self, data: memoryview):
+    self.data = data
 
   def take(self, n: int) -> memoryview:
     """Returns the next n bytes."""
@@ -147,14 +149,9 @@ class Reader:
     return struct.unpack(layout, self.take(struct.calcsize(layout)))
 
 
-# Threads.
-
-
-def threads(f: Callable[[int], Any], n: int) -> list[Any]:
+def threads(f: Callable[[int], T], n: int) -> list[T]:
   """Returns [f(0), ..., f(n - 1)], computed by a few threads."""
-  if n < 2:
-    return list(map(f, range(n)))
-  return list(_pool().map(f, range(n)))
+  return list((map if n < 2 else _pool().map)(f, range(n)))
 
 
 @functools.cache

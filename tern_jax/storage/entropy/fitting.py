@@ -1,15 +1,13 @@
 """Which model codes a plane in the fewest bits, decided in integers alone."""
 
 import functools
-import itertools
 import operator
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
-from tern_jax.storage.entropy.coding import ONE
-from tern_jax.storage.entropy.layout import Layout
+from tern_jax.storage.entropy.coding import ONE, Mask
+from tern_jax.storage.entropy.layout import Layout, Tallies
 from tern_jax.storage.entropy.models import Levels, Model, Neighbors, levels
 
 # Costs are integers, in units of 1 / _BIT bits.
@@ -19,29 +17,16 @@ _GRIDS = (3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 
 
 def fit(
-  layout: Layout,
-  plane: np.ndarray,
-  mask: np.ndarray | None,
-  ks: dict[int, np.ndarray],
-  ns: dict[int, np.ndarray] | None,
+  layout: Layout, plane: np.ndarray, mask: Mask, ks: Tallies, ns: Tallies | None
 ) -> Model:
-  """Returns the model of least cost.
-
-  Args:
-    layout: of the plane.
-    plane: array of the grid.
-    mask: where its bits are coded, an array of the grid; None for everywhere.
-    ks: tallies of the plane.
-    ns: tallies of the mask, None for everywhere.
-  """
+  """Returns the model of least cost; `ks` and `ns` are of plane and mask."""
   cost = operator.itemgetter(0)
   best = min(_fit_neighbors(layout, plane, mask), key=cost)
-  leveled = _fit_levels(layout, ks, ns, best[0])
-  return min(itertools.chain([best], leveled), key=cost)[1]
+  return min([best, *_fit_levels(layout, ks, ns, best[0])], key=cost)[1]
 
 
 def _fit_neighbors(
-  layout: Layout, plane: np.ndarray, mask: np.ndarray | None
+  layout: Layout, plane: np.ndarray, mask: Mask
 ) -> Iterator[tuple[int, Neighbors]]:
   """Yields models by neighbors, first that without any, and their costs."""
   bits = _costs()
@@ -55,30 +40,23 @@ def _fit_neighbors(
     if wide not in counted:
       counted[wide] = _count_neighbors(layout, plane, mask, wide)
     others = tuple(1 + i for i, axis in enumerate(wide) if axis not in axes)
-    ks, ns = _by_sum(counted[wide].sum(others))
+    # Those of neighbors that have the same sum are added up.
+    counts = counted[wide].sum(others)
+    _, *states = counts.shape
+    ks, ns = np.zeros((2, sum(states) - len(states) + 1), np.int64)
+    for at in np.ndindex(*states):
+      ks[sum(at)] += counts[0, *at]
+      ns[sum(at)] += counts[1, *at]
     chances = _ratios(ks, ns, ONE // 2)
     cost = ks @ bits[chances] + (ns - ks) @ bits[ONE - chances]
     model = Neighbors(axes.start, len(axes), tuple(chances.tolist()))
     yield int(cost) + 8 * len(model.header()) * _BIT, model
 
 
-def _by_sum(counts: np.ndarray) -> np.ndarray:
-  """Adds up the counts of neighbors that have the same sum."""
-  _, *states = counts.shape
-  added = np.zeros((2, sum(states) - len(states) + 1), np.int64)
-  for at in np.ndindex(*states):
-    added[:, sum(at)] += counts[:, *at]
-  return added
-
-
 def _count_neighbors(
-  layout: Layout, plane: np.ndarray, mask: np.ndarray | None, axes: range
+  layout: Layout, plane: np.ndarray, mask: Mask, axes: range
 ) -> np.ndarray:
-  """Counts the bits that are set, and all coded ones, by their neighbors.
-
-  Returns:
-    int64 [2, codes of the neighbor along each axis, from the lowest].
-  """
+  """Counts the bits that are set, and all, by the neighbors along the axes."""
   # Eight weights are counted at once: as no neighbor lies along the axis that
   # is packed, the bits of a byte have theirs in one other byte.
   full = np.uint8(1 if layout.axis is None else 255)
@@ -105,20 +83,14 @@ def _count_neighbors(
 
 
 def _fit_levels(
-  layout: Layout,
-  tallies: dict[int, np.ndarray],
-  coded: dict[int, np.ndarray] | None,
-  limit: int,
+  layout: Layout, tallies: Tallies, coded: Tallies | None, limit: int
 ) -> Iterator[tuple[int, Levels]]:
   """Yields models by levels, and their costs, that may be below a limit."""
   bits = _costs()
   for axis, ks in tallies.items():
     length = len(ks)
-    if coded is None:
-      ns = np.full(length, layout.size // length)
-    else:
-      ns = coded[axis]
-    n = int(ns.sum())
+    ns = coded[axis] if coded else np.full(length, layout.size // length)
+    n = ns.sum()
     mean = int(_ratios(ks.sum(), n, ONE // 2))
     ratios = _ratios(ks, ns, mean)
     if ks @ bits[ratios] + (ns - ks) @ bits[ONE - ratios] >= limit:
@@ -130,24 +102,19 @@ def _fit_levels(
       counts = np.bincount(index)
       low = int(np.flatnonzero(counts)[0])
       # e of the power of two, 2^(e - 1), that is closest in the logarithm.
-      weights = tuple(
-        min(15, ((2 * c * c).bit_length() + 1) // 2)
-        for c in counts[low:].tolist()
-      )
+      lengths = ((2 * c * c).bit_length() for c in counts[low:].tolist())
+      weights = tuple(min(15, (size + 1) // 2) for size in lengths)
       model = Levels(axis, grid, low, weights, index)
       prior = np.array([1 << e >> 1 for e in weights])
       prior = _ratios(prior, prior.sum(), 0)
       chances = levels(grid)[index]
-      cost = (
-        counts[low:] @ bits[prior]
-        + ks @ bits[chances]
-        + (ns - ks) @ bits[ONE - chances]
-      )
+      cost = ks @ bits[chances] + (ns - ks) @ bits[ONE - chances]
+      cost += counts[low:] @ bits[prior]
       # 8 bytes more: the number of words of the index, and their end.
       yield int(cost) + 8 * (len(model.header()) + 8) * _BIT, model
 
 
-def _ratios(ks: Any, ns: Any, otherwise: int) -> np.ndarray:
+def _ratios(ks: np.ndarray, ns: np.ndarray, otherwise: int) -> np.ndarray:
   """Returns k / n in 1 / ONE, more than 0 and less than 1."""
   ratios = (ks * ONE + ns // 2) // np.maximum(ns, 1)
   # np.clip looks up the limits of the dtype, which takes longer than this.
@@ -159,7 +126,7 @@ def _to_front(x: np.ndarray, axes: range) -> np.ndarray:
   return np.ascontiguousarray(np.moveaxis(x, axes, range(len(axes))))
 
 
-def _shift(x: np.ndarray, axis: int, edge: Any) -> np.ndarray:
+def _shift(x: np.ndarray, axis: int, edge: int | np.uint8) -> np.ndarray:
   """Returns an array of what is before each element along an axis."""
   moved = np.roll(x, 1, axis)
   moved[(*[slice(None)] * axis, 0)] = edge

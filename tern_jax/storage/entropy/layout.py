@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from tern_jax.storage.entropy.coding import pack_bits, unpack_bits
+from tern_jax.storage.entropy.coding import pack_bits
 from tern_jax.storage.packed import packed_axis, plane_shape
 
 # Weights of a chunk. Less costs bytes, more costs memory.
@@ -18,6 +18,8 @@ _SHORT = 16
 
 #: A block of an array: one slice for each axis.
 Box = tuple[slice, ...]
+#: How many bits are set at each index, by the axis.
+Tallies = dict[int, np.ndarray]
 
 
 def _ceil(n: int, by: int) -> int:
@@ -30,18 +32,12 @@ class Layout:
 
   A chunk is a block of an array of shape `grid`: of a plane; or, for a shape
   without an axis to pack, of the bits of a plane in the shape of the weights.
-
-  Args:
-    shape: of the weights, at least one axis.
-    axis: of the weights that the planes pack, or None.
-    grid: shape of the array that is cut.
-    block: shape of a chunk; those at the end of an axis may be shorter.
   """
 
-  shape: tuple[int, ...]
-  axis: int | None
+  shape: tuple[int, ...]  # of the weights, at least one axis
+  axis: int | None  # of the weights, that the planes pack
   grid: tuple[int, ...]
-  block: tuple[int, ...]
+  block: tuple[int, ...]  # of a chunk; the last of an axis may be shorter
 
   @classmethod
   def of(cls, shape: tuple[int, ...]) -> "Layout":
@@ -63,14 +59,9 @@ class Layout:
     return math.prod(self.shape)
 
   @property
-  def counts(self) -> tuple[int, ...]:
-    """Number of blocks along each axis."""
-    return tuple(map(_ceil, self.grid, self.block))
-
-  @property
   def chunks(self) -> int:
     """Number of chunks."""
-    return math.prod(self.counts)
+    return math.prod(map(_ceil, self.grid, self.block))
 
   def may_level(self, axis: int) -> bool:
     """Whether an axis has enough weights an index to gain from levels."""
@@ -79,16 +70,14 @@ class Layout:
   def may_neighbor(self, axes: range) -> bool:
     """Whether there are these axes, short and not packed."""
     sizes = [self.shape[i] for i in axes if i < len(self.shape)]
-    return (
-      len(sizes) == len(axes)
-      and all(1 < n <= _SHORT for n in sizes)
-      and math.prod(sizes) <= _SHORT**2
-      and self.axis not in axes
-    )
+    if len(sizes) < len(axes) or self.axis in axes:
+      return False
+    return all(1 < n <= _SHORT for n in sizes) and math.prod(sizes) <= _SHORT**2
 
   def box(self, i: int) -> Box:
     """Returns where chunk i lies in an array of the grid."""
-    at = map(int, np.unravel_index(i, self.counts))
+    counts = tuple(map(_ceil, self.grid, self.block))
+    at = map(int, np.unravel_index(i, counts))
     blocks = zip(at, self.block, self.grid, strict=True)
     return tuple(slice(k * b, min((k + 1) * b, n)) for k, b, n in blocks)
 
@@ -98,12 +87,13 @@ class Layout:
     pairs = zip(unit, box, strict=True)
     return tuple(slice(k * s.start, k * s.stop) for k, s in pairs)
 
-  def spread(self, plane: Any) -> np.ndarray:
+  def spread(self, plane: ArrayLike) -> np.ndarray:
     """Returns a plane as an array of the grid."""
     plane = np.asarray(plane)
     if self.axis is not None:
       return plane
-    return unpack_bits(plane, self.size).view(np.uint8).reshape(self.grid)
+    bits = np.unpackbits(plane, count=self.size, bitorder="little")
+    return bits.reshape(self.grid)
 
   def gather(self, x: np.ndarray) -> np.ndarray:
     """Returns the plane that `spread` made an array of the grid."""
@@ -116,9 +106,8 @@ class Layout:
     # Shifts are many times as fast as np.unpackbits along such an axis.
     bits = np.expand_dims(x, self.axis + 1) >> self._shifts()
     bits &= 1
-    shape = list(x.shape)
-    shape[self.axis] *= 8
-    return bits.reshape(shape).view(bool)
+    shape = (n * 8 if i == self.axis else n for i, n in enumerate(x.shape))
+    return bits.reshape(*shape).view(bool)
 
   def pack(self, bits: np.ndarray) -> np.ndarray:
     """Returns what `unpack` unpacked."""
@@ -129,10 +118,10 @@ class Layout:
     shifted = bits.view(np.uint8).reshape(shape) << self._shifts()
     return np.bitwise_or.reduce(shifted, axis=self.axis + 1)
 
-  def tallies(self, x: np.ndarray) -> dict[int, np.ndarray]:
+  def tallies(self, x: np.ndarray) -> Tallies:
     """Counts the bits set at each index of the axes that may have levels."""
-    axes = filter(self.may_level, range(len(self.shape)))
-    return {axis: self._tally(x, axis) for axis in axes}
+    axes = range(len(self.shape))
+    return {i: self._tally(x, i) for i in axes if self.may_level(i)}
 
   def _tally(self, x: np.ndarray, axis: int) -> np.ndarray:
     rows = np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
@@ -145,7 +134,7 @@ class Layout:
     # A byte holds eight indices of the packed axis: bit j of every byte of a
     # word belongs to the same one, and is counted in all of them at once.
     ones = np.uint64(0x0101010101010101)
-    places = [np.bitwise_count(words & ones << j) for j in range(8)]
+    places = (np.bitwise_count(words & ones << j) for j in range(8))
     return np.stack([x.sum(1, np.int64) for x in places], -1).reshape(-1)
 
   def _shifts(self) -> np.ndarray:

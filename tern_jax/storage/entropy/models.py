@@ -11,11 +11,11 @@ import functools
 import itertools
 import struct
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 
 from tern_jax.storage.entropy import coding
+from tern_jax.storage.entropy.coding import Decoder, Encoder, Mask, Reader
 from tern_jax.storage.entropy.layout import Box, Layout
 
 # The first byte of a model is this and the axis that has levels; or less.
@@ -23,7 +23,7 @@ _LEVELS = 128
 
 #: Index of bits in the chunk; where they are coded, flat, None for everywhere;
 #: and, of those that are coded, (where, probability) of each context.
-Part = tuple[Any, np.ndarray | None, Iterable[tuple[np.ndarray | None, int]]]
+Part = tuple[tuple, Mask, Iterable[tuple[Mask, int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +31,8 @@ class Neighbors:
   """One probability for each sum of neighbors; for all bits, if m is 0.
 
   The neighbors of a weight are those before it along m axes from `first`.
-  Beyond the edge of a chunk they are 0.
-
-  Args:
-    first: the first of the axes.
-    m: how many.
-    chances: probability at each sum: 0 ... m for `nonzero`, -m ... m for
-      `sign`.
+  Beyond the edge of a chunk they are 0. `chances` has the probability at each
+  sum: 0 ... m for `nonzero`, -m ... m for `sign`.
   """
 
   first: int
@@ -57,16 +52,8 @@ class Neighbors:
       return np.moveaxis(x, front, axes)
     return np.ascontiguousarray(np.moveaxis(x, axes, front))
 
-  def parts(
-    self, box: Box, bits: np.ndarray, mask: np.ndarray | None
-  ) -> Iterator[Part]:
-    """Yields the parts, one for each index of the axes of the neighbors.
-
-    Args:
-      box: of the chunk in the weights.
-      bits: arranged; those of a part must be known when the next is asked for.
-      mask: where they are coded, arranged; None for everywhere.
-    """
+  def parts(self, box: Box, bits: np.ndarray, mask: Mask) -> Iterator[Part]:
+    """Yields the parts; bits of one are known when the next is asked for."""
     del box
     # What a neighbor counts for: its bit of `nonzero`, or its code if the bits
     # are those of `sign`.
@@ -74,11 +61,8 @@ class Neighbors:
     for step in np.ndindex(bits.shape[: self.m]):
       here = (*step, ...)
       coded = None if mask is None else mask[here].reshape(-1)
-      near = [
-        values[*step[:i], k - 1, *step[i + 1 :]]
-        for i, k in enumerate(step)
-        if k
-      ]
+      at = ((*step[:i], k - 1, *step[i + 1 :]) for i, k in enumerate(step) if k)
+      near = [values[x] for x in at]
       if near:
         sums = coding.take(functools.reduce(np.add, near), coded)
         totals = enumerate(self.chances, self.m + 1 - len(self.chances))
@@ -87,26 +71,19 @@ class Neighbors:
         # All neighbors are beyond the edge: the sum is 0.
         yield here, coded, [(None, self.chances[-1 - self.m])]
       if self.m:
-        values[step] = _values(bits[here].reshape(-1), coded)
+        flat = bits[here].reshape(-1).view(np.int8)
+        values[step] = flat if coded is None else coded.view(np.int8) - 2 * flat
 
 
 @dataclasses.dataclass
 class Levels:
-  """One probability for each index of an axis, from a grid of levels.
-
-  Args:
-    axis: of the weights.
-    grid: number of levels of the grid.
-    low: lowest level in use.
-    weights: e_j of each level from there on.
-    index: int [shape[axis]], the level of each index of the axis.
-  """
+  """One probability for each index of an axis, from a grid of levels."""
 
   axis: int
-  grid: int
-  low: int
-  weights: tuple[int, ...]
-  index: Any = None
+  grid: int  # number of levels
+  low: int  # the lowest in use
+  weights: tuple[int, ...]  # e_j of each from there on
+  index: np.ndarray  # int [shape[axis]], the level of each index
 
   def header(self) -> bytes:
     """Returns what `read` reads."""
@@ -114,16 +91,16 @@ class Levels:
     pairs = itertools.zip_longest(*[iter(self.weights)] * 2, fillvalue=0)
     return bytes((*facts, *(a | b << 4 for a, b in pairs)))
 
-  def put_index(self, coder: Any) -> None:
+  def put_index(self, coder: Encoder) -> None:
     """Codes the level of each index."""
     if len(self.weights) > 1:
-      coder.encode((self.index - self.low).astype(np.int32), self._prior())
+      coder.symbols(self.index - self.low, self._prior())
 
-  def get_index(self, coder: Any, n: int) -> None:
+  def get_index(self, coder: Decoder, n: int) -> None:
     """Decodes what `put_index` coded."""
     self.index = np.full(n, self.low)
     if len(self.weights) > 1:
-      self.index += coding.symbols(coder, self._prior(), n)
+      self.index += coder.symbols(n, self._prior())
 
   def arrange(self, x: np.ndarray, box: Box, back: bool = False) -> np.ndarray:
     """Sorts the indices of the axis by their level, or undoes that."""
@@ -131,10 +108,8 @@ class Levels:
     order = np.argsort(self.index[box[self.axis]], kind="stable")
     return x.take(np.argsort(order) if back else order, self.axis)
 
-  def parts(
-    self, box: Box, bits: np.ndarray, mask: np.ndarray | None
-  ) -> Iterator[Part]:
-    """Yields the parts, one for each level, as `Neighbors.parts`."""
+  def parts(self, box: Box, bits: np.ndarray, mask: Mask) -> Iterator[Part]:
+    """Yields the parts, one for each level."""
     del bits
     used, counts = np.unique(self.index[box[self.axis]], return_counts=True)
     ends = np.cumsum([0, *counts])
@@ -143,7 +118,7 @@ class Levels:
       coded = None if mask is None else mask[here].reshape(-1)
       yield here, coded, [(None, int(levels(self.grid)[level]))]
 
-  def _prior(self) -> Any:
+  def _prior(self) -> object:
     return coding.categorical(tuple(1 << e >> 1 for e in self.weights))
 
 
@@ -152,55 +127,40 @@ Model = Neighbors | Levels
 
 
 def put_bits(
-  coder: Any, model: Model, box: Box, bits: np.ndarray, mask: np.ndarray | None
+  coder: Encoder, model: Model, box: Box, bits: np.ndarray, mask: Mask
 ) -> None:
-  """Codes the bits of a chunk.
-
-  Args:
-    coder: encoder of constriction.
-    model: of the bits.
-    box: of the chunk in the weights.
-    bits: bool, of the shape of the box.
-    mask: where they are coded; None for everywhere.
-  """
+  """Codes the bits of a chunk."""
   bits = model.arrange(bits, box)
   mask = mask if mask is None else model.arrange(mask, box)
   for here, coded, contexts in model.parts(box, bits, mask):
     flat = coding.take(bits[here].reshape(-1), coded)
     for at, p in contexts:
-      coding.put(coder, coding.take(flat, at), p)
+      coder.bits(coding.take(flat, at), p)
 
 
-def get_bits(
-  coder: Any, model: Model, box: Box, mask: np.ndarray | None
-) -> np.ndarray:
+def get_bits(coder: Decoder, model: Model, box: Box, mask: Mask) -> np.ndarray:
   """Decodes what `put_bits` coded; bits that are not coded are 0."""
-  if mask is None:
-    bits = model.arrange(np.zeros([s.stop - s.start for s in box], bool), box)
-  else:
-    mask = model.arrange(mask, box)
-    bits = np.zeros_like(mask)
+  mask = mask if mask is None else model.arrange(mask, box)
+  empty = np.zeros([s.stop - s.start for s in box], bool)
+  bits = model.arrange(empty, box) if mask is None else np.zeros_like(mask)
   for here, coded, contexts in model.parts(box, bits, mask):
-    shape = bits[here].shape
     flat = np.zeros(bits[here].size, bool)
     found = np.zeros(_count(coded, flat.size), bool)
     for at, p in contexts:
-      n = _count(at, found.size)
-      coding.give(found, at, coding.get(coder, n, p))
+      coding.give(found, at, coder.bits(_count(at, found.size), p))
     coding.give(flat, coded, found)
-    bits[here] = flat.reshape(shape)
+    bits[here] = flat.reshape(bits[here].shape)
   return model.arrange(bits, box, back=True)
 
 
-def read(reader: coding.Reader, layout: Layout, signed: bool) -> Model:
+def read(reader: Reader, layout: Layout, signed: bool) -> Model:
   """Reads the header of a model of `nonzero`, or of `sign`."""
   (kind,) = reader.numbers("<B")
   if kind < _LEVELS:
     first = reader.numbers("<B")[0] if kind else 0
     if not layout.may_neighbor(range(first, first + kind)):
-      raise ValueError(
-        f"{layout.shape} has no neighbors along {kind} axes from {first}."
-      )
+      fault = f"no neighbors along {kind} axes from {first}"
+      raise ValueError(f"{layout.shape} has {fault}.")
     chances = reader.numbers(f"<{(1 + signed) * kind + 1}H")
     if 0 in chances:
       raise ValueError("a probability must not be 0.")
@@ -213,7 +173,7 @@ def read(reader: coding.Reader, layout: Layout, signed: bool) -> Model:
   weights = tuple(e for byte in halves for e in (byte & 15, byte >> 4))[:n]
   if grid < 2 or low + n > grid or not any(weights):
     raise ValueError(f"{n} levels from {low} are not of a grid of {grid}.")
-  return Levels(axis, grid, low, weights)
+  return Levels(axis, grid, low, weights, np.zeros(0, int))
 
 
 @functools.cache
@@ -228,14 +188,5 @@ def levels(grid: int) -> np.ndarray:
   return np.clip(p, 1, coding.ONE - 1)
 
 
-def _count(mask: np.ndarray | None, size: int) -> int:
+def _count(mask: Mask, size: int) -> int:
   return size if mask is None else int(np.count_nonzero(mask))
-
-
-def _values(bits: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-  """Returns bits as int8; or codes, -1 and 1 where there are signs, else 0."""
-  values = bits.view(np.int8)
-  if mask is None:
-    return values
-  twice = values + values
-  return np.subtract(mask.view(np.int8), twice, out=twice)
