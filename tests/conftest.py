@@ -5,13 +5,12 @@ import os
 import shutil
 import tempfile
 
-flags = os.environ.get("XLA_FLAGS", "")
-flags += " --xla_force_host_platform_device_count=8"
-if "--xla_backend_optimization_level" not in flags:
-  # Most of a run's time is compilation. What users run, level 3, is what
-  # .ci/run tests on one of its stacks.
-  flags += " --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = flags
+# Most of a run's time is compilation. Flags that are given come last and win:
+# .ci/run tests level 3, which users run, on one of its stacks.
+os.environ["XLA_FLAGS"] = (
+  "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8 "
+  + os.environ.get("XLA_FLAGS", "")
+)
 # With fewer cores than simulated devices, older jaxlibs deadlock otherwise.
 os.environ["NPROC"] = "16"
 # The same programs are compiled where a run is resumed or evaluated in a fresh

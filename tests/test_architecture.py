@@ -162,3 +162,12 @@ assert "flax" in sys.modules and "orbax" in sys.modules
 def test_a_name_that_is_none():
   with pytest.raises(AttributeError, match="no attribute 'Chekpointer'"):
     tern_jax.Chekpointer  # noqa: B018
+
+
+def test_no_test_module_imports_another():
+  for path in (ROOT / "tests").glob("test_*.py"):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.ImportFrom):
+        names = {node.module or "", *(alias.name for alias in node.names)}
+        of_tests = (node.module or "").startswith("tests")
+        assert not of_tests or not any("test_" in name for name in names), path

@@ -150,6 +150,7 @@ def test_steps_of_a_run(place, objects):
   assert "2024/notes.txt" in under(objects, place)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_where_it_was_killed(
   place, objects, tmp_path, monkeypatch
 ):

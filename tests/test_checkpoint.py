@@ -30,6 +30,7 @@ from tern_jax.checkpoint import (
 from tern_jax.core.containers import Ternary, TernParams
 from tern_jax.storage import tensors
 from tern_jax.storage.packed import pack
+from tests.helpers import assert_same, reseal
 
 
 def ternary(shape, dtype=jnp.float32, scale_shape=(), seed=0):
@@ -48,20 +49,6 @@ def net(sizes=(64, 64, 64, 10)):
     }
     for i, (a, b) in enumerate(itertools.pairwise(sizes))
   }
-
-
-def raw(x):
-  if jnp.issubdtype(getattr(x, "dtype", int), jax.dtypes.prng_key):
-    x = jax.random.key_data(x)
-  return np.asarray(x).dtype.name, np.shape(x), np.asarray(x).tobytes()
-
-
-def assert_same(a, b):
-  """Same structure, static fields included, and the same bits."""
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  assert [raw(x) for x in jax.tree.leaves(a)] == [
-    raw(x) for x in jax.tree.leaves(b)
-  ]
 
 
 # Packed weights alone.
@@ -392,15 +379,6 @@ def test_paths_that_cannot_be(tmp_path):
 # Damage.
 
 
-def reseal(path, change):
-  """Changes a spec and makes its crc32 right again."""
-  file = path / "spec" / "data.json"
-  spec = json.loads(file.read_text())["spec"]
-  change(spec)
-  crc = zlib.crc32(json.dumps(spec, sort_keys=True).encode())
-  file.write_text(json.dumps({"crc32": crc, "spec": spec}))
-
-
 def leaf(spec):
   return spec["leaves"]["packed"][1]
 
@@ -474,6 +452,7 @@ def damages(data, rng):
 
 
 # Orbax abandons coroutines where it finds damage.
+@pytest.mark.long
 @pytest.mark.filterwarnings(
   "ignore::pytest.PytestUnraisableExceptionWarning",
   "ignore:coroutine .* was never awaited:RuntimeWarning",
@@ -765,6 +744,7 @@ with Checkpointer(folder + "/run", keep=1) as run:
 """
 
 
+@pytest.mark.long
 def test_two_processes_save_one_checkpoint(tmp_path):
   with socket.socket() as free:
     free.bind(("localhost", 0))

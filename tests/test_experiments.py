@@ -235,6 +235,7 @@ def test_numbers_that_are_not_finite_stop_a_run(config, result, tmp_path):
   assert not (wild.directory / "result.json").exists()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("brief")
 def test_runs_share_a_float_net(config, result):
   ec2t = dataclasses.replace(
@@ -334,6 +335,7 @@ def test_a_packed_file_that_answers_otherwise_is_an_error(
   assert not (again.directory / "result.json").exists()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("brief")
 def test_averaged_weights_of_a_run_with_all_options(config, tmp_path):
   own = dataclasses.replace(

@@ -28,6 +28,7 @@ from tern_jax.export import (
 )
 from tern_jax.storage.entropy import coding
 from tern_jax.storage.packed import PackedTernary, unpack
+from tests.helpers import assert_same, raw
 
 # Packages that a runtime without JAX, or without this one, does not have.
 OURS = ("tern_jax", "flax", "optax", "orbax", "experiments")
@@ -61,18 +62,6 @@ def packed(shape, w_p=0.5, w_n=None, dtype="float32", codes=None):
 
 def scales(shape, seed=0):
   return np.random.default_rng(seed).uniform(0.1, 2.0, shape)
-
-
-def raw(x):
-  return np.asarray(x).dtype.name, np.shape(x), np.asarray(x).tobytes()
-
-
-def assert_same(a, b):
-  """Same structure, static fields included, and the same bits."""
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  assert [raw(x) for x in jax.tree.leaves(a)] == [
-    raw(x) for x in jax.tree.leaves(b)
-  ]
 
 
 def run_without(packages, program, *args):

@@ -18,11 +18,13 @@ pytestmark = [
 ]
 
 
+@pytest.mark.long
 def test_a_killed_training_resumes_bit_for_bit(tmp_path):
   counts = faults.kills(2, 0, tmp_path)
   assert counts["kills"] == 2
 
 
+@pytest.mark.long
 def test_no_damage_is_silent(tmp_path):
   counts = faults.flips(60, 0, tmp_path)
   assert counts["noticed"] + counts["harmless"] == 60

@@ -15,6 +15,7 @@ import pytest
 
 import tern_jax
 from tern_jax import codec, export
+from tests.helpers import assert_same
 
 DATA = Path(__file__).parent / "data"
 CODECS = ("planes", "entropy")
@@ -60,19 +61,6 @@ def state():
     "count": jnp.array(7, jnp.int32),
     "key": jax.random.wrap_key_data(jnp.array([1, 2], jnp.uint32)),
   }
-
-
-def raw(x):
-  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-    x = jax.random.key_data(x)
-  return np.asarray(x).dtype.name, np.shape(x), np.asarray(x).tobytes()
-
-
-def assert_same(a, b):
-  """Same structure, static fields included, and the same bits."""
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-  assert all(raw(x) == raw(y) for x, y in leaves)
 
 
 def nested():

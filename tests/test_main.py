@@ -13,7 +13,7 @@ from tern_jax import __main__, export, metrics
 from tern_jax.checkpoint import Checkpointer, load_packed, save_packed
 from tern_jax.core.containers import Ternary
 from tern_jax.storage.packed import pack
-from tests.test_checkpoint import assert_same, reseal
+from tests.helpers import assert_same, reseal
 
 
 def layer(codes, *scales):

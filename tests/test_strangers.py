@@ -11,6 +11,7 @@ import tern_jax
 from tern_jax import __main__, export
 from tern_jax.storage.codecs import CODECS, Codec
 from tern_jax.storage.packed import plane_shape
+from tests.helpers import assert_same
 
 
 class Deflate:
@@ -49,11 +50,6 @@ def net():
     "odd": tern_jax.pack(tern_jax.Ternary(odd, w_p[0, 0], w_n[0, 0])),
     "bias": jnp.arange(48.0),
   }
-
-
-def assert_same(a, b):
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_a_codec_stores_checkpoints(codec, tmp_path, monkeypatch):
