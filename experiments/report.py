@@ -276,8 +276,8 @@ def published(net: str, figures: tuple[Any, ...]) -> Table:
     caption="Published, of another network",
   )
   for label, test, zeros, source in figures:
-    bits = most_entropy(zeros)
-    shown = ("-", "-") if bits is None else (f"{zeros}", f"≤ {bits:.2f}")
+    most = most_entropy(zeros)
+    shown = ("-", "-") if most is None else (f"{zeros}", f"≤ {most:.2f}")
     table.rows.append((label, f"{test:.2f}", *shown, source))
   return table
 
@@ -285,7 +285,7 @@ def published(net: str, figures: tuple[Any, ...]) -> Table:
 def same_sparsity(name: str, record: dict[str, Any], out: Path) -> page.Section:
   """Shows an equal_sparsity."""
   _, data, *net = name.split("-")
-  shares = tuple(float(share) for share in next(iter(record.values())))
+  asked = tuple(float(share) for share in next(iter(record.values())))
   # By the zeros that were reached: one shot misses what was asked for.
   lines = {
     label: {
@@ -300,7 +300,7 @@ def same_sparsity(name: str, record: dict[str, Any], out: Path) -> page.Section:
     "Mean and standard deviation over seeds. Both axes are logarithmic in what"
     " is left: weights, and errors."
   )
-  table = bench.equal_sparsity(record, shares)
+  table = bench.equal_sparsity(record, asked)
   table.caption = "Test accuracy"
   zeros = "all layers together" if "across" in net else "every layer"
   return page.Section(
@@ -339,12 +339,12 @@ def network(*parts: str) -> str:
   model = "ConvNet" if "convnet" in words else "MLP"
   others = {"convnet", "bare", "across"}
   floats = " and ".join(word for word in words if word not in others)
-  told = [f"{model} {widths}"]
+  words = [f"{model} {widths}"]
   if floats:
-    told.append(f"{floats} float")
+    words.append(f"{floats} float")
   if "bare" in words:
-    told.append("without norm")
-  return ", ".join(told)
+    words.append("without norm")
+  return ", ".join(words)
 
 
 def most_entropy(zeros: float | None) -> float | None:

@@ -50,13 +50,13 @@ def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser("python -m tern_jax", description=about)
   commands = parser.add_subparsers(dest="command", required=True)
 
-  def add(run: Callable, text: str, *paths: str) -> Any:
-    name = run.__name__.lstrip("_")
+  def add(task: Callable, text: str, *paths: str) -> Any:
+    name = task.__name__.lstrip("_")
     command = commands.add_parser(name, help=text, description=text)
-    command.set_defaults(run=run)
+    command.set_defaults(run=task)
     for path in paths:
       command.add_argument(path, help=PATH)
-    if run is not _export:
+    if task is not _export:
       command.add_argument("--json", action="store_true", help="for machines")
     return command
 
