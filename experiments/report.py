@@ -339,12 +339,12 @@ def network(*parts: str) -> str:
   model = "ConvNet" if "convnet" in words else "MLP"
   others = {"convnet", "bare", "across"}
   floats = " and ".join(word for word in words if word not in others)
-  words = [f"{model} {widths}"]
+  said = [f"{model} {widths}"]
   if floats:
-    words.append(f"{floats} float")
+    said.append(f"{floats} float")
   if "bare" in words:
-    words.append("without norm")
-  return ", ".join(words)
+    said.append("without norm")
+  return ", ".join(said)
 
 
 def most_entropy(zeros: float | None) -> float | None:
