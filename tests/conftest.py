@@ -1,5 +1,6 @@
 """Eight devices, quick compilation, no promotion; set before JAX starts."""
 
+import collections
 import gc
 import os
 import shutil
@@ -24,6 +25,18 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """Marks all but every n-th row of a test marked sample(n) as long."""
+  seen = collections.Counter()
+  for item in items:
+    if marker := item.get_closest_marker("sample"):
+      test = item.nodeid.partition("[")[0]
+      if seen[test] % marker.args[0]:
+        item.add_marker(pytest.mark.long)
+      seen[test] += 1
 
 
 def pytest_collection_finish():

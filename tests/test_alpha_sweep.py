@@ -116,6 +116,7 @@ def test_runs_shared_by_two_devices(config, dataset, rows):
       assert value == pytest.approx(other[name], abs=0.015), name
 
 
+@pytest.mark.long
 def test_a_sweep_of_sparsity_is_exact(config, dataset, monkeypatch, capsys):
   asked = (0.5, 0.9)
   mine = dataclasses.replace(

@@ -104,6 +104,7 @@ def test_what_is_no_checkpoint_stays(place, objects):
   assert under(objects, place) == {"notes.txt"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("copied", [0, 1, 3])
 def test_a_killed_replacement_is_undone(place, objects, copied):
   stage = place.replace("/test", "/.test") + ".new"

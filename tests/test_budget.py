@@ -113,6 +113,7 @@ def test_across_layers_has_one_threshold():
   assert got["a"] > 0.9 > got["c"]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("where", ["vmap", "sharded"])
 def test_across_layers_everywhere(where):
   tree = net()
@@ -151,6 +152,7 @@ def test_stacked_layers_share_a_target_across():
     np.testing.assert_array_equal(got.codes[i], want[str(k)]["kernel"].codes)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
   ("target", "layers"),
   [
@@ -206,6 +208,7 @@ def test_targets_are_followed_in_training(target, layers, standard_promotion):
   assert total(met) == pytest.approx(total(want) if want else 0.7, abs=1e-3)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
   ("method_class", "target", "layers"),
   [
@@ -262,6 +265,7 @@ def test_wdr_has_the_barrier_of_all_layers():
     assert np.sum(np.abs(every) <= limit) == round(0.6 * every.size)
 
 
+@pytest.mark.long
 def test_a_file_goes_on_with_a_target_across_layers():
   tern = ParamTransform(SCA(sparsity=across_layers(0.7)))
   packed = tern_jax.pack(tern.discretize(*tern.init(net())))

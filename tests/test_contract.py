@@ -60,6 +60,7 @@ def test_forward_is_the_discretization_bit_for_bit(lifted, dtype):
   )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
   ("channel_axis", "dtype"),
   [(None, jnp.float32), (-1, jnp.bfloat16)],
@@ -114,6 +115,7 @@ def test_constant_weights_are_finite(lifted, value):
     assert not lifted.discretize(theta, scales, state).codes.any()
 
 
+@pytest.mark.sample(2)
 def test_vmap_equals_loop(method):
   stack = jnp.stack([weights(seed=i) * 10.0**-i for i in range(3)])
   scales, state = jax.vmap(method.init)(stack)
@@ -151,6 +153,7 @@ def test_repr_eval_pickle_hash(method):
   assert hash(method) == hash(dataclasses.replace(method))
 
 
+@pytest.mark.sample(2)
 def test_after_step_keeps_structure_dtypes_and_positive_scales(method):
   w = weights()
   scales, state = method.init(w)

@@ -510,6 +510,7 @@ class TestZero:
     got = ec2t_zero(jnp.full((8, 4), value), EC2T())
     np.testing.assert_array_equal(got, jnp.full((8, 4), value))
 
+  @pytest.mark.long
   @pytest.mark.usefixtures("standard_promotion")
   def test_beside_ternary_layers(self, tmp_path):
     tree = {

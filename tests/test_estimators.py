@@ -25,7 +25,10 @@ def test_one_trained_scale(channel):
     return jnp.sum(estimators.trained_scale(jnp.tanh(w), codes, a, factor) * g)
 
   factor = jnp.float32(0.7)
-  got = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(w, codes, a, factor)
+  # As users compile it: level 0 rounds tanh too coarsely for this bound.
+  options = {"xla_backend_optimization_level": 3}
+  grad = jax.jit(jax.grad(loss, (0, 1, 2, 3)), compiler_options=options)
+  got = grad(w, codes, a, factor)
   np.testing.assert_array_equal(
     estimators.trained_scale(w, codes, a, factor), a * codes
   )

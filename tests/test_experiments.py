@@ -143,6 +143,7 @@ def test_a_finished_run_is_not_repeated(config, result, monkeypatch):
   assert run.run(config) == result
 
 
+@pytest.mark.long
 def test_a_run_that_was_stopped_resumes_bit_for_bit(
   config, result, tmp_path, monkeypatch
 ):
@@ -260,6 +261,7 @@ def test_runs_share_a_float_net(config, result):
   assert "frozen=True" in measured["method"]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize(
   "parallel", [pytest.param("pmap", marks=pytest.mark.long), "shard_map"]
@@ -434,6 +436,7 @@ def test_the_command_line(arguments, method, directory, monkeypatch):
   assert config.directory.name == directory
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("brief")
 def test_an_asked_size_is_met(config, tmp_path):
   asked = dataclasses.replace(

@@ -39,6 +39,7 @@ def test_hostile_files_are_refused(tmp_path):
     assert refused > cases / 2
 
 
+@pytest.mark.long
 def test_a_save_takes_little_memory(capsys):
   options = checkpoint_scale.Options(millions=(4,), codecs=("planes",))
   rows = checkpoint_scale.measure(options)

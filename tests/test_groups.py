@@ -62,6 +62,7 @@ def discretized(method, layout, w):
   return tern.discretize(params, state)["w"]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
   ("method", "layout"),
   [
@@ -127,6 +128,7 @@ def test_a_sparsity_is_that_of_the_whole_leaf(layout):
     np.testing.assert_array_equal(codes, expected)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
   ("method", "layout", "dtype"),
   [
@@ -156,6 +158,7 @@ def test_forward_is_the_discretization_bit_for_bit(method, layout, dtype):
     assert np.asarray(effective).tobytes() == np.asarray(dense).tobytes()
 
 
+@pytest.mark.sample(3)
 @LAYOUT
 def test_packed_saved_and_loaded_bit_for_bit(layout, tmp_path):
   tern = grouped(EC2T(gamma=0.3), layout)
@@ -212,6 +215,7 @@ def test_gradients_of_ttq_in_closed_form(layout):
   )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
   ("method", "layout"),
   list(

@@ -58,6 +58,7 @@ def kernel_of(variables):
   return variables["params"]["Dense_0"]["kernel"]
 
 
+@pytest.mark.long
 def test_a_run_on_images_that_differ_in_size(config, floats, monkeypatch):
   monkeypatch.setattr(float_net, "train", None)
   # The pictures, and that a fresh process reads the file, are those of every
@@ -76,6 +77,7 @@ def test_a_run_on_images_that_differ_in_size(config, floats, monkeypatch):
   assert result["accuracy"] > 0.7
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_a_float_net_of_an_earlier_run(config, floats, ema):
   like = jax.tree.map(np.zeros_like, floats)

@@ -200,6 +200,7 @@ def test_steps_of_a_tiny_supernet_are_timed(tiny):
   assert float(rate.replace(",", "")) > 0
 
 
+@pytest.mark.long
 def test_a_tiny_supernet_is_rehearsed(tiny, monkeypatch):
   # Its step takes long to compile.
   monkeypatch.setattr(build, "initial_variables", drawn)

@@ -52,6 +52,7 @@ def bits_of(x):
   return np.asarray(x).tobytes()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_planes_are_those_of_numpy_and_come_back(shape, jit):
@@ -73,6 +74,7 @@ def test_planes_are_those_of_numpy_and_come_back(shape, jit):
   assert (dense.shape, dense.dtype) == (packed.shape, packed.dtype)
 
 
+@pytest.mark.long
 @SETTINGS
 @hypothesis.given(
   codes=hnp.arrays(

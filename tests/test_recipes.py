@@ -17,6 +17,7 @@ PARAMS = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
   "sparsity",
   [0.8, tern_jax.across_layers(0.8), tern_jax.per_layer({"*": 0.8})],

@@ -252,6 +252,7 @@ def test_a_late_strength_leaves_gradients_alone_before():
     assert float(state.threshold["w"] / start) == pytest.approx(seen, rel=0.01)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("gain", [1.0, 10.0])
 @pytest.mark.parametrize(("pairs", "share"), [(0, 0), (3, 0.5), (5, 5 / 6)])
 def test_a_late_strength_is_for_codes_that_change(gain, pairs, share):

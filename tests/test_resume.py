@@ -97,6 +97,7 @@ TWINS = (
 )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
   "method", [m for m in METHODS if m not in TWINS], ids=repr
 )
@@ -143,6 +144,7 @@ METHODS_OF_FILES = [
 ]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
   ("method", "layout"),
   [
@@ -182,6 +184,7 @@ def pack_codes(codes, w_p, w_n=None):
   return tern_jax.pack({"w": Ternary(jnp.asarray(codes, jnp.int8), w_p, w_n)})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("magnitude", "zeros"), [(3e-3, 0.02), (700.0, 0.99)])
 def test_weights_of_any_origin(magnitude, zeros):
   rng = np.random.default_rng(0)
@@ -294,6 +297,7 @@ def test_unequal_centroids_of_ec2t_bring_latents_closer():
     from_packed(pack_codes(codes, 0.1, 0.9), method)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
   "method", [SCA(alpha=0.1), TWN(), TTQ(), EC2T(), TGA(), AbsMean()], ids=repr
 )
@@ -317,6 +321,7 @@ def test_a_channel_of_zeros_without_a_magnitude(method):
   assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.long
 def test_scales_may_be_finer_than_the_file_s():
   codes = np.asarray(np.sign(weights((16, 4)))) * np.tri(16, 4)
   packed = pack_codes(codes, 0.3)
@@ -356,6 +361,7 @@ def test_from_a_saved_file_of_a_model_in_parts(tmp_path):
   assert jax.tree.structure(again) == jax.tree.structure(packed)
 
 
+@pytest.mark.long
 def test_a_file_can_be_pruned_further(standard_promotion):
   tern = ParamTransform(SCA(sparsity=0.5))
   packed = tern_jax.pack(tern.discretize(*tern.init({"w": weights()})))

@@ -171,6 +171,7 @@ def test_what_is_ternary_are_the_convolutions_of_the_blocks():
   }
 
 
+@pytest.mark.long
 def test_layers_of_a_stack_are_ternarized_one_by_one(tiny):
   params = {"stage0": tiny[1]["params"]["stage0"]}
   tern = tern_jax.ParamTransform(
@@ -226,6 +227,7 @@ def inside(variables, *names):
   return variables
 
 
+@pytest.mark.long
 def test_the_forward_is_that_of_the_blocks_one_by_one(tiny):
   model, variables, images = tiny
   keys = iter(jax.random.split(jax.random.key(2), 1000))
@@ -255,6 +257,7 @@ def test_the_forward_is_that_of_the_blocks_one_by_one(tiny):
   np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.long
 def test_all_weights_get_a_gradient_and_all_norms_new_statistics(tiny):
   model, variables, images = tiny
 

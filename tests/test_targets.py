@@ -116,6 +116,7 @@ def test_the_threshold_is_the_quantile_of_magnitudes(method_class, axis):
     np.testing.assert_array_equal(codes[i], expected)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("axis", [None, -1])
 @pytest.mark.parametrize("mean", [False, True])
 def test_tga_takes_its_scale_from_the_quantile(mean, axis):
@@ -259,6 +260,7 @@ def test_zeros_are_those_below_the_quantile_of_lambda(x, share, c, min_p_0):
   np.testing.assert_array_equal(codes[beyond], np.sign(wide)[beyond])
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("axis", [None, -1])
 @pytest.mark.parametrize("method_class", CLASSES)
 def test_few_or_equal_or_one_signed_weights(method_class, axis):
@@ -301,6 +303,7 @@ def test_a_schedule_is_looked_at_every_few_steps(method_class):
   np.testing.assert_allclose(shares, wanted, atol=2e-3)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
   "method_class", [TTQ, TGA, pytest.param(EC2T, marks=pytest.mark.long)]
 )
@@ -329,6 +332,7 @@ def test_a_sweep_equals_a_loop(method_class):
     assert int(jnp.sum(alone.codes == 0)) == asked(float(share), w.size)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("method_class", [TTQ, EC2T])
 def test_weights_spread_over_devices_have_the_same_threshold(method_class):
   w = weights((64, 32))
@@ -345,6 +349,7 @@ def test_weights_spread_over_devices_have_the_same_threshold(method_class):
   )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
   ("method_class", "axis"), [(TTQ, None), (TGA, -1), (EC2T, -1)]

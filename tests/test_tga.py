@@ -169,6 +169,7 @@ class TestForward:
     np.testing.assert_array_equal(got.w_p, got.w_n)
     assert got.w_p.shape == scale.shape == scales["delta"].shape
 
+  @pytest.mark.sample(2)
   @pytest.mark.parametrize(
     ("method", "dtype"),
     [
@@ -221,6 +222,7 @@ class TestForward:
 
 
 class TestGradients:
+  @pytest.mark.sample(2)
   @pytest.mark.parametrize("channel_axis", [None, -1, 0])
   @pytest.mark.parametrize("mean", [False, True])
   def test_in_closed_form(self, mean, channel_axis):
@@ -324,6 +326,7 @@ class TestGradients:
       scales = {"delta": jnp.float32(delta)}
       assert float(grads(TGA(), w, -w, scales)[1]) < 0
 
+  @pytest.mark.sample(2)
   @pytest.mark.parametrize(
     ("channel_axis", "dtype"),
     [(None, jnp.float32), (-1, jnp.bfloat16)],
@@ -340,6 +343,7 @@ class TestGradients:
           assert x.dtype == dtype
           assert bool(jnp.isfinite(x).all())
 
+  @pytest.mark.sample(2)
   @pytest.mark.parametrize("width", [0.0, 1.0])
   def test_batch_norm_nullifies_the_gradient_through_the_scale(self, width):
     x = np.random.default_rng(2).normal(size=(64, 48))

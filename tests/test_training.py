@@ -104,6 +104,7 @@ def test_one_device_learns_at_the_asked_sparsity(one_device):
   assert float(jnp.mean(ternary["Dense_0"]["kernel"].codes == 0)) == 0.5
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
   ("wrapper", "devices"),
   [
@@ -144,6 +145,7 @@ def test_the_same_numbers_on_any_number_of_devices(
   assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, start())
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
   ("wrapper", "devices"),
   [

@@ -102,6 +102,7 @@ def test_the_whole_readme_chain_compiles(standard_promotion):
   assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("method", [SCA(sparsity=0.5), SCA(alpha=0.1), TWN()])
 def test_stacked_layers_are_ternarized_one_by_one(method):
   r = np.random.default_rng(0)
