@@ -17,7 +17,7 @@ def from_packed(
   `pack(tern.discretize(*from_packed(packed, tern)))` has the codes of packed,
   and its magnitudes: bit for bit where the method stores them (SCA, TWN, TTQ,
   EC2T), to rounding where it derives them from latents (TGA, AbsMean; TWN from
-  its next look at them on). Magnitudes that no weight has may differ.
+  its next update of them on). Magnitudes that no weight has may differ.
 
   Latents lie well inside their basins, zeros at 0, so that `after_step` and
   `refresh` change no code. Those of one code are equal, or nearly so: the file

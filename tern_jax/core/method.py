@@ -26,8 +26,8 @@ class Ternarizer(abc.ABC):
       tuple of axes, as `numerics.reduced_axes` takes.
     sparsity: None, or the asked share of zeros. `ParamTransform` replaces a
       target per layer or across layers by that of the leaf.
-    every: steps between two looks at the latents that a target asks for; the
-      state has the "count" of steps then.
+    every: steps between two updates of what a target asks for; the state has
+      the "count" of steps then.
   """
 
   # Defaults, no fields: a subclass that lets users choose one of these has it

@@ -22,7 +22,7 @@ _SETTLED = 0.99
 class SCA(Targeted):
   """Sparsity control by the barrier of WDR, on latents Theta, W = tanh(Theta).
 
-  Two faces, each to be trained together with `wdr_transform`:
+  Two modes, each to be trained together with `wdr_transform`:
 
   * `SCA(alpha=0.1)`, the paper's. The forward is soft, `a tanh(Theta)`, no
     gradient estimator; WDR moves all weights to {-1, 0, 1}. The zeros are the
@@ -51,7 +51,7 @@ class SCA(Targeted):
       sparsity, as in `at_sparsity`: Theta must move by many times its spread,
       and Adam moves latents by its rate whatever they are. A gain g makes the
       rate of SGD g^2 times as effective. With alpha it is 1.
-    every: steps between two looks at the quantile of the sparsity face.
+    every: steps between two updates of the threshold at a sparsity.
     scaled: train a scale a, started such that the ternary weights have the
       root mean square of the user's initial ones, and never less than a tenth
       of that; False fixes a = 1.
@@ -75,8 +75,8 @@ class SCA(Targeted):
   and a scale is trained, so that nets without normalization layers work
   (`sigma=None, scaled=False` undoes both). It is bounded from below because
   behind a normalization layer no gradient holds it: it wanders, and at 0 the
-  layer would be dead. Unconverged weights are rounded at
-  the barrier instead of 0.5; the sparsity face is this project's own.
+  layer would be dead. Unconverged weights are rounded at the barrier instead of
+  0.5; the mode with a sparsity is this project's own.
   """
 
   alpha: Scalar | None = None
@@ -131,7 +131,7 @@ class SCA(Targeted):
     return (theta / self._gain).astype(w.dtype)
 
   def init(self, w: Floats) -> tuple[Arrays, Arrays]:
-    """Returns the scale, and the threshold of the sparsity face."""
+    """Returns the scale, and the threshold where there is a sparsity."""
     latent = self.latent(w)
     state = {} if self.soft else self.state_at(latent, {})
     if not self.scaled:

@@ -51,7 +51,7 @@ class TGA(Targeted):
     sparsity: share of zeros in [0, 1), a number, traced array or schedule;
       delta, of_max, clamp and surrogate are then not used. With `mean` it is
       the quantile of |w - mu|, and the codes lie around the mu of that look.
-    every: steps between two looks at the quantile of a sparsity.
+    every: steps between two updates of Delta at a sparsity.
     channel_axis: None for one Delta and S a tensor; else one for each index
       of this axis, -1 for the output channels of Flax and Haiku, 0 for
       Equinox's. With a sparsity, which is always that of the whole tensor,

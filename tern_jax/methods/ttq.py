@@ -30,7 +30,7 @@ class TTQ(Targeted):
     start: where the magnitudes start: the "means" of their clusters, or at
       "one" as published.
     sparsity: share of zeros in [0, 1), a number, traced array or schedule.
-    every: steps between two looks at max|w| or the quantile; 1 as published.
+    every: steps between two updates of the threshold; 1 as published.
     channel_axis: None for two magnitudes a tensor; else two for each index of
       this axis, -1 for the output channels of Flax and Haiku, 0 for
       Equinox's. Threshold and sparsity are always those of the whole tensor.

@@ -26,8 +26,8 @@ class TWN(Targeted):
     threshold: Delta in units of mean|w|, >= 0; 0.7 gives 42 % zeros on normal
       weights. Not used where a sparsity is given.
     sparsity: share of zeros in [0, 1), a number, traced array or schedule.
-    every: steps between two looks at the latents, in which Delta and the scale
-      are found anew; 1 as published.
+    every: steps between two updates, in which Delta and the scale are found
+      anew; 1 as published.
     channel_axis: None for one Delta and scale a tensor; else one for each
       index of this axis, -1 for the output channels of Flax and Haiku, 0 for
       Equinox's. A sparsity is always that of the whole tensor.

@@ -48,10 +48,10 @@ class _Search(NamedTuple):
   """Where the search for a threshold stands; patterns are bits of floats."""
 
   step: Array
-  pattern: Array  # that is looked at next
+  pattern: Array  # to be tried next
   low: Array  # too few magnitudes lie under it, or it is 0
   high: Array  # enough do
-  last_value: Array  # of the look before, and its score
+  last_value: Array  # of the trial before, and its score
   last_score: Array
   missed: Array  # by how many weights it did
 
@@ -85,7 +85,7 @@ def _magnitude_threshold(
     low = jnp.where(enough, at.low, at.pattern)
     high = jnp.where(enough, at.pattern, at.high)
     missed = jnp.abs(count - k)
-    # A secant through the last two looks, against the scores of a normal
+    # A secant through the last two trials, against the scores of a normal
     # distribution, for which it is exact; the first passes through the origin.
     # Halving values or bit patterns bounds the passes where it does not help.
     rise = score(count) - at.last_score
