@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import subprocess
 import sys
@@ -652,3 +653,14 @@ def test_command_says_where_archives_go_that_it_cannot_download(
   assert f"\n  {tmp_path}/downloads/manual\n" in told
   assert told.endswith("\nTwo files: train.tar")
   builder.download_and_prepare.assert_not_called()
+
+
+def test_a_platform_without_a_reader_is_told_so(tmp_path, monkeypatch):
+  find = importlib.util.find_spec
+  monkeypatch.setattr(
+    importlib.util,
+    "find_spec",
+    lambda name: None if name == "array_record" else find(name),
+  )
+  with pytest.raises(data.DataNotPreparedError, match="no wheels for Windows"):
+    data.resolve_data_dir(tmp_path)

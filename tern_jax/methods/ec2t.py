@@ -56,8 +56,8 @@ class EC2T(Targeted):
       of 0. Momentum from before and weight decay would still move latents, so
       start the optimizer anew, as above, and mask decay.
     sparsity: share of zeros in [0, 1), a number, traced array or schedule.
-    every: steps between two updates, in which shares, lambda and floor are found
-      anew; 1 as published.
+    every: steps between two updates, in which shares, lambda and floor are
+      found anew; 1 as published.
     channel_axis: None for two centroids a tensor; else two for each index of
       this axis, -1 for the output channels of Flax and Haiku, 0 for Equinox's.
       Shares, lambda and sparsity are always those of the whole tensor.

@@ -1,5 +1,6 @@
 """The directory of prepared data sets, and what lies in it."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -19,8 +20,14 @@ def resolve_data_dir(data_dir: str | os.PathLike | None = None) -> Path:
     The path, with `~` expanded.
 
   Raises:
-    DataNotPreparedError: It is in a bucket.
+    DataNotPreparedError: It is in a bucket, or nothing here can read it.
   """
+  if importlib.util.find_spec("array_record") is None:
+    raise DataNotPreparedError(
+      "Data sets are read by the package array_record, which is not here: pip"
+      " install 'tern_jax[data]'. It has no wheels for Windows: use Linux,"
+      " macOS or the Windows Subsystem for Linux."
+    )
   default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
   place = os.fspath(default if data_dir is None else data_dir)
   if "://" in place:
