@@ -184,3 +184,12 @@ def test_wdr_and_sca_have_one_barrier_to_the_end_of_a_run(target):
         for t in (at_sca[f"{name}/kernel"]["threshold"], at_wdr[name]["kernel"])
       )
       np.testing.assert_array_equal(w > mine, w > other)
+
+
+def test_the_state_of_wdr_is_compiled_once_for_leaves_of_a_shape(caplog):
+  alpha = tern_jax.at_sparsity(ramp(0.8, 100))
+  wdr = tern_jax.wdr_transform(alpha, strength=1e-3)
+  wdr.init({"a": jnp.ones((16, 8))})
+  with jax.log_compiles(), caplog.at_level("WARNING"):
+    wdr.init({name: jnp.ones((16, 8)) for name in "abc"})
+  assert "Compiling" not in caplog.text

@@ -109,8 +109,7 @@ class AtSparsity(Barrier):
   def init(self, params: PyTree, stacked: Sequence[str]) -> PyTree:
     """Returns the exact threshold of each leaf, or of each layer of a stack."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    paths = [path_str(path) for path, _ in leaves]
-    schedules.check_targets(self.sparsity, paths)
+    schedules.check_targets(self.sparsity, [path_str(k) for k, _ in leaves])
 
     def unknown(path: KeyPath, x: Array) -> Array:
       layers = x.shape[: matches_any(stacked, path_str(path))]
@@ -138,7 +137,7 @@ class AtSparsity(Barrier):
         found = magnitude_threshold(leaves, asked, tolerance=tolerance)
         return jax.tree.map(lambda t: jnp.broadcast_to(found, t.shape), kept)
 
-      return jax.lax.cond(due, together, lambda: kept)
+      return _if_due(due, together, kept)
 
     def leaf(path: KeyPath, held: Array, theta: Array) -> Array:
       printed = path_str(path)
@@ -149,8 +148,8 @@ class AtSparsity(Barrier):
         asked = schedules.at(target, count)
         return magnitude_threshold(theta, asked, guess, tolerance)
 
-      return jax.lax.cond(
-        due, lambda: lift(stacked, printed, find)(theta, held), lambda: held
+      return _if_due(
+        due, lambda: lift(stacked, printed, find)(theta, held), held
       )
 
     return jax.tree_util.tree_map_with_path(leaf, kept, params)
@@ -183,6 +182,11 @@ def barrier_of(alpha: Barrier | Scalar | Schedule) -> Barrier:
       f" at_sparsity(...), got {alpha!r}: try alpha=0.1."
     )
   return FixedAlpha(alpha)
+
+
+def _if_due(due: Array | bool, search: Callable, kept: PyTree) -> PyTree:
+  # Outside of a program, each conditional would be compiled by itself.
+  return search() if due is True else jax.lax.cond(due, search, lambda: kept)
 
 
 def check_gain(gain: float | None) -> None:

@@ -31,9 +31,8 @@ class Churn:
   def late(self) -> LateKappa | None:
     """The schedule, None where nothing is counted."""
     kappa = self.strength.kappa if isinstance(self.strength, Relative) else None
-    return (
-      kappa if isinstance(kappa, LateKappa) and kappa.counts_churn else None
-    )
+    counts = isinstance(kappa, LateKappa) and kappa.counts_churn
+    return kappa if counts else None
 
   def begins(self, count: Array) -> Array | bool:
     """Whether the nonzeros of this update are those to compare with."""
