@@ -31,8 +31,9 @@ class Churn:
   def late(self) -> LateKappa | None:
     """The schedule, None where nothing is counted."""
     kappa = self.strength.kappa if isinstance(self.strength, Relative) else None
-    counts = isinstance(kappa, LateKappa) and kappa.counts_churn
-    return kappa if counts else None
+    if isinstance(kappa, LateKappa) and kappa.counts_churn:
+      return kappa
+    return None
 
   def begins(self, count: Array) -> Array | bool:
     """Whether the nonzeros of this update are those to compare with."""
