@@ -1,7 +1,10 @@
 import functools
+import re
 
 import equinox as eqx
 import haiku as hk
+import hypothesis
+import hypothesis.extra.numpy
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +12,14 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from hypothesis import strategies as st
 
 import tern_jax
 from tern_jax.regularizers.formulas import wdr_grad
+from tern_jax.regularizers.spaces import barrier_of_weights
 from tern_jax.training import split_batch
 from tests import reference
+from tests.helpers import assert_same, long
 
 rng = np.random.default_rng(0)
 THETA = rng.normal(0, 0.5, (40, 30))
@@ -562,6 +568,477 @@ def test_bad_input():
     tern_jax.wdr(jnp.ones(3, jnp.int32), 0.1)
   with pytest.raises(ValueError, match="'head' matches no leaf"):
     tern_jax.wdr_transform(0.1, 1.0, stacked=("head",)).init(params)
+
+
+def off_codes(w, barrier, axes=None):
+  """How far weights are from s * c, in float64, and the scale s."""
+  w = np.asarray(w, np.float64)
+  beyond = np.abs(w) > barrier
+  total = np.sum(np.abs(w) * beyond, axis=axes, keepdims=True)
+  s = total / np.maximum(beyond.sum(axis=axes, keepdims=True), 1)
+  return w - s * np.sign(w) * beyond, s
+
+
+def on_weights(alpha, strength, **options):
+  return tern_jax.wdr_transform(alpha, strength, space="weights", **options)
+
+
+def test_weights_are_drawn_to_their_codes():
+  params, grads = tree()
+  w, g = params["a"]["kernel"], np.asarray(grads["a"]["kernel"], np.float64)
+  edge = np.sort(np.abs(np.ravel(w)))[23:25].mean()  # half of 48 weights
+  off, _ = off_codes(w, edge)
+  half = tern_jax.at_sparsity(0.5, gain=3.0)
+  got = added(on_weights(half, 0.25), grads, params)["a"]["kernel"]
+  np.testing.assert_allclose(got, 0.25 * off, rtol=1e-5, atol=1e-7)
+
+  # R's own gradient, with the scale of each w: it is as if s were a constant.
+  def half_square(w):
+    return np.sum(np.square(off_codes(w, edge)[0])) / 2
+
+  h = 1e-6 * np.eye(48).reshape(48, 8, 6)
+  wide = np.asarray(w, np.float64)
+  slopes = [(half_square(wide + e) - half_square(wide - e)) / 2e-6 for e in h]
+  np.testing.assert_allclose(np.reshape(slopes, (8, 6)), off, atol=1e-8)
+
+  kappa = on_weights(half, tern_jax.relative(3.0), sharp=True)
+  got = added(kappa, grads, params)["a"]["kernel"]
+  rms = np.sqrt(np.mean(g**2) / np.mean(off**2))
+  np.testing.assert_allclose(got, 3 * rms * off, rtol=1e-4, atol=1e-6)
+
+
+@hypothesis.given(
+  w=hypothesis.extra.numpy.arrays(
+    np.float32, 40, elements=st.floats(-8, 8, width=16)
+  ),
+  alpha=st.sampled_from([0.0, 0.1, 0.5, 1.0, 1.9]),
+)
+@hypothesis.settings(deadline=None, max_examples=50)
+def test_an_alpha_finds_the_scale_of_weights_and_their_barrier(w, alpha):
+  got = float(barrier_of_weights(jnp.asarray(w), jnp.float32(alpha)))
+  # Sorted, the scale is the mean of the first k for the largest k that fits.
+  magnitudes = np.sort(np.abs(w.astype(np.float64)))[::-1]
+  means = np.cumsum(magnitudes) / np.arange(1, 41)
+  fits = np.flatnonzero(magnitudes > means * np.sqrt(alpha / 2))
+  s = means[fits[-1]] if fits.size else 0.0
+  assert got == pytest.approx(s * np.sqrt(alpha / 2), rel=1e-5)
+
+
+def test_a_barrier_of_weights_is_in_the_middle_of_its_gap():
+  search = tern_jax.at_sparsity(0.5).of_weights().search
+  for magnitudes, middle in (
+    ([0.1, -0.2, 0.3, -0.4], 0.25),
+    ([0, 0, 1, -1], 0.5),
+    # Of equal ones, all or none: none if they are all that is not zero.
+    ([0, 1, -1, 1], 0.5),
+    ([2, -2, 2, 2], 1),
+    ([0, 0, 0, 3], 1.5),
+    ([0, 0, 0, 0], 0),
+  ):
+    got = search(jnp.float32(jnp.array(magnitudes)), jnp.float32(0.5), None, 0)
+    assert float(got) == pytest.approx(middle)
+  several = [jnp.array([0.0, 1.0]), jnp.array([[0.5, -3.0]])]
+  assert float(search(several, jnp.float32(0.5), None, 0)) == 0.75
+
+
+@pytest.mark.parametrize("alpha", [0.3, tern_jax.at_sparsity(0.7)])
+def test_scales_of_channels_and_of_stacked_layers(alpha):
+  r = np.random.default_rng(0)
+  stack = r.normal(size=(3, 8, 5)) * np.array([0.1, 1, 3])[:, None, None]
+  params = {"stack": {"kernel": jnp.asarray(stack, jnp.float32)}}
+  grads = jax.tree.map(jnp.zeros_like, params)
+  tx = on_weights(alpha, 1.0, stacked=("stack",), channel_axis=-1)
+  got = added(tx, grads, params)["stack"]["kernel"]
+  for i in range(3):
+    if alpha == 0.3:
+      edge = np.concatenate(
+        [
+          jnp.ravel(barrier_of_weights(params["stack"]["kernel"][i, :, j], 0.3))
+          for j in range(5)
+        ]
+      )
+    else:
+      edge = np.sort(np.abs(stack[i].ravel()))[27:29].mean()
+    off, s = off_codes(stack[i], edge, axes=0)
+    assert s.shape == (1, 5)
+    np.testing.assert_allclose(got[i], off, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("space", ["latents", "weights"])
+def test_after_an_optimizer_it_descends(space):
+  params, grads = tree()
+  w, g = params["a"]["kernel"], grads["a"]["kernel"]
+  if space == "weights":
+    alpha = tern_jax.at_sparsity(0.5)
+    r, _ = off_codes(w, np.sort(np.abs(np.ravel(w)))[23:25].mean())
+  else:
+    alpha = 0.3
+    r = reference.wdr_grad(w, alpha)
+
+  def moved(strength):
+    wdr = tern_jax.wdr_transform(
+      alpha, strength, space=space, after_optimizer=True
+    )
+    tx = optax.chain(optax.sgd(0.1), wdr)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    return updates["a"]["kernel"]
+
+  step = -0.1 * np.asarray(g, np.float64)
+  np.testing.assert_allclose(moved(0.3), step - 0.3 * r, rtol=1e-3, atol=1e-6)
+  kappa = 0.5 * np.sqrt(np.mean(step**2) / np.mean(r**2))
+  np.testing.assert_allclose(
+    moved(tern_jax.relative(0.5)), step - kappa * r, rtol=1e-3, atol=1e-6
+  )
+  # However strong, it takes weights to their codes and no further.
+  if space == "weights":
+    for strength in (5.0, tern_jax.relative(1e3)):
+      np.testing.assert_allclose(moved(strength), step - r, atol=1e-6)
+
+
+def _fit(tx, steps, dtype=jnp.float32, view=lambda params: params):
+  """Fits a small float net to a teacher; returns what it ends with."""
+  r = np.random.default_rng(0)
+  x, teacher, start, out = (
+    jnp.asarray(r.normal(size=shape) / np.sqrt(shape[0]), dtype)
+    for shape in ((64, 16), (16, 4), (16, 32), (32, 4))
+  )
+  params = {"a": {"kernel": start}, "b": {"kernel": out, "bias": out[0]}}
+
+  def loss(params):
+    params = view(params)
+    hidden = jnp.tanh(x @ params["a"]["kernel"])
+    y = hidden @ params["b"]["kernel"] + params["b"]["bias"][None]
+    return jnp.mean(jnp.square(y - x @ teacher))
+
+  def step(carry, _):
+    params, state = carry
+    updates, state = tx.update(jax.grad(loss)(params), state, params)
+    return (optax.apply_updates(params, updates), state), None
+
+  run = jax.jit(lambda start: jax.lax.scan(step, start, length=steps)[0])
+  return run((params, tx.init(params)))[0]
+
+
+rate = functools.partial(optax.cosine_decay_schedule, alpha=0.05)
+LATE = optax.linear_schedule(0.0, 1.0, 240, 80)
+#: (optimizer, strength of WDR, whether it comes after)
+CHAINS = {
+  "adam": (optax.adam(rate(1e-2, 400)), LATE, True),
+  "before adam": (
+    optax.adam(rate(1e-2, 1000)),
+    tern_jax.relative(tern_jax.late_kappa(1000, onset=0.3)),
+    False,
+  ),
+  "a small rate": (optax.adamw(1e-5), LATE, True),
+  "lion": (optax.lion(rate(1e-3, 400)), LATE, True),
+  "muon": (optax.contrib.muon(rate(1e-2, 400)), LATE, True),
+  "no gradient": (optax.set_to_zero(), LATE, True),
+}
+
+
+@pytest.mark.parametrize(
+  ("chain", "steps", "dtype"),
+  [
+    long("before adam", 1000, jnp.float32),
+    ("lion", 400, jnp.float32),
+    long("no gradient", 400, jnp.float32),
+    long("adam", 400, jnp.float32),
+    long("adam", 400, jnp.bfloat16),
+    long("a small rate", 400, jnp.float32),
+    long("muon", 400, jnp.float32),
+  ],
+)
+def test_a_float_script_ends_with_ternary_weights(
+  standard_promotion, chain, steps, dtype
+):
+  optimizer, strength, after = CHAINS[chain]
+  where, asked = tern_jax.kernels(), tern_jax.at_sparsity(0.75)
+  wdr = on_weights(asked, strength, where=where, after_optimizer=after)
+  tx = optax.chain(optimizer, wdr) if after else optax.chain(wdr, optimizer)
+  params = _fit(tx, steps, dtype)
+  tern = tern_jax.ParamTransform(tern_jax.TWN(sparsity=0.75), where)
+  ternary = tern.finalize(*tern.init(params))
+  for layer in ("a", "b"):
+    kernel, codes = params[layer]["kernel"], ternary[layer]["kernel"]
+    off = jnp.abs(kernel - codes.dequantize()).astype(jnp.float32)
+    assert float(off.max()) <= 0.02 * float(codes.w_p)
+    assert int((codes.codes == 0).sum()) == 0.75 * kernel.size
+
+
+def test_all_of_a_late_kappa_is_used_for_weights():
+  kappa = tern_jax.late_kappa(100, onset=0.5, first=2.0, last=2.0)
+  tx = on_weights(tern_jax.at_sparsity(0.5), tern_jax.relative(kappa))
+  params, grads = {"w": jnp.linspace(-1.0, 2.0, 30)}, {"w": jnp.ones(30)}
+  state, update = tx.init(params), jax.jit(tx.update)
+  assert state.nonzero == ()
+  for count, factor in ((49, 0.0), (50, 2.0)):
+    updates, state = update(
+      grads, state._replace(count=jnp.int32(count)), params
+    )
+    edge = np.sort(np.abs(params["w"]))[14:16].mean()
+    off, _ = off_codes(params["w"], edge)
+    expected = factor * off / np.sqrt(np.mean(off**2))
+    np.testing.assert_allclose(updates["w"] - 1, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("space", ["latents", "weights"])
+@pytest.mark.parametrize("size", [0.0, 1e-25])
+def test_relative_strength_is_finite_where_wdr_vanishes(space, size):
+  tx = tern_jax.wdr_transform(0.3, tern_jax.relative(30.0), space=space)
+  shape = (3, 3)
+  got = added(tx, 1e6 * jnp.ones(shape), size * jnp.eye(*shape))
+  assert float(jnp.abs(got).max()) <= 1e3
+  assert added(tx, jnp.ones((0, 3)), jnp.ones((0, 3))).shape == (0, 3)
+
+
+MASKS = {
+  "kernels": tern_jax.kernels(exclude="b"),
+  "path and leaf": lambda path, leaf: path == "a/kernel" and leaf.ndim == 2,
+  "tree": lambda tree: {
+    "a": {"kernel": True, "bias": False},
+    "b": {"kernel": np.bool_(tree["b"]["kernel"].ndim == 3)},
+  },
+  "bools": {"a": {"kernel": True, "bias": False}, "b": {"kernel": False}},
+  "part of the levels": {"a": {"kernel": True, "bias": False}, "b": False},
+}
+
+
+@pytest.mark.parametrize("name", ["where", "mask"])
+@pytest.mark.parametrize("kind", MASKS)
+def test_whatever_selects_leaves(name, kind):
+  params, grads = tree()
+  args = tern_jax.at_sparsity(0.5), tern_jax.relative(1.0)
+  tx = tern_jax.wdr_transform(*args, **{name: MASKS[kind]})
+  alone = tern_jax.wdr_transform(*args)
+  expected = added(alone, grads["a"]["kernel"], params["a"]["kernel"])
+  got = added(tx, grads, params)
+  np.testing.assert_allclose(got["a"]["kernel"], expected, atol=1e-7)
+  for zeros in (got["a"]["bias"], got["b"]["kernel"]):
+    assert not np.any(zeros)
+  # The state is the one that optax.masked would have: saved runs go on.
+  if not kind.startswith("path"):
+    masked = optax.masked(alone, MASKS[kind])
+    assert_same(tx.init(params), masked.init(params))
+
+
+def test_selections_of_latents_beside_scales():
+  params, grads = tree()
+  scales = {"a/kernel": {"scale": jnp.ones(())}}
+  params, grads = (tern_jax.TernParams(x, scales) for x in (params, grads))
+  for kind in ("kernels", "path and leaf", "bools", "part of the levels"):
+    tx = tern_jax.wdr_transform(0.3, 1.0, MASKS[kind])
+    got = added(tx, grads, params)
+    expected = reference.wdr_grad(params.latent["a"]["kernel"], 0.3)
+    np.testing.assert_allclose(got.latent["a"]["kernel"], expected, atol=1e-6)
+    assert not np.any(got.latent["b"]["kernel"])
+    assert float(got.scales["a/kernel"]["scale"]) == 0
+
+
+@pytest.mark.parametrize("where", [tern_jax.kernels(), None])
+def test_a_whole_equinox_model(where):
+  model = eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0))  # it has functions
+  arrays = eqx.filter(model, eqx.is_inexact_array)
+  kappa = tern_jax.relative(tern_jax.late_kappa(100, onset=0.3))
+  tx = tern_jax.wdr_transform(tern_jax.at_sparsity(0.5), kappa, where)
+  state = tx.init(arrays)
+  assert_same(tx.init(model), state)
+  inner = state if where is None else state.inner_state
+  late = inner._replace(count=jnp.int32(50))
+  state = late if where is None else state._replace(inner_state=late)
+  grads = jax.tree.map(jnp.ones_like, arrays)
+  update = eqx.filter_jit(tx.update)
+  updates, after = update(grads, state, model)
+  assert_same((updates, after), update(grads, state, arrays))
+  changed = updates.layers[0].weight - grads.layers[0].weight
+  assert float(jnp.abs(changed).max()) > 0
+  assert updates.activation is None
+  eqx.apply_updates(model, updates)
+
+
+def test_hidden_parts_of_a_tree():
+  params, grads = tree()
+  where = tern_jax.kernels(exclude="b")
+  wdr = tern_jax.wdr_transform(tern_jax.at_sparsity(0.5), 1.0, where)
+  expected = added(wdr, grads, params)
+  labels = {"a": {"kernel": "t", "bias": "f"}, "b": {"kernel": "t"}}
+  for outer in (
+    optax.masked(wdr, tern_jax.kernels()),
+    optax.multi_transform({"t": wdr, "f": optax.identity()}, labels),
+    optax.chain(optax.apply_if_finite(wdr, 3)),
+  ):
+    jax.tree.map(
+      np.testing.assert_array_equal, added(outer, grads, params), expected
+    )
+  # Nothing of what is selected lies in this part.
+  hidden = optax.multi_transform(
+    {"t": wdr, "f": optax.identity()},
+    {"a": {"kernel": "f", "bias": "f"}, "b": {"kernel": "t"}},
+  )
+  assert not np.any(added(hidden, grads, params)["b"]["kernel"])
+  state = wdr.init(params)
+  zeros = optax.tree_map_params(wdr, lambda x: x * 0, state)
+  assert float(zeros.inner_state.threshold["a"]["kernel"]) == 0
+
+
+def _boxed(x):
+  return nn.Partitioned(x, names=(None, "data"))
+
+
+def test_boxes_of_partitioned_parameters():
+  params, grads = tree()
+  tx = tern_jax.wdr_transform(
+    tern_jax.at_sparsity(0.5),
+    tern_jax.relative(tern_jax.late_kappa(100)),
+    tern_jax.kernels(),
+  )
+
+  def in_boxes(tree):
+    kernel = _boxed(tree["a"]["kernel"])
+    return {**tree, "a": {**tree["a"], "kernel": kernel}}
+
+  # A box would give a 0-d threshold the sharding of its kernel.
+  state = tx.init(in_boxes(params))
+  assert_same(state, tx.init(params))
+  inner = state.inner_state._replace(count=jnp.int32(80))
+  state = state._replace(inner_state=inner)
+  update = jax.jit(tx.update)
+  got = update(in_boxes(grads), state, in_boxes(params))
+  updates, after = update(grads, state, params)
+  assert float(jnp.abs(updates["a"]["kernel"] - grads["a"]["kernel"]).max()) > 0
+  assert_same(got, (in_boxes(updates), after))
+
+
+@pytest.mark.parametrize("sharding", [None, (None, "data")])
+def test_variables_of_nnx(sharding):
+  r = np.random.default_rng(0)
+  value = jnp.asarray(r.normal(size=(4, 4)), jnp.float32)
+  metadata = {"out_sharding": sharding, "eager_sharding": False}
+  params = nnx.State({"kernel": nnx.Param(value, **metadata)})
+  tx = tern_jax.wdr_transform(
+    tern_jax.at_sparsity(0.5), 1.0, mask=tern_jax.kernels()
+  )
+  threshold = tx.init(params).inner_state.threshold["kernel"]
+  # Without a sharding it stays a variable, as in states that were saved.
+  assert isinstance(threshold, nnx.Param) == (sharding is None)
+  got = added(tx, jax.tree.map(jnp.zeros_like, params), params)
+  expected = added(tx, {"kernel": jnp.zeros((4, 4))}, {"kernel": value})
+  assert jax.tree.structure(got) == jax.tree.structure(params)
+  np.testing.assert_array_equal(
+    jax.tree.leaves(got)[0], expected["kernel"], strict=True
+  )
+
+
+@pytest.mark.parametrize("name", ["where", "mask"])
+def test_inject_hyperparams_takes_no_mask_for_a_schedule(
+  standard_promotion, name
+):
+  params, grads = tree()
+  make = optax.inject_hyperparams(tern_jax.wdr_transform)
+  schedule = optax.linear_schedule(0.5, 0.0, 2)
+  for where in (MASKS["kernels"], MASKS["path and leaf"], MASKS["tree"]):
+    tx = make(alpha=0.2, strength=schedule, **{name: where})
+    state = tx.init(params)
+    assert set(state.hyperparams) == {"alpha", "strength"}
+    state.hyperparams["alpha"] = jnp.asarray(0.7)
+    updates, state = jax.jit(tx.update)(grads, state, params)
+    np.testing.assert_allclose(
+      updates["a"]["kernel"] - grads["a"]["kernel"],
+      0.5 * reference.wdr_grad(params["a"]["kernel"], 0.7),
+      atol=1e-6,
+    )
+    assert not np.any(updates["b"]["kernel"] - grads["b"]["kernel"])
+  relative = make(tern_jax.at_sparsity(0.5), tern_jax.relative(1.0), where)
+  plain = tern_jax.wdr_transform(
+    tern_jax.at_sparsity(0.5), tern_jax.relative(1.0), where
+  )
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    added(relative, grads, params),
+    added(plain, grads, params),
+  )
+
+
+@pytest.mark.parametrize(
+  ("options", "error", "says"),
+  [
+    ({"mask": tern_jax.kernels}, TypeError, r"mask=tern_jax.kernels\(\)"),
+    ({"where": tern_jax.kernels}, TypeError, r"where=tern_jax.kernels\(\)"),
+    ({"mask": "a"}, TypeError, r"mask=tern_jax.kernels\(include='a'\)"),
+    ({"where": "a"}, TypeError, r"where=tern_jax.kernels\(include='a'\)"),
+    ({"mask": 0.5}, TypeError, "mask holds 0.5, which is no bool"),
+    ({"mask": {"a": "t", "b": "f"}}, TypeError, "mask holds 't', which is no"),
+    ({"where": lambda tree: "t"}, TypeError, "returns holds 't', which is no"),
+    ({"where": lambda path, x: False}, ValueError, "selects no leaf, and WDR"),
+    ({"mask": {"a": False, "b": False}}, ValueError, "a/bias, a/kernel, b/ker"),
+    ({"alpha": "0.1"}, TypeError, r"got '0.1': try tern_jax.at_sparsity\(0.8"),
+    ({"alpha": True}, TypeError, "alpha must be a number, an array"),
+    ({"alpha": jnp.array(True)}, TypeError, "alpha must be a number, an array"),
+    ({"alpha": None}, TypeError, "alpha must be a number, an array"),
+    ({"alpha": tern_jax.relative(1.0)}, TypeError, "alpha must be a number"),
+    ({"alpha": tern_jax.at_sparsity}, TypeError, "alpha must be a number"),
+    (
+      {"alpha": tern_jax.ramp(0.8, 100)},
+      TypeError,
+      r"give tern_jax.at_sparsity\(ramp\(sparsity=0.8, steps=100\)\)",
+    ),
+    ({"strength": "1e-3"}, TypeError, r"got '1e-3': try optax.lin"),
+    ({"strength": None}, TypeError, "strength must be a number, an array"),
+    ({"strength": tern_jax.at_sparsity(0.5)}, TypeError, "strength must be a"),
+    (
+      {"strength": tern_jax.late_kappa(100)},
+      TypeError,
+      r"give tern_jax.relative\(late_kappa\(steps=100\)\)",
+    ),
+    ({"strength": -1.0}, ValueError, r"try optax.linear_sch"),
+    (
+      {"space": "weight"},
+      ValueError,
+      "space must be \"latents\".*got 'weight'",
+    ),
+    (
+      {"channel_axis": -1},
+      ValueError,
+      'only space="weights" has: leave it out',
+    ),
+    (
+      {"space": "weights", "channel_axis": 2},
+      ValueError,
+      "channel_axis=2 is no axis",
+    ),
+  ],
+)
+def test_arguments_that_mean_nothing(options, error, says):
+  params, grads = tree()
+  given = {"alpha": 0.1, "strength": 1.0, **options}
+
+  def update():
+    tx = tern_jax.wdr_transform(**given)
+    return tx.update(grads, tx.init(params), params)
+
+  with pytest.raises(error, match=says):
+    jax.eval_shape(update)
+
+
+def test_the_strength_that_errors_name_works(standard_promotion):
+  with pytest.raises(ValueError, match="strength must lie in") as error:
+    tern_jax.wdr_transform(0.1, strength=-1.0)
+  named = re.search(r"try (optax\..*)\.$", str(error.value)).group(1)
+  strength = eval(named, {"optax": optax, "steps": 1000})
+  wdr = tern_jax.wdr_transform(0.2, strength, tern_jax.kernels())
+  tx = optax.chain(wdr, optax.adam(rate(1e-2, 1000)))
+
+  def squashed(params):
+    return jax.tree.map(
+      lambda k, x: jnp.tanh(x) if k else x, tern_jax.kernels()(params), params
+    )
+
+  params = squashed(_fit(tx, 1000, view=squashed))
+  off = [np.ravel(x - np.round(x)) for x in map(kernel_of, params.values())]
+  assert np.mean(np.abs(np.concatenate(off)) <= 0.05) >= 0.99
+
+
+def kernel_of(layer):
+  return np.asarray(layer["kernel"])
 
 
 def test_strengths_print_as_their_calls():

@@ -2,25 +2,24 @@
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from tern_jax.core.checks import call_repr, check_range
 from tern_jax.core.numerics import widen
 from tern_jax.core.paths import lift, matches_any, path_str
 from tern_jax.core.types import Array, KeyPath, PyTree, Scalar, Schedule
-from tern_jax.regularizers.formulas import check_alpha
+from tern_jax.regularizers.formulas import check_alpha, is_scalar_or_schedule
 from tern_jax.targets import schedules
-from tern_jax.targets.quantile import magnitude_threshold
-from tern_jax.targets.schedules import AcrossLayers, Target
+from tern_jax.targets.quantile import count_of, magnitude_threshold
+from tern_jax.targets.schedules import AcrossLayers, Ramp, Target
 
 #: Theta over the latents where the barrier is at a quantile: Adam moves latents
 #: by its rate whatever they are, and with this gain its usual 1e-3 is right.
 GAIN = 10.0
-_NUMBERS = (float, int, np.ndarray, np.generic, jax.Array)
 
 #: Of `every` and a target: whether to search for the barrier, and how closely.
 When = Callable[[Array | int, Target], tuple[Array | bool, Scalar]]
@@ -54,6 +53,10 @@ class Barrier(abc.ABC):
     """Returns what is kept at an update that has these parameters."""
     del params, count, when, stacked
     return kept
+
+  def of_weights(self) -> "Barrier":
+    """Returns the same barrier for parameters that are the weights."""
+    return self
 
   @abc.abstractmethod
   def alphas(self, kept: PyTree, params: PyTree, count: Array) -> PyTree:
@@ -91,7 +94,8 @@ class AtSparsity(Barrier):
     sparsity: share of zeros in [0, 1), or a schedule of it; also `per_layer`
       or `across_layers`.
     every: updates between two searches for the quantile.
-    gain: Theta over the parameters, > 0; 1 where they are Theta itself.
+    gain: Theta over the parameters, > 0; 1 where they are Theta itself. Not
+      used in `space="weights"`.
 
   >>> AtSparsity(0.9)
   at_sparsity(sparsity=0.9)
@@ -134,7 +138,7 @@ class AtSparsity(Barrier):
 
       def together() -> PyTree:
         asked = schedules.at(target, count)
-        found = magnitude_threshold(leaves, asked, tolerance=tolerance)
+        found = self.search(leaves, asked, None, tolerance)
         return jax.tree.map(lambda t: jnp.broadcast_to(found, t.shape), kept)
 
       return _if_due(due, together, kept)
@@ -146,7 +150,7 @@ class AtSparsity(Barrier):
 
       def find(theta: Array, guess: Array) -> Array:
         asked = schedules.at(target, count)
-        return magnitude_threshold(theta, asked, guess, tolerance)
+        return self.search(theta, asked, guess, tolerance)
 
       return _if_due(
         due, lambda: lift(stacked, printed, find)(theta, held), held
@@ -164,9 +168,71 @@ class AtSparsity(Barrier):
 
     return jax.tree.map(alpha, kept, params)
 
+  def search(
+    self,
+    x: Array | list[Array],
+    sparsity: Array,
+    guess: Array | None,
+    tolerance: Scalar,
+  ) -> Array:
+    """Returns the threshold of an array, or of several as one."""
+    return magnitude_threshold(x, sparsity, guess, tolerance)
+
+  def of_weights(self) -> "Barrier":
+    """Returns the same barrier for parameters that are the weights."""
+    return _AtSparsityOfWeights(self.sparsity, self.every)
+
   def __repr__(self) -> str:
     """Prints the call that makes it."""
     return call_repr(self, "at_sparsity")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class _AtSparsityOfWeights(AtSparsity):
+  """The barrier at a quantile of weights that are drawn to 0 and one magnitude.
+
+  Once they are there, any threshold between the two is at the quantile. That in
+  the middle stays so when the magnitude changes. It is exact, as nothing else
+  makes weights ternary: what it misses stays missed.
+  """
+
+  def search(
+    self,
+    x: Array | list[Array],
+    sparsity: Array,
+    guess: Array | None,
+    tolerance: Scalar,
+  ) -> Array:
+    """Returns the middle of the gap that leaves most nearly as many under it.
+
+    Of equal magnitudes, either all are under it or none: they may be all the
+    nonzeros that there are.
+    """
+    del tolerance
+    magnitudes = [
+      jnp.abs(array.astype(jnp.float32))
+      for array in (x if isinstance(x, list) else [x])
+    ]
+    found = magnitude_threshold(x, sparsity, guess)
+    top = _largest(magnitudes, lambda m: m <= found)
+    next_one = -_largest([-m for m in magnitudes], lambda m: -m > found)
+    before = jnp.maximum(_largest(magnitudes, lambda m: m < top), 0)
+    n = sum(m.size for m in magnitudes)
+    k = count_of(n, sparsity)
+    many = sum(jnp.sum(m <= found, dtype=jnp.int32) for m in magnitudes)
+    few = sum(jnp.sum(m < top, dtype=jnp.int32) for m in magnitudes)
+    lower = k - few <= many - k
+    low, high = jnp.where(lower, before, top), jnp.where(lower, top, next_one)
+    middle = low + (high - low) / 2
+    return jnp.where(jnp.isfinite(middle), middle, found)
+
+
+def _largest(arrays: list[Array], among: Callable[[Array], Array]) -> Array:
+  """Returns the largest of the chosen entries, -infinity where none is."""
+  each = (
+    jnp.max(jnp.where(among(x), x, -jnp.inf), initial=-jnp.inf) for x in arrays
+  )
+  return functools.reduce(jnp.maximum, each, jnp.float32(-jnp.inf))
 
 
 at_sparsity = AtSparsity
@@ -176,10 +242,15 @@ def barrier_of(alpha: Barrier | Scalar | Schedule) -> Barrier:
   """Returns the barrier of an alpha as users give it."""
   if isinstance(alpha, Barrier):
     return alpha
-  if not (callable(alpha) or isinstance(alpha, _NUMBERS)):
+  if isinstance(alpha, Ramp):
+    raise TypeError(
+      f"alpha={alpha!r} is a schedule of sparsity, not of alpha: give"
+      f" tern_jax.at_sparsity({alpha!r})."
+    )
+  if not is_scalar_or_schedule(alpha):
     raise TypeError(
       "alpha must be a number, an array, a schedule of the step or"
-      f" at_sparsity(...), got {alpha!r}: try alpha=0.1."
+      f" at_sparsity(...), got {alpha!r}: try tern_jax.at_sparsity(0.8)."
     )
   return FixedAlpha(alpha)
 

@@ -18,12 +18,12 @@ class Churn:
   """The share of a late kappa that is used, by what changed before its onset.
 
   Args:
-    strength: whose kappa it is; nothing is counted of another.
+    strength: whose kappa it is; nothing is counted of another, or of None.
     gain: Theta over the parameters.
     stacked: patterns of leaves whose first axis enumerates layers.
   """
 
-  strength: Strength
+  strength: Strength | None
   gain: float
   stacked: Sequence[str]
 
@@ -38,7 +38,7 @@ class Churn:
   def begins(self, count: Array) -> Array | bool:
     """Whether the nonzeros of this update are those to compare with."""
     late = self.late
-    return late is not None and self.strength.sets_in(count + late.ahead)
+    return late is not None and Relative(late).sets_in(count + late.ahead)
 
   def init(self, params: PyTree, alphas: PyTree) -> PyTree:
     """Returns the nonzeros to begin with, () where none are counted."""

@@ -11,6 +11,7 @@ the same minima and the same barrier, and its full force beside it.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tern_jax.core.checks import check_range
 from tern_jax.core.numerics import widen
@@ -172,3 +173,16 @@ def check_floating(name: str, theta: Array) -> None:
       f"{name} is {theta.dtype}, but WDR is defined for floating-point"
       " latents: convert it, or leave it out by mask=."
     )
+
+
+def is_scalar_or_schedule(x: object) -> bool:
+  """Whether something is a number, a numeric array or a function.
+
+  >>> is_scalar_or_schedule(0.1), is_scalar_or_schedule("0.1")
+  (True, False)
+  """
+  if isinstance(x, jax.Array | np.ndarray | np.generic):
+    return bool(jnp.issubdtype(x.dtype, jnp.number))
+  if isinstance(x, bool | type):
+    return False
+  return callable(x) or isinstance(x, int | float)

@@ -7,7 +7,11 @@ import jax.numpy as jnp
 
 from tern_jax.core.checks import call_repr, check_range
 from tern_jax.core.types import Array, Count, Scalar, Schedule
+from tern_jax.regularizers.formulas import is_scalar_or_schedule
 from tern_jax.targets.schedules import at
+
+#: Late, and in the end stronger than the loss, as rounding asks for.
+_TRY = "try optax.linear_schedule(0.0, 1.0, 0.6 * steps, 0.2 * steps)"
 
 
 class Strength(abc.ABC):
@@ -40,7 +44,12 @@ class Absolute(Strength):
   strength: Scalar | Schedule
 
   def __post_init__(self):
-    check_strength("strength", self.strength)
+    if isinstance(self.strength, LateKappa):
+      raise TypeError(
+        f"strength={self.strength!r} is a schedule of kappa, which is relative"
+        f" to the gradient: give tern_jax.relative({self.strength!r})."
+      )
+    check_strength("strength", self.strength, _TRY)
 
   def factor(
     self, u: Array, r: Array, count: Array, share: Array, bound: float | None
@@ -73,7 +82,7 @@ class Relative(Strength):
   kappa: Scalar | Schedule
 
   def __post_init__(self):
-    check_strength("kappa", self.kappa)
+    check_strength("kappa", self.kappa, "try tern_jax.late_kappa(steps)")
 
   def is_on(self, count: Array) -> Array | bool:
     """Whether kappa is positive."""
@@ -83,9 +92,10 @@ class Relative(Strength):
     self, u: Array, r: Array, count: Array, share: Array, bound: float | None
   ) -> Array:
     """Returns kappa * share * rms(u) / rms(r)."""
-    # The ratio of norms is the ratio of root mean squares.
+    # The ratio of norms is the ratio of root mean squares. Smaller norms have
+    # lost their digits, and over them the ratio could overflow.
     size = _norm(r) if bound is None else bound * r.size**0.5
-    size = jnp.maximum(size, jnp.finfo(r.dtype).tiny)
+    size = jnp.maximum(size, float(jnp.finfo(r.dtype).tiny) ** 0.5)
     kappa = share.astype(r.dtype) * at(self.kappa, count, r.dtype)
     return kappa * _norm(u) / size
 
@@ -106,8 +116,9 @@ class LateKappa:
   zeros, codes keep changing at random, and it is best to stop that early. Where
   few have, the loss still improves the codes, and a strong WDR would stop it.
   `wdr_transform` therefore uses the share `min(1, c / churn)` of kappa, with c
-  the share of all nonzeros that were zeros then. `tern_jax.late_kappa` is this
-  class.
+  the share of all nonzeros that were zeros then. In `space="weights"`, where
+  the forward is float until WDR has made it ternary, it always uses all of
+  kappa. `tern_jax.late_kappa` is this class.
 
   Args:
     steps: training steps of the whole run.
@@ -171,11 +182,19 @@ def strength_of(strength: Strength | Scalar | Schedule) -> Strength:
   return strength if isinstance(strength, Strength) else Absolute(strength)
 
 
-def check_strength(name: str, strength: Scalar | Schedule) -> None:
-  """Raises a ValueError if a concrete strength is negative."""
-  check_range(
-    name, strength, 0, float("inf"), "WDR is added to a loss; try 1e-3"
-  )
+def check_strength(name: str, strength: Scalar | Schedule, hint: str) -> None:
+  """Raises unless a strength is a number >= 0, an array or a schedule.
+
+  Raises:
+    TypeError: it is nothing of that kind.
+    ValueError: a concrete strength is negative.
+  """
+  if not is_scalar_or_schedule(strength):
+    raise TypeError(
+      f"{name} must be a number, an array or a schedule of the step, got"
+      f" {strength!r}: {hint}."
+    )
+  check_range(name, strength, 0, float("inf"), f"WDR is added; {hint}")
 
 
 def _norm(x: Array) -> Array:
