@@ -56,6 +56,7 @@ EXPECTED = {
   "accuracy_table": {column.key for column in bench.ACCURACY},
   "equal_sparsity": {"rate", "test", "zeros"},
   "budget": {column.key for column in bench.BUDGET},
+  "one_line": {column.key for column in bench.ONE_LINE},
 }
 #: The same of every other file.
 OF_A_RUN = {"correct", "total", "sparsity", *(c.key for c in SIZES)}
@@ -167,6 +168,14 @@ def build(
         " Sizes are those of whole models at the entropy of their weights."
       )
       title = f"The same bytes: {named(*parts)}"
+      sections.append(page.Section(title, [text], [table]))
+    elif kind == "one_line":
+      text = (
+        "A float script that becomes ternary by its optimizer alone. Weights"
+        " are at their code when they are within 2 % of it."
+      )
+      table = summary(record, bench.ONE_LINE, "Accuracy, zeros of each layer")
+      title = f"One line: {named(*parts)}"
       sections.append(page.Section(title, [text], [table]))
     else:
       runs.setdefault(re.sub(r"-seed\d+$", "", name), []).append(record)

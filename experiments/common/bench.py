@@ -20,6 +20,15 @@ BUDGET = (
   Column("validation %", "validation", 100),
   Column("test %", "test", 100),
 )
+#: Of `one_line`.
+ONE_LINE = (
+  Column("at their code %", "near", 100),
+  Column("validation %", "validation", 100),
+  Column("rounded %", "validation_rounded", 100),
+  Column("test %", "test", 100),
+  Column("rounded %", "test_rounded", 100),
+  Column("zeros %", "sparsity", 100, ".1f"),
+)
 
 
 def ternary_record(result: Mapping[str, Any]) -> dict[str, Any]:
