@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import pickle
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from tern_jax import (
   pack,
   unpack,
 )
+from tern_jax.trees.state import Dtypes
 from tests.helpers import assert_same, weights
 
 
@@ -188,22 +190,69 @@ def test_states_and_names_of_fields():
   assert raw["params"]["latent"]["a"]["bias"].tolist() == [1.0] * 4
 
 
-@pytest.mark.usefixtures("standard_promotion")
-def test_states_of_optimizers_with_flax():
+def training(wrapped):
+  """Parameters, an optimizer, and its state after an update."""
   tern = ParamTransform(SCA(sparsity=0.5))
-  params, state = tern.init({"kernel": weights((16, 8))})
+  user = {"kernel": weights((16, 8), jnp.bfloat16), "bias": jnp.ones(8)}
+  params, _ = tern.init(user)
   wdr = tern_jax.wdr_transform(
     tern_jax.at_sparsity(0.5),
     tern_jax.relative(tern_jax.late_kappa(10)),
     tern_jax.kernels(),
   )
   tx = optax.chain(wdr, optax.adam(1e-3))
-  opt_state = tx.init(params)
-  _, opt_state = jax.jit(tx.update)(params, opt_state, params)
-  wanted = params, state, opt_state
-  fresh = jax.tree.map(jnp.zeros_like, wanted)
+  if wrapped:
+    params, tx = user, tern_jax.wrap(optax.adam(1e-3), tern, wdr)
+  opt_state = jax.jit(tx.update)(params, tx.init(params), params)[1]
+  return params, tx, opt_state
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_states_of_optimizers_with_flax(wrapped):
+  params, tx, opt_state = training(wrapped)
+  wanted = {"params": params, "opt_state": opt_state}
+  fresh = {"params": params, "opt_state": tx.init(params)}
   back = serialization.from_bytes(fresh, serialization.to_bytes(wanted))
   assert_same(back, wanted)
+
+
+def test_the_dtypes_of_a_script_are_checked():
+  def bytes_of(dtype):
+    return serialization.to_bytes(Dtypes((("kernel", dtype),)))
+
+  target = Dtypes((("kernel", "bfloat16"),))
+  assert serialization.from_bytes(target, bytes_of("bfloat16")) == target
+  with pytest.raises(ValueError, match=r"items .*float16.*, but .*bfloat16"):
+    serialization.from_bytes(target, bytes_of("float16"))
+
+
+@functools.cache
+def register_optax():
+  """Registers states of optax, which a user does for an export."""
+  for cls in (
+    *(optax.EmptyState, optax.ScaleByAdamState),
+    *(optax.MaskedNode, optax.MaskedState),
+  ):
+    jax.export.register_namedtuple_serialization(
+      cls, serialized_name=f"optax.{cls.__name__}"
+    )
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_step_is_exported(wrapped):
+  register_optax()
+  params, tx, opt_state = training(wrapped)
+
+  @jax.jit
+  def step(params, opt_state):
+    updates, opt_state = tx.update(params, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  data = jax.export.export(step)(params, opt_state).serialize()
+  got = jax.export.deserialize(data).call(params, opt_state)
+  assert_same(got, step(params, opt_state))
 
 
 @pytest.mark.parametrize(

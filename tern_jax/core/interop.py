@@ -7,21 +7,31 @@ import json
 import sys
 import types
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.export as jax_export
 
 _FLAX = "flax.serialization"
 _CLASSES: list[type] = []
+_Class = TypeVar("_Class", bound=type)
 
 
-def serializable(cls: type) -> type:
-  """Lets a container, a dataclass and pytree node, into other people's files.
+def serializable(cls: _Class) -> _Class:
+  """Lets a container into other people's files.
 
   `jax.export` then serializes functions that take or return it, and
   `flax.serialization` its instances. Flax itself is not imported: the container
   is registered when somebody else imports it, be that before or after this.
+
+  Args:
+    cls: a dataclass that is a pytree node, its static part JSON, or a
+      NamedTuple.
   """
+  if issubclass(cls, tuple):  # Flax knows all of them.
+    jax_export.register_namedtuple_serialization(
+      cls, serialized_name=f"tern_jax.{cls.__name__}"
+    )
+    return cls
   jax_export.register_pytree_node_serialization(
     cls,
     serialized_name=f"tern_jax.{cls.__name__}",
