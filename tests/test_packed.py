@@ -1,4 +1,6 @@
 import dataclasses
+import itertools
+import math
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -11,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tern_jax import SCA, TTQ, TWN, ParamTransform
 from tern_jax.core.containers import Ternary
+from tern_jax.storage.layout import packed_axis, plane_shape, relaid_plane
 from tern_jax.storage.packed import (
   PackedTernary,
   pack,
@@ -294,6 +297,30 @@ def test_layers_of_a_stack_come_and_go(layers, shape, method):
     np.testing.assert_array_equal((part.nonzero, part.sign), wanted)
 
 
+@pytest.mark.parametrize(
+  "shape",
+  [
+    (8, 16, 24), (16, 8), (8, 3, 16), (8, 24, 5, 16), (3, 16, 2, 8), (8, 3, 5),
+    (4, 3, 5), (0, 8, 16), (8, 0, 16), (16, 3),
+  ],
+  ids=str,
+)  # fmt: skip
+def test_planes_change_the_axis_that_they_pack(shape):
+  bits = np.abs(codes_of(shape))
+
+  def plane(lead):
+    axis, flat = packed_axis(shape, lead), bits
+    if axis is None:
+      axis, flat = lead, bits.reshape(*shape[:lead], math.prod(shape[lead:]))
+    return np.packbits(flat, axis, "little")
+
+  for before, after in itertools.permutations(range(len(shape)), 2):
+    axis = packed_axis(shape, before)
+    got = relaid_plane(plane(before), shape, axis, after)
+    np.testing.assert_array_equal(got, plane(after))
+    assert (got.shape, got.dtype) == (plane_shape(shape, after), np.uint8)
+
+
 def test_layers_packed_one_by_one_become_a_stack():
   layers = [ternary(codes_of((16, 24), i), 1.0 + i, 5.0 + i) for i in range(4)]
   dense = np.stack([x.dequantize() for x in layers])
@@ -310,6 +337,11 @@ def test_layers_packed_one_by_one_become_a_stack():
     np.testing.assert_array_equal(got, dense)
   validate(by_vmap)
   assert pack(stacked(layers)).w_p.shape == (4, 1, 1)
+
+
+def test_one_scale_fits_the_first_and_the_last_axis():
+  one = ternary(codes_of((1, 3, 1)), np.ones(1), np.ones(1))
+  np.testing.assert_array_equal(unpack(pack(one)), one.codes.astype(float))
 
 
 def test_scales_that_fit_the_first_and_the_last_axes_are_refused():

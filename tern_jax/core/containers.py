@@ -88,14 +88,14 @@ def aligned(scale: Array, shape: tuple[int, ...]) -> Array:
   ndim, missing = scale.ndim, len(shape) - scale.ndim
   if not ndim or missing <= 0 or scale.shape != shape[:ndim]:
     return scale
-  leading, trailing = (*scale.shape, *(1,) * missing), (1,) * missing
-  if scale.shape == shape[missing:]:
+  ones = (1,) * missing
+  if scale.shape == shape[missing:] and scale.size != 1:
     raise ValueError(
       f"scales of shape {scale.shape} fit both the first and the last axes of"
-      f" weights of shape {shape}: reshape them to {leading} or to"
-      f" {(*trailing, *scale.shape)}."
+      f" weights of shape {shape}: reshape them to {(*scale.shape, *ones)} or"
+      f" to {(*ones, *scale.shape)}, or call this under jax.vmap."
     )
-  return scale.reshape(leading)
+  return scale.reshape((*scale.shape, *ones))
 
 
 def own(x: Array) -> Array:

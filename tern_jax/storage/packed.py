@@ -110,7 +110,7 @@ class PackedTernary:
     return to_ternary(self).dequantize()
 
   def tree_flatten_with_keys(self) -> tuple[list[tuple], tuple[int, ...]]:
-    """Tells JAX the arrays, and the shape of one layer, which is static."""
+    """Tells JAX the arrays, and the part of the shape that is static."""
     names = ("nonzero", "sign", "w_p", "w_n")
     keys = map(jax.tree_util.GetAttrKey, names)
     arrays = (getattr(self, name) for name in names)
@@ -118,12 +118,12 @@ class PackedTernary:
 
   @classmethod
   def tree_unflatten(
-    cls, layer: tuple[int, ...], arrays: Iterable[Array]
+    cls, static: tuple[int, ...], arrays: Iterable[Array]
   ) -> "PackedTernary":
     """Returns the weights of arrays, which may have other leading axes."""
     nonzero, *rest = arrays
-    lead = max(0, len(_dims(nonzero)) - len(plane_shape(layer)))
-    shape = (*_dims(nonzero)[:lead], *layer)
+    lead = max(0, len(_dims(nonzero)) - len(plane_shape(static)))
+    shape = (*_dims(nonzero)[:lead], *static)
     return cls(nonzero, *rest, shape=shape, axis=packed_axis(shape, lead))
 
   def __repr__(self) -> str:
