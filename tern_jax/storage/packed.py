@@ -47,7 +47,8 @@ class PackedTernary:
   layer has scales of its own, as with `ParamTransform(stacked=...)`. They come
   and go with those of the arrays: under `lax.scan`, `jax.vmap` and `jax.pmap`,
   `jax.tree.map(lambda x: x[i], packed)` and `jax.tree.map(stack, *layers)`, the
-  shape is that of what is there. All other axes are static.
+  shape is that of what is there. All other axes are static. A stack with one
+  scale for all layers cannot be taken apart: make it with `stacked`.
 
   Invariants, which `validate` checks:
     - `axis` is the first axis of `shape`, behind those of a stack, whose size
