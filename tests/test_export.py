@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 from hypothesis import strategies as st
 
 from experiments.common.models import LeNet5
@@ -27,7 +28,7 @@ from tern_jax.export import (
   to_stablehlo,
 )
 from tern_jax.storage.entropy import coding
-from tern_jax.storage.packed import PackedTernary, unpack
+from tern_jax.storage.packed import PackedTernary, pack, unpack
 from tests.helpers import assert_same, raw
 
 # Packages that a runtime without JAX, or without this one, does not have.
@@ -130,6 +131,19 @@ def test_sequences_come_back_as_dicts_and_numbers_as_arrays(path):
     "b": jnp.asarray(2.0),
   }
   assert_same(from_safetensors(path), wanted)
+
+
+@pytest.mark.parametrize("codec", ["planes", "entropy"])
+def test_stacks_and_variables_come_back(path, codec):
+  kernel = Ternary(codes_of((8, 3, 16)), *np.float32(scales((2, 8, 1, 1))))
+  stack = pack(kernel)
+  state = nnx.State({"layers": {0: nnx.Param(stack)}, "value": nnx.Param(1.0)})
+  to_safetensors(path, state, codec=codec)
+  loaded = from_safetensors(path)
+  assert_same(loaded, {"layers": {"0": stack}, "value": jnp.float32(1.0)})
+  assert loaded["layers"]["0"].axis == 2
+  to_safetensors(path, {"a": {"value": stack}}, codec=codec, overwrite=True)
+  assert_same(from_safetensors(path), {"a": {"value": stack}})
 
 
 @pytest.mark.parametrize("dtype", ["<f4", ">f4"])
@@ -497,6 +511,7 @@ GOOD = leaf_of(planes(1), [3])["leaves"][0]
     (leaf_of(planes(1), [2**62 + 1]), planes(1), r"x: nonzero must be uint8"),
     (leaf_of(planes(1), [8]), planes(1), "x: axis must be 0"),
     (leaf_of(planes(1), [3], axis="0"), planes(1), "lack their shape"),
+    (leaf_of(planes(1), [3], lead=2), planes(1), "lead must be from 0 to 1"),
     (leaf_of(planes(1), [3], axis=7), planes(1), "x: axis must be None"),
     (
       leaf_of(planes(1, np.ones((), np.int32)), [3]),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from tern_jax.core.interop import serializable
 from tern_jax.core.numerics import widen
 from tern_jax.core.paths import check_patterns, lift, path_str
 from tern_jax.core.types import Array, KeyPath, PyTree, Scalar, Schedule
@@ -20,6 +21,7 @@ from tern_jax.targets.schedules import Target, look_at
 Where = PyTree | Callable[[PyTree], PyTree]
 
 
+@serializable
 class WdrState(NamedTuple):
   """State of `wdr_transform`."""
 

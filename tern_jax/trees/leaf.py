@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tern_jax.core.containers import Ternary
+from tern_jax.core.containers import Ternary, own
 from tern_jax.core.method import Ternarizer
 from tern_jax.core.types import Array, Arrays
 from tern_jax.targets.schedules import AcrossLayers, Share
@@ -127,13 +127,17 @@ class Leaf:
 
 
 def aligned(ternary: Ternary) -> Ternary:
-  """Gives the scales of stacked layers, [layers], the rank of the codes."""
+  """Gives the scales of stacked layers, [layers], the rank of the codes.
+
+  Each scale is in a buffer of its own, although a method may have returned one
+  array for both, or what it trains.
+  """
 
   def align(scale: Array) -> Array:
     if scale.ndim in (0, ternary.codes.ndim):
-      return scale
+      return own(scale)
     missing = ternary.codes.ndim - scale.ndim
-    return scale.reshape(scale.shape + (1,) * missing)
+    return own(scale.reshape(scale.shape + (1,) * missing))
 
   return dataclasses.replace(
     ternary, w_p=align(ternary.w_p), w_n=align(ternary.w_n)
