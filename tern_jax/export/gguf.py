@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tern_jax.core.select import KERNEL_NAMES
 from tern_jax.core.types import PyTree
 from tern_jax.export import files
 from tern_jax.storage.leaves import Leaf, PathLike
@@ -16,6 +15,8 @@ from tern_jax.version import __version__
 #: ggml's ternary types: 1.6875 and 2.0625 bits a weight.
 GGUF_TYPES = ("TQ1_0", "TQ2_0")
 
+# Dense leaves that are laid out as ternary ones are.
+_KERNELS = ("kernel", "weight", "w")
 # Weights that share a scale in ggml's ternary types.
 _BLOCK = 256
 _HALF_MAX = 65504
@@ -198,6 +199,6 @@ def _dense(name: str, leaf: Leaf, channel_axis: int) -> np.ndarray:
     x = x.astype(np.float32)
   elif x.dtype not in (np.float64, np.int8, np.int16, np.int32, np.int64):
     raise TypeError(f"{name}: ggml has no tensors of dtype {x.dtype}.")
-  if name.rpartition(".")[-1] in KERNEL_NAMES:
+  if name.rpartition(".")[-1] in _KERNELS:
     x = _rows(x, channel_axis)
   return np.ascontiguousarray(x)

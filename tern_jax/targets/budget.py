@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from tern_jax.core.checks import check_weights
-from tern_jax.core.paths import path_str
-from tern_jax.core.select import Kernels
+from tern_jax.core.paths import exact, path_str
+from tern_jax.core.select import selector
 from tern_jax.core.types import PyTree
 from tern_jax.targets.schedules import PerLayer
 
@@ -29,7 +29,7 @@ def fit_budget(
   params: PyTree,
   *,
   bytes: float,
-  where: Kernels | None = None,
+  where: Any = None,
   scales: int = 2,
   channel_axis: int = -1,
 ) -> PerLayer:
@@ -54,16 +54,18 @@ def fit_budget(
     params: the user's parameters, random or, better, trained: layers that a
       few large weights make up can then give more. Concrete arrays.
     bytes: of everything: codes, scales, and all other leaves as they are.
-    where: which leaves are ternary, `kernels()` by default.
+    where: which leaves are ternary, as `ParamTransform` takes it; `kernels()`
+      by default.
     scales: magnitudes stored for each ternary leaf, of its dtype: 2 for a
       tensor, `2 * channels` for channels.
     channel_axis: the axis of output channels, -1 for Flax and Haiku, 0 for
       Equinox.
 
   Returns:
-    The targets, for `sparsity=` of any method, `at_sparsity` and `ramp`. Their
-    size lies at `bytes`, below it by 1 % at most, unless the least distortion,
-    at some 45 % zeros, is smaller; no layer has fewer zeros than that.
+    The targets, each by the exact path of its leaf, for `sparsity=` of any
+    method, `at_sparsity` and `ramp`. Their size lies at `bytes`, below it by
+    1 % at most, unless the least distortion, at some 45 % zeros, is smaller; no
+    layer has fewer zeros than that.
 
   Raises:
     ValueError: no room for the leaves that stay, or 99.9 % zeros are too
@@ -78,12 +80,11 @@ def fit_budget(
   >>> [round(float(targets.of(k + "/kernel")), 2) for k in "ab"]
   [0.84, 0.33]
   """
-  where = where or Kernels()
-  where.paths(params)
+  chosen = set(selector(where).paths(params))
   fixed, layers = 0, []
   for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
     path, itemsize = path_str(keys), np.dtype(leaf.dtype).itemsize
-    if where.selects(path, leaf):
+    if path in chosen:
       check_weights(path, leaf)
       fixed += scales * itemsize
       layers.append(_measure(path, leaf, channel_axis))
@@ -92,7 +93,9 @@ def fit_budget(
   chosen = _share(layers, bytes - fixed, bytes, fixed)
   shares = np.interp(chosen, np.arange(_GRID.size), _GRID)
   return PerLayer(
-    tuple((x.path, float(s)) for x, s in zip(layers, shares, strict=True))
+    tuple(
+      (exact(x.path), float(s)) for x, s in zip(layers, shares, strict=True)
+    )
   )
 
 

@@ -16,8 +16,14 @@ from tern_jax.core.checks import (
 )
 from tern_jax.core.containers import Ternary, TernParams
 from tern_jax.core.method import Ternarizer
-from tern_jax.core.paths import check_patterns, matches_any, path_str
-from tern_jax.core.select import Kernels
+from tern_jax.core.names import found
+from tern_jax.core.paths import (
+  as_patterns,
+  check_patterns,
+  matches_any,
+  path_str,
+)
+from tern_jax.core.select import selector
 from tern_jax.core.types import Array, Arrays, Count, KeyPath, PyTree, State
 from tern_jax.targets.schedules import AcrossLayers, check_targets, target_of
 from tern_jax.trees.finalize import finalize
@@ -39,7 +45,9 @@ class ParamTransform:
 
   Args:
     method: how one weight array is made ternary.
-    where: which leaves are.
+    where: which leaves are: `kernels(...)`; a function of (path, leaf) that
+      returns a bool; a tree of bools of the user's parameters; None for
+      `kernels()`.
     stacked: patterns of leaves whose first axis enumerates layers, as made by
       `nn.scan`: each layer is then ternarized on its own.
     group_size: None, or g for one scale for each g consecutive weights along
@@ -63,12 +71,15 @@ class ParamTransform:
   """
 
   method: Ternarizer
-  where: Kernels = dataclasses.field(default_factory=Kernels)
+  where: Any = None
   stacked: tuple[str, ...] = ()
   group_size: int | None = None
 
   def __post_init__(self):
     check_range("group_size", self.group_size, 1, float("inf"), "try 64")
+    object.__setattr__(self, "where", selector(self.where))
+    stacked = as_patterns(self.stacked, "stacked")
+    object.__setattr__(self, "stacked", stacked)
 
   def init(self, tree: PyTree) -> tuple[TernParams, State]:
     """Makes the trainable parameters and the state from initial weights.
@@ -119,14 +130,16 @@ class ParamTransform:
     Returns:
       (TernParams, state), as of `init`; latents have the dtype of the scales.
     """
-    self._check_paths(jax.tree.map(dense_shape, tree, is_leaf=is_ternary))
+    dense = jax.tree.map(dense_shape, tree, is_leaf=is_ternary)
+    self._check_paths(dense)
+    chosen = self.where.chosen(dense)
     count = jnp.asarray(step, jnp.int32)
     scales, state = {}, {}
 
     def start(path: KeyPath, leaf: PyTree) -> PyTree:
       printed = path_str(path)
       kinds = "dense", "ternary"
-      selected = self.where.selects(printed, dense_shape(leaf))
+      selected = printed in chosen
       if selected != is_ternary(leaf):
         raise ValueError(
           f"{printed} is {kinds[not selected]}, but {kinds[selected]} by"
@@ -222,7 +235,8 @@ class ParamTransform:
         "Two leaves print as the same path, so their scales cannot be told"
         f" apart: {', '.join(selected)}. Rename one of them."
       )
-    check_patterns(self.stacked, selected)
+    # A pattern of stacked layers may be one of their norms, which stay float.
+    check_patterns(self.stacked, [x.path for x in found(tree)])
     check_targets(self.method.sparsity, selected)
 
   def _leaf(self, path: str) -> Leaf:
@@ -249,14 +263,17 @@ class ParamTransform:
 
   def replaced(self, tree: PyTree, made: dict[str, Any]) -> PyTree:
     """Returns the tree with others in place of its selected leaves."""
-    return self.map(lambda path, _: made[path], tree)
+    return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: made.get(path_str(path), leaf), tree
+    )
 
   def map(self, fn: Callable[[str, Any], object], tree: PyTree) -> PyTree:
     """Maps fn(path, leaf) over the selected leaves of a tree."""
+    chosen = self.where.chosen(tree)
 
     def visit(path: KeyPath, leaf: PyTree) -> object:
       printed = path_str(path)
-      return fn(printed, leaf) if self.where.selects(printed, leaf) else leaf
+      return fn(printed, leaf) if printed in chosen else leaf
 
     return jax.tree_util.tree_map_with_path(visit, tree)
 
