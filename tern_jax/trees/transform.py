@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tern_jax.core.axes import check_heads
 from tern_jax.core.checks import (
   call_repr,
   check_range,
@@ -57,6 +58,17 @@ class ParamTransform:
       view [..., in / g, g, out] or [out, in / g, g, ...], and what it trains
       has ones beside the groups there; a `Ternary` has scales [..., in / g,
       out] or [out, in / g, ...]. A sparsity is still that of the whole leaf.
+
+  A method's `channel_axis=-1` is right for a whole Flax or Keras transformer.
+  A layer of three axes is taken for attention if its name, before `kernel`, is
+  query, key or value (or q, k, v, qkv, kv), maybe with _proj, _projection or
+  _dense: [in, heads, head_dim] has one scale for each pair of the last two, and
+  `group_size` divides the inputs. If it is out, output, attention_output or o,
+  [heads, head_dim, out] has one scale for each output, and the inputs that
+  `group_size` divides are heads times head_dim: g is a divisor of head_dim, or
+  several whole heads. All other layers are [..., in, out]. A tuple, such as
+  `channel_axis=(-2, -1)`, is taken as it is, in every leaf, and must
+  name no input of attention.
 
   >>> import jax.numpy as jnp, tern_jax
   >>> tern = ParamTransform(tern_jax.TWN(), tern_jax.kernels(exclude="head"))
@@ -236,8 +248,16 @@ class ParamTransform:
         f" apart: {', '.join(selected)}. Rename one of them."
       )
     # A pattern of stacked layers may be one of their norms, which stay float.
-    check_patterns(self.stacked, [x.path for x in found(tree)])
+    leaves = found(tree)
+    check_patterns(self.stacked, [x.path for x in leaves])
+    check_heads(
+      {x.path: self._layer_shape(x.path, x.leaf) for x in leaves},
+      *(selected, self.method.channel_axis),
+    )
     check_targets(self.method.sparsity, selected)
+
+  def _layer_shape(self, path: str, leaf: Any) -> tuple[int, ...]:
+    return leaf.shape[matches_any(self.stacked, path) :]
 
   def _leaf(self, path: str) -> Leaf:
     """Returns how the method is applied to a leaf, with a target of its own."""
