@@ -39,7 +39,7 @@ def finalize(
   tree = tern.discretize(params, state)
   if tern.method.soft and not early:
     _check_settled(tern.selected(tern(params, state)), tree)
-  tree = _of_dtypes(tree, dtypes)
+  tree = _filled(_of_dtypes(tree, dtypes), rest)
   _check_finite(tree, "its magnitude does not fit this dtype, take a wider one")
   return tree
 
@@ -65,7 +65,6 @@ def _parts(trained: PyTree, rest: PyTree) -> tuple[TernParams, State, Dtypes]:
   if concrete(own.strayed) and own.strayed > 0:
     _raise_strayed(own)
   params = own.params if own.average is None else own.average
-  params = params.replace(latent=_filled(params.latent, rest))
   return params, own.state, own.dtypes
 
 
@@ -80,7 +79,7 @@ def _raise_strayed(own: WrapState) -> None:
   )
 
 
-def _filled(latent: PyTree, params: PyTree) -> PyTree:
+def _filled(tree: PyTree, params: PyTree) -> PyTree:
   """Puts the script's parameters where a mask hid them from the optimizer."""
 
   def is_masked(node: object) -> bool:
@@ -89,19 +88,21 @@ def _filled(latent: PyTree, params: PyTree) -> PyTree:
   hidden = [
     path_str(path)
     for path, leaf in jax.tree_util.tree_leaves_with_path(
-      latent, is_leaf=is_masked
+      tree, is_leaf=is_masked
     )
     if is_masked(leaf)
   ]
   if not hidden:
-    return latent
+    return tree
   if params is None:
     raise ValueError(
       f"The optimizer does not see {', '.join(hidden)}, as a mask hides them:"
       " give the script's parameters too, finalize(opt_state, params)."
     )
   return jax.tree.map(
-    lambda x, p: p if is_masked(x) else x, latent, params, is_leaf=is_masked
+    lambda x, p: p if is_masked(x) else x,
+    *(tree, params),
+    is_leaf=lambda x: is_masked(x) or is_ternary(x),
   )
 
 

@@ -1,6 +1,6 @@
 """`wrap`: an optax transformation that makes any training script ternary."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -130,15 +130,21 @@ def wrap(
       latent=_with_latents(tern, state.params.latent, params)
     )
     grads: Any = _pulled(tern, old, state, updates)
-    moved: Any
-    moved, of_inner = inner.update(grads, state.inner, old, **extra)
-    new: Any = _moved(old, moved)
-    new, of_method = tern.after_step(new, state.state)
+    updated = inner.update(grads, state.inner, cast(Any, old), **extra)
+    moved, of_inner = cast(Any, updated)
+    # What is kept and what the script makes of it are of one rounding: programs
+    # may compute a sum twice, and not to the same last bit.
+    moved = jax.lax.optimization_barrier(moved)
+    new, of_method = jax.lax.optimization_barrier(
+      tern.after_step(_moved(old, moved), state.state)
+    )
     average = state.average
     if ema is not None:
       n = state.count.astype(jnp.float32)
       rate = 1 - jnp.minimum(ema, (1 + n) / (10 + n))
-      average = optax.incremental_update(new, average, rate)
+      average = cast(
+        Any, optax.incremental_update(cast(Any, new), average, rate)
+      )
     weights = tern.weights_of(tern.selected(new.latent), new.scales, of_method)
     changes = _changes(weights, tern.selected(params))
     return tern.replaced(moved.latent, changes), WrapState(
@@ -227,17 +233,13 @@ def _pulled(
   return TernParams(latent=tern.replaced(grads, of_leaves), scales=of_scales)
 
 
-def _moved(old: TernParams, by: TernParams) -> TernParams:
+def _moved(old: Any, by: Any) -> Any:
   """Returns updated parameters; what has no update stays."""
 
-  def leaf(p: Array, u: Array | None) -> Array:
-    return p if u is None else (p + u).astype(p.dtype)
+  def leaf(p: Array | None, u: Array | None) -> Array | None:
+    return p if p is None or u is None else (p + u).astype(p.dtype)
 
-  return jax.tree.map(
-    lambda p, u: None if p is None else leaf(p, u),
-    *(old, by),
-    is_leaf=lambda x: x is None,
-  )
+  return jax.tree.map(leaf, old, by, is_leaf=lambda x: x is None)
 
 
 def _changes(weights: Arrays, held: Arrays) -> Arrays:
@@ -245,9 +247,8 @@ def _changes(weights: Arrays, held: Arrays) -> Arrays:
 
   def change(w: Array, p: Array) -> Array:
     # Both exactly as the script has them; rounded once.
-    return (w.astype(p.dtype).astype(w.dtype) - p.astype(w.dtype)).astype(
-      p.dtype
-    )
+    wide = w.astype(p.dtype).astype(w.dtype) - p.astype(w.dtype)
+    return wide.astype(p.dtype)
 
   return {path: change(w, held[path]) for path, w in weights.items()}
 
