@@ -1,5 +1,6 @@
 import equinox as eqx
 import haiku as hk
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +8,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from hypothesis import strategies as st
 
 import tern_jax
 from tern_jax.core.checks import check_weights
@@ -388,8 +390,10 @@ def test_variables_without_names_are_no_kernels():
 def test_gains_of_stacked_norms_stay_one():
   tree = {"norm": ones(weight=(3, 8), bias=(3, 8)), "lin": {"weight": None}}
   tree["lin"]["weight"] = helpers.weights((3, 8, 8))
-  tern, _ = tern_jax.recipe(0.8, 100, stacked=("norm", "lin"))
-  weights = tern(*tern.init(tree))
+  tern, wdr = tern_jax.recipe(0.8, 100, stacked=("norm", "lin"))
+  params, state = tern.init(tree)
+  wdr.init(params)
+  weights = tern(params, state)
   np.testing.assert_array_equal(weights["norm"]["weight"], 1)
   assert float(jnp.mean(weights["lin"]["weight"] != 0)) > 0.9
 
@@ -491,6 +495,21 @@ def test_any_characters_in_a_name(name):
   assert not any(matches(exact(path), f"{k}/kernel") for k in others)
 
 
+PATHS = st.lists(st.text("ab*?[]!-.", min_size=1), min_size=1, max_size=3)
+
+
+@hypothesis.given(PATHS, PATHS)
+def test_an_exact_pattern_matches_its_own_path_only(one, other):
+  path, second = "/".join(one), "/".join(other)
+  assert matches(exact(path), path)
+  assert matches(path, path)
+  below = second == path or second.startswith(f"{path}/")
+  assert matches(exact(path), second) == below
+  assert not matches(exact(path), f"x/{path}")
+  target = tern_jax.per_layer({exact(path): 0.5, "*": 0.25})
+  assert target.of(path) == 0.5
+
+
 def test_a_path_of_a_leaf_that_is_a_pattern_of_others_too():
   tree = {"a": ones(kernel=(4, 4)), "b": {"a": ones(kernel=(4, 4))}}
   shares = tern_jax.per_layer({"a/kernel": 0.5, "*": 0.25})
@@ -544,7 +563,7 @@ def wide(path, leaf):
       ["a/kernel", "b/g"],
       "bools(a/kernel, b/g)",
     ),
-    ({"a": True, "b": False}, ["a/kernel"], "bools(a)"),
+    ({"a": True, "b": jnp.array(False)}, ["a/kernel"], "bools(a)"),
     (lambda tree: jax.tree.map(lambda x: x.ndim == 1, tree), ["a/bias"], None),
     (np.bool_(True), None, None),
   ],
@@ -591,6 +610,28 @@ def test_bools_of_a_part_that_is_hidden():
     "a": optax.MaskedNode(),
     "b": {"kernel": True, "g": False},
   }
+
+
+def test_bools_of_an_nnx_state():
+  state = nnx.state(NnxNet(nnx.Rngs(0)), nnx.Param)
+  bools = jax.tree.map(lambda x: x.shape == (8, 2), state)
+  tern = tern_jax.ParamTransform(tern_jax.TWN(), bools)
+  _, of_method = tern.init(state)
+  assert [*of_method] == ["layers/1/kernel"]
+
+
+@pytest.mark.parametrize("where", [None, wide, {"a": True, "b": False}])
+def test_tern_params_of_which_a_part_is_hidden(where):
+  params, _ = tern_jax.ParamTransform(tern_jax.TTQ(), where).init(TREE)
+  hidden = optax.MaskedNode()
+  chosen = selector(where)
+  for latent in (hidden, {**params.latent, "a": hidden}):
+    mask = chosen(params.replace(latent=latent))
+    assert jax.tree.structure(mask) == jax.tree.structure(
+      params.replace(latent=latent)
+    )
+    assert not any(jax.tree.leaves(mask.latent)) or where is None
+  assert not any(jax.tree.leaves(chosen(params).scales))
 
 
 class _Net(eqx.Module):

@@ -151,7 +151,7 @@ class Function(Selector):
   def why_not(self, leaf: Found) -> str:
     """Returns why a leaf stays float, "" if it is ternary."""
     says: object = self.fn(leaf.path, leaf.leaf)
-    if not isinstance(says, bool | np.bool_):
+    if not _is_bool(says):
       raise TypeError(
         f"where={self!r} returned {says!r} for {leaf.path}: it must return True"
         " or False, from the path, shape and dtype of a leaf."
@@ -269,7 +269,7 @@ def selector(where: Any = None) -> Selector:
   if isinstance(where, functools.partial):  # That of jax.tree_util is a node.
     return _by_signature(where)
   leaves = jax.tree_util.tree_leaves_with_path(where)
-  if all(path and isinstance(x, bool | np.bool_) for path, x in leaves):
+  if all(path and _is_bool(x) for path, x in leaves):
     if leaves:
       true, false = (
         tuple(path_str(path) for path, x in leaves if bool(x) == wanted)
@@ -306,6 +306,12 @@ def _by_signature(fn: Callable[..., Any]) -> Selector:
     f"where={fn!r} takes {len(positional)} arguments: give a function of"
     " (path, leaf) that returns a bool."
   )
+
+
+def _is_bool(x: Any) -> bool:
+  if isinstance(x, bool | np.bool_):
+    return True
+  return getattr(x, "shape", None) == () and x.dtype == bool
 
 
 def _shown(where: object) -> str:
