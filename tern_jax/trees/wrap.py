@@ -116,7 +116,7 @@ def wrap(
       jnp.zeros((), jnp.int32),
       trained,
       of_method,
-      inner.init(trained),
+      _inner_state(inner, trained),
       None if ema is None else _copied(trained),
       jnp.zeros((), jnp.int32),
       dtypes,
@@ -158,6 +158,19 @@ def wrap(
     )
 
   return Wrapped(init, update, tern)
+
+
+def _inner_state(tx: Any, trained: TernParams) -> PyTree:
+  try:
+    return tx.init(trained)
+  except ValueError as error:
+    if TernParams.__name__ not in str(error):
+      raise
+    raise ValueError(
+      "A tree of labels or masks inside tern_jax.wrap does not fit what it is"
+      " for: TernParams. Give TernParams(latent=tree, scales=label or mask), or"
+      " put the transform that has it around tern_jax.wrap."
+    ) from error
 
 
 def _check_update(params: PyTree, extra: dict[str, Any]) -> None:
