@@ -134,7 +134,7 @@ def wrap(
     moved, of_inner = cast(Any, updated)
     # What is kept and what the script makes of it are of one rounding: programs
     # may compute a sum twice, and not to the same last bit.
-    moved = jax.lax.optimization_barrier(moved)
+    moved = moved.replace(latent=_rounded(tern, moved.latent))
     new, of_method = jax.lax.optimization_barrier(
       tern.after_step(_moved(old, moved), state.state)
     )
@@ -255,6 +255,16 @@ def _moved(old: Any, by: Any) -> Any:
   return jax.tree.map(leaf, old, by, is_leaf=lambda x: x is None)
 
 
+def _rounded(tern: ParamTransform, updates: PyTree) -> PyTree:
+  """Has the updates that the script adds by itself computed once."""
+
+  def leaf(path: KeyPath, u: Array) -> Array:
+    own = not tern.where.selects(path_str(path), u)
+    return jax.lax.optimization_barrier(u) if own else u
+
+  return jax.tree_util.tree_map_with_path(leaf, updates)
+
+
 def _changes(weights: Arrays, held: Arrays) -> Arrays:
   """Returns what makes the parameters that the script holds these weights."""
 
@@ -267,14 +277,22 @@ def _changes(weights: Arrays, held: Arrays) -> Arrays:
 
 
 def _strayed(tern: ParamTransform, state: WrapState, params: PyTree) -> Array:
-  """Counts the looks at which the script's weights are not those given it."""
+  """Counts the looks at which the script's weights are not those given it.
+
+  The smallest leaf tells: what goes around an optimizer changes all of them,
+  and a look at all would cost a tenth of a step.
+  """
+  latent, held = tern.selected(state.params.latent), tern.selected(params)
+  path = min(
+    latent, key=lambda path: (latent[path].size == 0, latent[path].size)
+  )
 
   def look() -> Array:
-    latent, scales = tern.selected(state.params.latent), state.params.scales
-    weights = tern.weights_of(latent, scales, state.state)
-    held = tern.selected(params)
-    off = [_is_off(held[path], w) for path, w in weights.items()]
-    return state.strayed + jnp.any(jnp.stack(off)).astype(jnp.int32)
+    weights = tern.weights_of(
+      {path: latent[path]}, state.params.scales, state.state
+    )
+    off = _is_off(held[path], weights[path])
+    return state.strayed + off.astype(jnp.int32)
 
   # The parameters of the first update are the script's initial ones.
   return either(state.count % _EVERY == 1, look, lambda: state.strayed)
