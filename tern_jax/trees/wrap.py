@@ -231,9 +231,10 @@ def _with_latents(
   What is not ternary is the script's own, whatever it does to it. The structure
   is that of the latents: parameters may hold more, such as functions.
   """
+  chosen = tern.where.chosen(latent)
 
   def leaf(path: KeyPath, w: Array | None, p: Array) -> Array | None:
-    return w if w is None or tern.where.selects(path_str(path), w) else p
+    return w if w is None or path_str(path) in chosen else p
 
   return jax.tree_util.tree_map_with_path(
     leaf, latent, params, is_leaf=lambda x: x is None
