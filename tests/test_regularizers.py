@@ -968,7 +968,7 @@ def test_inject_hyperparams_takes_no_mask_for_a_schedule(
     ({"mask": 0.5}, TypeError, "mask holds 0.5, which is no bool"),
     ({"mask": {"a": "t", "b": "f"}}, TypeError, "mask holds 't', which is no"),
     ({"where": lambda tree: "t"}, TypeError, "returns holds 't', which is no"),
-    ({"where": lambda path, x: False}, ValueError, "selects no leaf, and WDR"),
+    ({"where": lambda path, x: False}, ValueError, "selects no leaf"),
     ({"mask": {"a": False, "b": False}}, ValueError, "a/bias, a/kernel, b/ker"),
     ({"alpha": "0.1"}, TypeError, r"got '0.1': try tern_jax.at_sparsity\(0.8"),
     ({"alpha": True}, TypeError, "alpha must be a number, an array"),

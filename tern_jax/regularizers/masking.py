@@ -18,7 +18,8 @@ import optax
 from tern_jax.core.checks import concrete
 from tern_jax.core.containers import TernParams
 from tern_jax.core.paths import path_str
-from tern_jax.core.types import KeyPath, PyTree
+from tern_jax.core.select import selector
+from tern_jax.core.types import PyTree
 
 #: A tree of bools, or a function to one from parameters, or to a bool from the
 #: printed path of a leaf and the leaf.
@@ -158,7 +159,7 @@ def _mask_of(where: Where, arrays: PyTree) -> PyTree:
     if isinstance(arrays, TernParams) and not isinstance(mask, TernParams):
       mask = TernParams(latent=mask, scales=False)
   elif _takes_two(where):
-    mask = _by_leaf(where, arrays)
+    mask = selector(where)(arrays)
   else:
     mask = where(arrays)
   _check_bools(f"what {where!r} returns", mask)
@@ -177,17 +178,6 @@ def _is_partial(tree: PyTree) -> bool:
     return isinstance(node, optax.MaskedNode)
 
   return any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked)))
-
-
-def _by_leaf(where: Callable, tree: PyTree) -> PyTree:
-  if isinstance(tree, TernParams):
-    nothing = jax.tree.map(lambda _: False, tree.scales)
-    return TernParams(latent=_by_leaf(where, tree.latent), scales=nothing)
-
-  def leaf(path: KeyPath, x: PyTree) -> PyTree:
-    return where(path_str(path), x)
-
-  return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
 def _takes_two(where: Callable) -> bool:

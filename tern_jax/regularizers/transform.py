@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from tern_jax.core.interop import serializable
 from tern_jax.core.paths import check_patterns, lift, path_str
+from tern_jax.core.selection import every_path
 from tern_jax.core.types import (
   Array,
   ChannelAxis,
@@ -35,6 +37,7 @@ from tern_jax.regularizers.strengths import Strength, strength_of
 from tern_jax.targets.schedules import Target, look_at
 
 
+@serializable
 class WdrState(NamedTuple):
   """State of `wdr_transform`."""
 
@@ -178,9 +181,9 @@ class _Wdr:
     return Churn(force, self.barrier.gain, self.stacked)
 
   def init(self, params: PyTree) -> WdrState:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    if leaves:
-      check_patterns(self.stacked, [path_str(path) for path, _ in leaves])
+    if jax.tree.leaves(params):
+      # Among the stacked layers may be norms, which a mask hides.
+      check_patterns(self.stacked, sorted(every_path(params)))
     count = jnp.zeros((), jnp.int32)
     threshold = self.barrier.init(params, self.stacked)
     alphas = self.barrier.alphas(threshold, params, count)
