@@ -25,22 +25,17 @@ class Optimizer(keras.optimizers.Optimizer):
   in variables of the optimizer, so that Keras saves and restores it along with
   the weights (`model.save_weights`).
 
+      tx = tern_jax.recipe(0.8, steps).optimizer()
+      model.compile(tern_jax.keras.Optimizer(tx), loss="mse")
+      model.fit(x, y)
+      packed = tern_jax.pack(tx.tern.finalize(model.optimizer.state))
+
   Args:
     tx: the transformation; its rate is in it.
 
   Raises:
     NotImplementedError: the learning rate is set, which a transformation has as
       its own schedule; or its configuration is asked for, as `model.save` does.
-
-  >>> import tern_jax
-  >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
-  >>> tx = tern_jax.recipe(0.75, steps=2).optimizer()
-  >>> model.compile(Optimizer(tx), loss="mse")
-  >>> x, y = jax.numpy.ones((16, 8)), jax.numpy.ones((16, 4))
-  >>> history = model.fit(x, y, batch_size=8, verbose=0)
-  >>> packed = tern_jax.pack(tx.tern.finalize(model.optimizer.state))
-  >>> [path.split("/")[-1] for path in packed]
-  ['kernel', 'bias']
   """
 
   def __init__(self, tx: optax.GradientTransformation):

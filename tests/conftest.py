@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = (
 )
 # With fewer cores than simulated devices, older jaxlibs deadlock otherwise.
 os.environ["NPROC"] = "16"
+os.environ["KERAS_BACKEND"] = "jax"
 # The same programs are compiled where a run is resumed or evaluated in a fresh
 # process. Each worker has a cache of its own, because entries are not written
 # at one stroke.

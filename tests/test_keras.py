@@ -1,16 +1,11 @@
 """Keras 3 trains ternary networks with its own `fit`."""
 
-import os
-
-os.environ["KERAS_BACKEND"] = "jax"
-
 import jax
+import keras
 import numpy as np
 import pytest
 
 import tern_jax
-
-keras = pytest.importorskip("keras")
 
 # Keras's own variables, where Keras hands them to NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
