@@ -87,9 +87,10 @@ def wdr_transform(
 
   On weights, WDR is best placed after the optimizer. A strength is then the
   share of the distance to its code by which each update moves a weight, at most
-  1, and a schedule from 0 to 1 makes weights ternary with any loss, optimizer
-  and rate: `optax.linear_schedule(0.0, 1.0, 0.6 * steps, 0.2 * steps)`. Before
-  Adam, which moves a weight by no more than its rate, some may not arrive.
+  1. With a schedule from 0 to 1, whatever the loss and the optimizer, weights
+  end at their codes, up to the size of the last update:
+  `optax.linear_schedule(0.0, 1.0, 0.6 * steps, 0.2 * steps)`. Before Adam,
+  which moves a weight by no more than its rate, some may not arrive.
 
   Args:
     alpha: a number or traced array in [0, 2); a schedule; or `at_sparsity(s)`.
