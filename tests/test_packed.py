@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import tern_jax
 from tern_jax import SCA, TTQ, TWN, ParamTransform
 from tern_jax.core.containers import Ternary
 from tern_jax.storage.layout import packed_axis, plane_shape, relaid_plane
@@ -415,3 +417,16 @@ def test_scales_of_one_array_are_donated():
   jax.jit(lambda x: x, donate_argnums=0)(packed)
   assert packed.w_p.is_deleted()
   assert not one.is_deleted()
+
+
+def test_latents_are_refused(tmp_path):
+  tern = tern_jax.ParamTransform(tern_jax.TWN())
+  params, state = tern.init({"kernel": jnp.eye(8), "bias": jnp.ones(8)})
+  save = functools.partial(tern_jax.save_packed, tmp_path / "net")
+  for name, fn in ("pack", tern_jax.pack), ("save_packed", save):
+    with pytest.raises(TypeError, match=rf"{name} got TernParams, .*finalize"):
+      fn(params)
+    for dense in params.latent, tern(params, state):
+      with pytest.raises(ValueError, match=rf"{name} got no .* kernel for"):
+        fn(dense)
+  assert not (tmp_path / "net").exists()

@@ -35,7 +35,7 @@ from tern_jax.core.types import PyTree
 from tern_jax.storage import codecs, leaves, places, tensors
 from tern_jax.storage.codecs import Codec
 from tern_jax.storage.leaves import CheckpointError, Json, Leaf, Path, PathLike
-from tern_jax.storage.packed import PackedTernary, validate
+from tern_jax.storage.packed import PackedTernary, check_is_ternary, validate
 from tern_jax.storage.places import Place, explained, locate
 from tern_jax.storage.tensors import Entries
 from tern_jax.version import version_of
@@ -69,8 +69,9 @@ def save_packed(
     overwrite: replace the checkpoint at `path`, once the new one is written.
 
   Raises:
-    ValueError: unknown codec, an invalid packed leaf, or a tree deeper than 64.
-    TypeError: a leaf is neither packed nor an array.
+    ValueError: unknown codec, kernels of which none is packed, an invalid
+      packed leaf, or a tree deeper than 64.
+    TypeError: latents are given, or a leaf is neither packed nor an array.
     ImportError: codec="entropy" without constriction.
     CheckpointError: the path is taken, or another process is saving there, or
       it cannot be written.
@@ -84,6 +85,7 @@ def save_packed(
   >>> net["Dense_0"]["kernel"].dequantize()[0].tolist()
   [2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
   """
+  check_is_ternary("save_packed", tree)
   stored_by = codecs.named(codec)
   path = places.absolute(path)
   parts = parts_of({"packed": tree}, stored_by, method)

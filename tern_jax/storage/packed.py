@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from tern_jax.core.checks import concrete
-from tern_jax.core.containers import Ternary, aligned, own
+from tern_jax.core.containers import Ternary, TernParams, aligned, own
 from tern_jax.core.interop import serializable
 from tern_jax.core.paths import path_str
 from tern_jax.core.printing import weights_repr
+from tern_jax.core.select import Kernels
 from tern_jax.core.types import Array, KeyPath, PyTree
 from tern_jax.storage.layout import (
   lead_of,
@@ -143,9 +144,10 @@ def pack(tree: PyTree) -> PyTree:
     tree: any pytree with `Ternary` leaves, or one `Ternary`.
 
   Raises:
-    TypeError: codes are not int8.
-    ValueError: scales are not floating of one dtype or do not divide the
-      codes, or codes outside {-1, 0, 1}; traced codes are not looked at.
+    TypeError: codes are not int8, or latents are given.
+    ValueError: kernels are there, but none is ternary; scales are not floating
+      of one dtype or do not divide the codes, or codes outside {-1, 0, 1};
+      traced codes are not looked at.
 
   >>> codes = jnp.ones((16, 3), jnp.int8)
   >>> tree = {"kernel": Ternary(codes, jnp.array(1.0), jnp.array(1.0))}
@@ -153,6 +155,7 @@ def pack(tree: PyTree) -> PyTree:
   >>> packed.nonzero.shape, packed.shape, packed.axis
   ((2, 3), (16, 3), 0)
   """
+  check_is_ternary("pack", tree)
 
   def leaf(path: KeyPath, x: PyTree) -> PyTree:
     if not isinstance(x, Ternary):
@@ -172,6 +175,22 @@ def pack(tree: PyTree) -> PyTree:
   return jax.tree_util.tree_map_with_path(
     leaf, tree, is_leaf=lambda x: isinstance(x, Ternary)
   )
+
+
+def check_is_ternary(caller: str, tree: PyTree) -> None:
+  """Raises if a tree has latents, or kernels of which none is ternary."""
+  nodes = Ternary, PackedTernary, TernParams
+  found = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nodes))
+  hint = "ternary weights are what tern.finalize(params, state) returns"
+  if any(isinstance(x, TernParams) for x in found):
+    raise TypeError(f"{caller} got TernParams, which are latents: {hint}.")
+  if any(isinstance(x, nodes) for x in found):
+    return
+  if floating := sorted(Kernels().chosen(tree)):
+    raise ValueError(
+      f"{caller} got no ternary weights, but float ones, {floating[0]} for"
+      f" example: {hint}."
+    )
 
 
 def unpack(tree: PyTree) -> PyTree:
