@@ -81,9 +81,9 @@ class Optimizer(keras.optimizers.Optimizer):
     updates, state = self._update(
       dict(zip(params, grads, strict=True)), self.state, params
     )
-    params = optax.apply_updates(params, updates)
+    moved: Any = optax.apply_updates(params, updates)
     for variable in variables:
-      variable.assign(params[variable.path])
+      variable.assign(moved[variable.path])
     for variable, leaf in zip(
       self._leaves, jax.tree.leaves(state), strict=True
     ):
@@ -91,7 +91,7 @@ class Optimizer(keras.optimizers.Optimizer):
     self.iterations.assign_add(1)
 
   @property
-  def learning_rate(self) -> NoReturn:
+  def learning_rate(self) -> NoReturn:  # pyrefly: ignore
     """Is in the transformation."""
     raise AttributeError(
       "The learning rate is in the optax transformation of this optimizer: give"

@@ -71,10 +71,10 @@ def steps_of(options: WrapOptions) -> dict[str, tuple[Any, Any]]:
   chain = optax.chain(wdr, adam)
 
   def by_hand(carry: Any) -> Any:
-    params, state, opt_state = carry
-    grads = jax.grad(lambda p: loss(tern(p, state)))(params)
-    updates, opt_state = chain.update(grads, opt_state, params)
-    params = optax.apply_updates(params, updates)
+    held, state, opt_state = carry
+    grads = jax.grad(lambda p: loss(tern(p, state)))(held)
+    updates, opt_state = chain.update(grads, opt_state, held)
+    params: Any = optax.apply_updates(held, updates)
     return *tern.after_step(params, state), opt_state
 
   tx = tern_jax.wrap(adam, tern, wdr)
@@ -84,7 +84,7 @@ def steps_of(options: WrapOptions) -> dict[str, tuple[Any, Any]]:
     updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
-  trained = tern.init(jax.tree.map(jnp.array, tree))
+  trained: Any = tern.init(jax.tree.map(jnp.array, tree))
   return {
     "by hand": (by_hand, (*trained, chain.init(trained[0]))),
     "wrap": (wrapped, (tree, tx.init(tree))),
@@ -97,7 +97,7 @@ def main(options: WrapOptions) -> dict[str, float]:
   for label, (step, state) in steps_of(options).items():
     states[label] = jax.tree.map(jnp.array, state)
     program = jax.jit(step, donate_argnums=0).lower(state).compile()
-    plan = program.memory_analysis()
+    plan: Any = program.memory_analysis()
     memory[label] = plan.argument_size_in_bytes + plan.temp_size_in_bytes
     steps[label] = program
 

@@ -172,8 +172,8 @@ class _Wrap:
       return None
     n = state.count.astype(jnp.float32)
     rate = 1 - jnp.minimum(self.ema, (1 + n) / (10 + n))
-    tensors: Any = new, state.average
-    return cast(Any, optax.incremental_update(*tensors, rate))
+    now, average = cast(Any, new), cast(Any, state.average)
+    return cast(Any, optax.incremental_update(now, average, rate))
 
 
 def _inner_state(tx: Any, trained: TernParams) -> PyTree:
