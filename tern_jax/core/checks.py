@@ -1,6 +1,7 @@
 """What every module asks of its arguments, and how objects print."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
@@ -50,6 +51,26 @@ def check_weights(path: str, w: Array | Shaped) -> None:
     raise ValueError(
       f"{path} holds {bad} NaN or infinite values of {w.size}: start from"
       " finite weights."
+    )
+
+
+def check_start(
+  path: str, w: Array, method: object, made: Mapping[str, Array]
+) -> None:
+  """Raises a ValueError if a method makes NaN or infinity of initial weights.
+
+  made is what it makes, by name; traced weights pass.
+  """
+  if not (concrete(w) and all(concrete(x) for x in made.values())):
+    return
+  bad = [k for k, x in made.items() if not bool(jnp.all(jnp.isfinite(x)))]
+  if bad:
+    top = float(jnp.max(jnp.abs(w), initial=0))
+    raise ValueError(
+      f"{path}: {method!r} makes {', '.join(sorted(bad))} infinite or NaN:"
+      f" magnitudes of weights are up to {top:.4g}, and what is computed of"
+      f" them overflows {w.dtype} or float32. Scale these weights down, take a"
+      " wider dtype, or exclude this leaf in kernels(exclude=...)."
     )
 
 

@@ -6,7 +6,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from tern_jax.core.checks import call_repr, check_range, check_weights
+from tern_jax.core.checks import (
+  call_repr,
+  check_range,
+  check_start,
+  check_weights,
+)
 from tern_jax.core.containers import Ternary, TernParams
 from tern_jax.core.method import Ternarizer
 from tern_jax.core.paths import check_patterns, matches_any, path_str
@@ -70,8 +75,8 @@ class ParamTransform:
 
     Raises:
       ValueError: nothing is selected, a pattern matches nothing, two leaves
-        print as the same path, a selected weight is NaN or infinite, or a
-        selected leaf cannot be divided into groups.
+        print as the same path, a selected weight is NaN or infinite, or so
+        large that a scale is, or a selected leaf cannot be divided into groups.
       TypeError: a selected leaf is not floating-point.
     """
     self._check_paths(tree)
@@ -84,11 +89,24 @@ class ParamTransform:
     latent = self._map(latent_of, tree)
     shares = self._shares(latent, jnp.zeros((), jnp.int32))
 
+    latents = self._selected(latent)
+
     def start(path: str, w: Array) -> None:
       leaf, share = self._leaf(path), shares.get(path)
       scales[path], state[path] = leaf(
         lambda method, w: method.init(w), w, share=share
       )
+      made = leaf(
+        lambda method, *args: method.discretize(*args),
+        *(latents[path], scales[path], state[path]),
+      )
+      names = {
+        "latents": latents[path],
+        "scales": made.w_p,
+        "-scales": made.w_n,
+      }
+      names |= scales[path] | state[path]
+      check_start(path, w, leaf.method, names)
 
     self._map(start, tree)
     return TernParams(latent=latent, scales=scales), state
