@@ -91,10 +91,11 @@ class TTQ(Targeted):
 
   def __call__(self, w: Floats, scales: Arrays, state: Arrays) -> Floats:
     """Returns the ternary weights, with the gradients of the class."""
-    codes = self._codes(w, state)
-    magnitude = jnp.abs(dense(codes, scales["w_p"], scales["w_n"]))
-    factor = jnp.where(codes == 0, jnp.ones((), w.dtype), magnitude)
-    return trained_scales(w, codes, **scales, factor=factor)
+    # Widened, as gradients are divided by magnitudes, which may be tiny.
+    w_p, w_n = widen(scales["w_p"]), widen(scales["w_n"])
+    codes = self._codes(w, state).astype(w_p.dtype)
+    factor = jnp.where(codes == 0, 1, jnp.abs(dense(codes, w_p, w_n)))
+    return trained_scales(widen(w), codes, w_p, w_n, factor).astype(w.dtype)
 
   def discretize(self, w: Floats, scales: Arrays, state: Arrays) -> Ternary:
     """Returns the codes beyond the threshold and the trained magnitudes."""

@@ -140,7 +140,7 @@ class _Search(NamedTuple):
 
   step: Array
   pattern: Array  # to be tried next
-  low: Array  # too few magnitudes lie under it, or it is 0
+  low: Array  # too few magnitudes lie under it, or it is -1
   high: Array  # enough do
   last_value: Array  # of the trial before, and its score
   last_score: Array
@@ -181,9 +181,10 @@ def _searched(
     rise = score(count) - at.last_score
     slope = (value - at.last_value) / jnp.where(rise == 0, jnp.inf, rise)
     secant = value + slope * (score(k) - score(count))
-    middle = 0.5 * (value_of(low) + value_of(high))
+    lowest = value_of(jnp.maximum(low, 0))
+    middle = 0.5 * (lowest + value_of(high))
     # Beyond the largest magnitude seen there is nothing to halve.
-    halved = jnp.where(jnp.isfinite(middle), middle, 2 * value_of(low))
+    halved = jnp.where(jnp.isfinite(middle), middle, 2 * lowest)
     by_secant = bits_of(jnp.clip(secant, 0.25 * value, 4 * value))
     candidates = jnp.stack(
       [by_secant, bits_of(halved), low + (high - low) // 2]
@@ -202,18 +203,17 @@ def _searched(
   # The largest magnitude would be the natural bound, but finding a maximum is
   # several times as slow as counting.
   zero, infinity = jnp.zeros((), jnp.int32), bits_of(jnp.float32(jnp.inf))
-  zeros = _count_under(patterns, zero)
   if guess is None:
     first = normal()
   else:
     first = jax.lax.cond(guess > 0, lambda: bits_of(guess), normal)
   first = jnp.clip(first, 1, infinity - 1)
   origin = (jnp.zeros((), jnp.float32),) * 2
-  start = _Search(zero, first, zero, infinity, *origin, zero + n)
+  start = _Search(zero, first, zero - 1, infinity, *origin, zero + n)
   end = jax.lax.while_loop(proceed, narrow, start)
-  least = jnp.where(zeros >= k, 0.0, value_of(end.high))
   is_split = end.missed > slack
-  return Found(jnp.where(is_split, least, value_of(end.pattern)), is_split)
+  pattern = jnp.where(is_split, end.high, end.pattern)
+  return Found(value_of(pattern), is_split)
 
 
 def first_beyond(
@@ -339,7 +339,7 @@ def count_rows(which: Array) -> Array:
   # integers.
   which = jnp.atleast_1d(which)
   dtype = jnp.float32 if which.shape[-1] <= 2**24 else jnp.int32
-  return jnp.sum(which, -1, dtype).astype(jnp.int32)
+  return jnp.sum(which.astype(dtype), -1).astype(jnp.int32)
 
 
 def count_of(n: int, sparsity: Scalar) -> Array:
