@@ -40,6 +40,7 @@ from tern_jax.targets.schedules import per_layer as per_layer
 from tern_jax.targets.schedules import ramp as ramp
 from tern_jax.targets.targeted import Targeted as Targeted
 from tern_jax.trees.transform import ParamTransform as ParamTransform
+from tern_jax.trees.wrap import wrap as wrap
 
 if TYPE_CHECKING:
   from tern_jax import checkpoint as checkpoint

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import optax
 
+from tern_jax.core.containers import LABELS
 from tern_jax.core.select import Kernels
 from tern_jax.core.types import Scalar
 from tern_jax.methods import SCA
@@ -12,16 +13,64 @@ from tern_jax.regularizers.strengths import late_kappa, relative
 from tern_jax.regularizers.transform import wdr_transform
 from tern_jax.targets.schedules import AcrossLayers, PerLayer, ramp
 from tern_jax.trees.transform import ParamTransform
+from tern_jax.trees.wrap import Wrapped, wrap
 
 #: Share of the run in which the barrier rises to its target.
 UNTIL = 0.25
+#: Adam's first rate, of latents and of scales.
+RATE = 1e-3
 
 
-class Recipe(NamedTuple):
-  """What `recipe` makes: a lifted method, and its regularizer."""
-
+class _Parts(NamedTuple):
   tern: ParamTransform
   wdr: optax.GradientTransformation
+
+
+class Recipe(_Parts):
+  """What `recipe` makes: a lifted method and its regularizer, `tern, wdr`."""
+
+  steps: int
+
+  def __new__(
+    cls, tern: ParamTransform, wdr: optax.GradientTransformation, steps: int
+  ) -> "Recipe":
+    """Makes the pair, which knows the steps of the run."""
+    self = super().__new__(cls, tern, wdr)
+    self.steps = steps
+    return self
+
+  def optimizer(
+    self,
+    learning_rate: float | optax.Schedule = RATE,
+    *,
+    scale_rate: float | optax.Schedule = RATE,
+    ema: float | None = None,
+  ) -> Wrapped:
+    """Returns all of it as one optimizer, for a script that stays as it is.
+
+    WDR, then Adam with its rates, which a cosine decays to 5 % over the steps,
+    within `wrap`. At the end, `tx.tern.finalize(opt_state)`.
+
+    Args:
+      learning_rate: of latents and of all leaves that stay float; a schedule
+        is taken as it is.
+      scale_rate: of the magnitudes of ternary weights.
+      ema: decay of a moving average, as `wrap` has it.
+
+    >>> import jax.numpy as jnp
+    >>> tx = recipe(0.8, steps=100).optimizer()
+    >>> state = tx.init({"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)})
+    """
+
+    def adam(rate: float | optax.Schedule) -> optax.GradientTransformation:
+      if not callable(rate):
+        rate = optax.cosine_decay_schedule(rate, self.steps, alpha=0.05)
+      return optax.adam(rate)
+
+    tx = optax.partition(
+      {"latent": adam(learning_rate), "scales": adam(scale_rate)}, LABELS
+    )
+    return wrap(tx, self.tern, self.wdr, ema=ema)
 
 
 def recipe(
@@ -53,7 +102,8 @@ def recipe(
       for one an output channel.
 
   Returns:
-    (tern, wdr): to be taken apart. `wdr` is the first of the optax chain.
+    (tern, wdr), to be taken apart: `wdr` is the first of the optax chain. Its
+    `optimizer()` is all of it, for scripts that take any optax transformation.
 
   Raises:
     ValueError: a share outside [0, 1), or `steps` below 1.
@@ -69,4 +119,4 @@ def recipe(
   method = SCA(sparsity=target, channel_axis=channel_axis)
   kappa = relative(late_kappa(steps))
   wdr = wdr_transform(at_sparsity(target), kappa, where, stacked, sharp=True)
-  return Recipe(ParamTransform(method, where, stacked), wdr)
+  return Recipe(ParamTransform(method, where, stacked), wdr, steps)

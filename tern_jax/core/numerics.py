@@ -1,7 +1,10 @@
 """Statistics of arrays and of their channels, in float32 or wider."""
 
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -9,6 +12,8 @@ from jax.typing import DTypeLike
 from tern_jax.core.checks import concrete
 from tern_jax.core.containers import Ternary
 from tern_jax.core.types import Array, ChannelAxis
+
+_Made = TypeVar("_Made")
 
 
 def widen(x: Array) -> Array:
@@ -18,6 +23,24 @@ def widen(x: Array) -> Array:
   dtype('float32')
   """
   return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+
+
+def either(
+  choice: Array | bool,
+  on_true: Callable[[], _Made],
+  on_false: Callable[[], _Made],
+) -> _Made:
+  """Returns what one of two functions makes, as `jax.lax.cond` does.
+
+  Outside of a program the choice is Python's: there each conditional would be
+  compiled at each call.
+
+  >>> either(True, lambda: 1, lambda: 2)
+  1
+  """
+  if concrete(choice):
+    return on_true() if choice else on_false()
+  return jax.lax.cond(choice, on_true, on_false)
 
 
 def reduced_axes(

@@ -1,7 +1,9 @@
 """ParamTransform: a method and a predicate, lifted to a parameter tree."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from tern_jax.core.checks import (
   check_range,
   check_start,
   check_weights,
+  concrete,
 )
 from tern_jax.core.containers import Ternary, TernParams
 from tern_jax.core.method import Ternarizer
@@ -18,9 +21,13 @@ from tern_jax.core.paths import check_patterns, matches_any, path_str
 from tern_jax.core.select import Kernels
 from tern_jax.core.types import Array, Arrays, Count, KeyPath, PyTree, State
 from tern_jax.targets.schedules import AcrossLayers, check_targets, target_of
+from tern_jax.trees.finalize import finalize
 from tern_jax.trees.invert import dense_shape, invert, is_ternary
 from tern_jax.trees.leaf import Leaf, aligned
 from tern_jax.trees.shares import shares_at, shares_if_due
+
+#: A function of the transform, and of leaves, scales and state by path.
+OfLeaves = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -86,29 +93,26 @@ class ParamTransform:
       check_weights(path, w)
       return self._leaf(path)(lambda method, w: method.latent(w), w)
 
-    latent = self._map(latent_of, tree)
-    shares = self._shares(latent, jnp.zeros((), jnp.int32))
+    latent = self.map(latent_of, tree)
+    shares = self._shares(self.selected(latent), jnp.zeros((), jnp.int32))
 
-    latents = self._selected(latent)
+    latents = self.selected(latent)
 
     def start(path: str, w: Array) -> None:
       leaf, share = self._leaf(path), shares.get(path)
       scales[path], state[path] = leaf(
         lambda method, w: method.init(w), w, share=share
       )
-      made = leaf(
-        lambda method, *args: method.discretize(*args),
-        *(latents[path], scales[path], state[path]),
-      )
-      names = {
-        "latents": latents[path],
-        "scales": made.w_p,
-        "-scales": made.w_n,
-      }
-      names |= scales[path] | state[path]
-      check_start(path, w, leaf.method, names)
+      if concrete(w):
+        made = leaf(
+          lambda method, *args: method.discretize(*args),
+          *(latents[path], scales[path], state[path]),
+        )
+        named = {"latents": latents[path], "w_n": made.w_n, "w_p": made.w_p}
+        named |= scales[path] | state[path]
+        check_start(path, w, leaf.method, named)
 
-    self._map(start, tree)
+    self.map(start, tree)
     return TernParams(latent=latent, scales=scales), state
 
   def from_ternary(
@@ -153,55 +157,69 @@ class ParamTransform:
 
     Differentiable in params. Leaves that are not selected pass unchanged.
     """
-    _check_params(params)
-    return self._map(
-      lambda path, w: self._leaf(path)(
-        lambda method, *args: method(*args),
-        *(w, params.scales[path], state[path]),
-      ),
-      params.latent,
-    )
+    made = self._run(ParamTransform.weights_of, params, state)
+    return self.replaced(params.latent, made)
 
   def discretize(self, params: TernParams, state: State) -> PyTree:
-    """Returns the user's tree with a `Ternary` at each selected leaf."""
-    _check_params(params)
+    """Returns the user's tree with a `Ternary` at each selected leaf.
 
-    def discretized(path: str, w: Array) -> Ternary:
-      ternary = self._leaf(path)(
-        lambda method, *args: method.discretize(*args),
-        *(w, params.scales[path], state[path]),
-      )
-      return aligned(ternary)
-
-    return self._map(discretized, params.latent)
+    `finalize` also meets the target, and looks at what it is given.
+    """
+    made = self._run(ParamTransform._discretized, params, state)
+    return self.replaced(params.latent, made)
 
   def after_step(
     self, params: TernParams, state: State
   ) -> tuple[TernParams, State]:
     """Returns (params, state) for the next step; call it after each update."""
-    _check_params(params)
-    shares, target = {}, self.method.sparsity
-    if isinstance(target, AcrossLayers):
-      leaves, count = self._selected(params.latent), _count(state) + 1
-      every = self.method.every
-      shares = shares_if_due(target, leaves, self.stacked, count, every)
-    return self._update(
-      lambda method, *args: method.after_step(*args), params, state, shares
-    )
+    scales, state = self._run(ParamTransform._after_step, params, state)
+    return params.replace(scales=scales), state
 
   def refresh(
     self, params: TernParams, state: State
   ) -> tuple[TernParams, State]:
-    """Returns (params, state) that meet a target exactly, to discretize.
+    """Returns (params, state) that meet a target exactly, to go on training.
 
-    Call it once when training is over, or after the latents were replaced, by
-    their moving averages for example.
+    Call it after the latents were replaced, by their moving averages for
+    example. `finalize` does it by itself.
     """
-    _check_params(params)
-    shares = self._shares(params.latent, _count(state))
-    return self._update(
-      lambda method, *args: method.refresh(*args), params, state, shares
-    )
+    scales, state = self._run(ParamTransform._refreshed, params, state)
+    return params.replace(scales=scales), state
+
+  def finalize(
+    self, trained: PyTree, rest: PyTree = None, *, early: bool = False
+  ) -> PyTree:
+    """Returns the ternary weights of a finished training, to be packed.
+
+    Meets the target exactly and discretizes, `discretize(*refresh(...))`, after
+    a look at what it is given. Under `jax.vmap` and `jax.jit` it cannot look.
+
+    Args:
+      trained: the `TernParams` that were trained; or the state of an optimizer
+        made by `tern_jax.wrap`, wherever it is in: a chain, a train state, an
+        `nnx.Optimizer`. With `ema`, the averages are what is taken.
+      rest: with `TernParams` the state beside them. With an optimizer's state
+        the script's parameters, needed only if a mask hides some of them from
+        the optimizer.
+      early: whether a target may be met before its schedule has got there: at
+        the end of a `ramp`, then, or at where another schedule is.
+
+    Returns:
+      The user's tree with a `Ternary` at each selected leaf; of the dtypes of
+      the script.
+
+    Raises:
+      ValueError: a leaf holds NaN or infinity; the schedule of the sparsity has
+        not reached its end; latents of a soft method are not near their codes.
+      TypeError: no `TernParams`, and no state made by `tern_jax.wrap`.
+
+    >>> import jax.numpy as jnp, tern_jax
+    >>> tern = ParamTransform(tern_jax.TWN(sparsity=0.5))
+    >>> params, state = tern.init({"kernel": jnp.array([[.1, -.2], [.3, -.4]])})
+    >>> tern.finalize(params, state)["kernel"].codes.tolist()
+    [[0, 0], [1, -1]]
+    """
+    return finalize(self, trained, rest, early)
 
   def __repr__(self) -> str:
     """Prints the call that made it."""
@@ -227,20 +245,24 @@ class ParamTransform:
     is_stack = matches_any(self.stacked, path)
     return Leaf(path, method, is_stack, self.group_size)
 
-  def _shares(self, latent: PyTree, count: Array) -> Arrays:
+  def _shares(self, leaves: Arrays, count: Array) -> Arrays:
     """Returns the exact shares of a target across layers, {} of another."""
     target = self.method.sparsity
     if not isinstance(target, AcrossLayers):
       return {}
-    return shares_at(target, self._selected(latent), self.stacked, count)
+    return shares_at(target, leaves, self.stacked, count)
 
-  def _selected(self, tree: PyTree) -> Arrays:
+  def selected(self, tree: PyTree) -> dict[str, Any]:
     """Returns the selected leaves of a tree by their paths."""
-    leaves: Arrays = {}
-    self._map(leaves.__setitem__, tree)
+    leaves: dict[str, Any] = {}
+    self.map(leaves.__setitem__, tree)
     return leaves
 
-  def _map(self, fn: Callable[[str, Array], object], tree: PyTree) -> PyTree:
+  def replaced(self, tree: PyTree, made: dict[str, Any]) -> PyTree:
+    """Returns the tree with others in place of its selected leaves."""
+    return self.map(lambda path, _: made[path], tree)
+
+  def map(self, fn: Callable[[str, Any], object], tree: PyTree) -> PyTree:
     """Maps fn(path, leaf) over the selected leaves of a tree."""
 
     def visit(path: KeyPath, leaf: PyTree) -> object:
@@ -249,22 +271,91 @@ class ParamTransform:
 
     return jax.tree_util.tree_map_with_path(visit, tree)
 
+  def _run(self, fn: OfLeaves, params: TernParams, state: State) -> Any:
+    """Calls a function of leaves, scales and state, by path.
+
+    Outside of a program it is compiled as one, once: what is done step by step
+    would be compiled leaf by leaf, and conditionals again at each call.
+    """
+    _check_params(params)
+    args = self.selected(params.latent), params.scales, state
+    if all(map(concrete, jax.tree.leaves(args))) and _is_static(self):
+      return _compiled(fn, self, *args)
+    return fn(self, *args)
+
+  def weights_of(self, leaves: Arrays, scales: State, state: State) -> Arrays:
+    """Returns the effective weights of latents, all by path."""
+    return {
+      path: self._leaf(path)(
+        lambda method, *args: method(*args), w, scales[path], state[path]
+      )
+      for path, w in leaves.items()
+    }
+
+  def _discretized(
+    self, leaves: Arrays, scales: State, state: State
+  ) -> dict[str, Ternary]:
+    def discretized(path: str, w: Array) -> Ternary:
+      ternary = self._leaf(path)(
+        lambda method, *args: method.discretize(*args),
+        *(w, scales[path], state[path]),
+      )
+      return aligned(ternary)
+
+    return {path: discretized(path, w) for path, w in leaves.items()}
+
+  def _after_step(
+    self, leaves: Arrays, scales: State, state: State
+  ) -> tuple[State, State]:
+    shares, target = {}, self.method.sparsity
+    if isinstance(target, AcrossLayers):
+      every, count = self.method.every, _count(state) + 1
+      shares = shares_if_due(target, leaves, self.stacked, count, every)
+    return self._update(
+      lambda method, *args: method.after_step(*args),
+      *(leaves, scales, state, shares),
+    )
+
+  def _refreshed(
+    self, leaves: Arrays, scales: State, state: State
+  ) -> tuple[State, State]:
+    return self._update(
+      lambda method, *args: method.refresh(*args),
+      *(leaves, scales, state, self._shares(leaves, _count(state))),
+    )
+
   def _update(
     self,
     fn: Callable[..., tuple[Arrays, Arrays]],
-    params: TernParams,
+    leaves: Arrays,
+    scales: State,
     state: State,
     shares: Arrays,
-  ) -> tuple[TernParams, State]:
+  ) -> tuple[State, State]:
     """Applies fn(method, w, scales, state) -> (scales, state) to each leaf."""
-    scales, states = {}, {}
+    made = {
+      path: self._leaf(path)(
+        fn, w, scales[path], state[path], share=shares.get(path)
+      )
+      for path, w in leaves.items()
+    }
+    return {k: x for k, (x, _) in made.items()}, {
+      k: x for k, (_, x) in made.items()
+    }
 
-    def visit(path: str, w: Array) -> None:
-      leaf, args = self._leaf(path), (w, params.scales[path], state[path])
-      scales[path], states[path] = leaf(fn, *args, share=shares.get(path))
 
-    self._map(visit, params.latent)
-    return params.replace(scales=scales), states
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compiled(fn: OfLeaves, tern: ParamTransform, *args: PyTree) -> Any:
+  return fn(tern, *args)
+
+
+def _is_static(tern: ParamTransform) -> bool:
+  """Whether no hyper-parameter is an array, which cannot be hashed."""
+  try:
+    hash(tern)
+  except TypeError:
+    return False
+  return True
 
 
 def _count(state: State) -> Array:
