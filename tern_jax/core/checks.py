@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from tern_jax.core.types import Array, Shaped
+from tern_jax.core.types import Array, Arrays, Shaped
 
 
 def concrete(x: object) -> bool:
@@ -61,9 +61,9 @@ def check_start(
 
   made is what it makes, by name; traced weights pass.
   """
-  if not (concrete(w) and all(concrete(x) for x in made.values())):
+  if not all(map(concrete, made.values())):
     return
-  bad = [k for k, x in made.items() if not bool(jnp.all(jnp.isfinite(x)))]
+  bad = [k for k, finite in _are_finite(dict(made)).items() if not finite]
   if bad:
     top = float(jnp.max(jnp.abs(w), initial=0))
     raise ValueError(
@@ -72,6 +72,11 @@ def check_start(
       f" them overflows {w.dtype} or float32. Scale these weights down, take a"
       " wider dtype, or exclude this leaf in kernels(exclude=...)."
     )
+
+
+@jax.jit
+def _are_finite(arrays: Arrays) -> Arrays:
+  return {k: jnp.all(jnp.isfinite(x)) for k, x in arrays.items()}
 
 
 def call_repr(obj: Any, name: str | None = None) -> str:

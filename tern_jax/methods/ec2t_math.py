@@ -221,8 +221,8 @@ def ec2t_split(
     return _split_between(w, ends_p(width), ends_n(width), zeros)
 
   whole = {
-    "cut_n": jnp.full(t_n.shape, NO_CUT, jnp.int32),
-    "cut_p": jnp.full(t_p.shape, NO_CUT, jnp.int32),
+    "cut_n": jnp.full_like(t_n, NO_CUT, jnp.int32),
+    "cut_p": jnp.full_like(t_p, NO_CUT, jnp.int32),
     "t_n": t_n,
     "t_p": t_p,
   }

@@ -154,18 +154,15 @@ class TGA(Targeted):
       # Rounded as the state has it, before it is subtracted: where a mean and a
       # difference are computed as one, ties would differ from those of codes.
       mu = jax.lax.optimization_barrier(mu)
-    found = self.split(widen(w) - mu, look, held)
-    delta = found["threshold"].astype(sigma.dtype)
-    seen = {
-      "cut": found["cut"],
-      "mu": mu,
-      "threshold": jnp.broadcast_to(delta, sigma.shape),
-    }
+    found = self.split(self._about(w, mu), look, held)
+    # Of the sharding of sigma, too.
+    delta = jnp.full_like(sigma, found["threshold"])
+    seen = {"cut": found["cut"], "mu": mu, "threshold": delta}
     if held is None:
       return seen
 
     def used(look: Arrays) -> Array:
-      return self.beyond(widen(w) - look["mu"], look)
+      return self.beyond(self._about(w, look["mu"]), look)
 
     # Anywhere in a gap Delta gives these codes, but not this S: the one that
     # `invert` chose stays.
@@ -241,6 +238,10 @@ class TGA(Targeted):
       mu, sigma = jax.lax.stop_gradient((mu, sigma))
     return x, mu, sigma
 
+  def _about(self, w: Array, mu: Array) -> Array:
+    # Where a subtraction of 0 would make subnormal weights 0, none is done.
+    return widen(w) - mu if self.mean else widen(w)
+
   def _threshold(self, scales: Arrays, sigma: Array) -> Array:
     """Returns Delta within its bounds, with a clamped gradient."""
     delta = widen(scales["delta"])
@@ -258,7 +259,7 @@ class TGA(Targeted):
       codes = jnp.where(jnp.abs(x) > delta, jnp.sign(x), 0)
     else:
       # The mu of the look, because ties are as exact as mu is.
-      x = widen(w) - state["mu"]
+      x = self._about(w, state["mu"])
       codes = self.codes(x, state)
       tiny = jnp.asarray(jnp.finfo(x.dtype).tiny, x.dtype)
       delta = jnp.maximum(state["threshold"], tiny)

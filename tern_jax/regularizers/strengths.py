@@ -85,9 +85,11 @@ class Relative(Strength):
     """Returns kappa * share * rms(u) / rms(r)."""
     # The ratio of norms is the ratio of root mean squares.
     size = _norm(r) if bound is None else bound * r.size**0.5
-    size = jnp.maximum(size, jnp.finfo(r.dtype).tiny)
     kappa = share.astype(r.dtype) * at(self.kappa, count, r.dtype)
-    return kappa * _norm(u) / size
+    # Weights that are all 0, or all at the barrier, have no gradient to scale.
+    return jnp.where(
+      size > 0, kappa * _norm(u) / jnp.where(size > 0, size, 1), 0
+    )
 
   def __repr__(self) -> str:
     """Prints the call that makes it."""

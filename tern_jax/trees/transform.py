@@ -96,24 +96,17 @@ class ParamTransform:
     latent = self.map(latent_of, tree)
     shares = self._shares(self.selected(latent), jnp.zeros((), jnp.int32))
 
-    latents = self.selected(latent)
-
     def start(path: str, w: Array) -> None:
       leaf, share = self._leaf(path), shares.get(path)
       scales[path], state[path] = leaf(
         lambda method, w: method.init(w), w, share=share
       )
-      if concrete(w):
-        made = leaf(
-          lambda method, *args: method.discretize(*args),
-          *(latents[path], scales[path], state[path]),
-        )
-        named = {"latents": latents[path], "w_n": made.w_n, "w_p": made.w_p}
-        named |= scales[path] | state[path]
-        check_start(path, w, leaf.method, named)
 
     self.map(start, tree)
-    return TernParams(latent=latent, scales=scales), state
+    params = TernParams(latent=latent, scales=scales)
+    if all(map(concrete, self.selected(tree).values())):
+      self._check_start(tree, params, state)
+    return params, state
 
   def from_ternary(
     self, tree: PyTree, step: Count = 0
@@ -235,6 +228,17 @@ class ParamTransform:
       )
     check_patterns(self.stacked, selected)
     check_targets(self.method.sparsity, selected)
+
+  def _check_start(
+    self, tree: PyTree, params: TernParams, state: State
+  ) -> None:
+    """Raises a ValueError where a method makes NaN or infinity of weights."""
+    latents = self.selected(params.latent)
+    made = self._run(ParamTransform._discretized, params, state)
+    for path, w in self.selected(tree).items():
+      named = {"w_n": made[path].w_n, "w_p": made[path].w_p}
+      named |= {"latents": latents[path], **params.scales[path], **state[path]}
+      check_start(path, w, self._leaf(path).method, named)
 
   def _leaf(self, path: str) -> Leaf:
     """Returns how the method is applied to a leaf, with a target of its own."""
