@@ -58,7 +58,8 @@ if TYPE_CHECKING:
 
 # Modules that need Flax, orbax or an extra are loaded when they are used.
 _MODULES = (
-  *("checkpoint", "codec", "export", "linen", "metrics", "nnx", "training"),
+  *("checkpoint", "codec", "export", "keras", "linen", "metrics", "nnx"),
+  "training",
 )
 _NAMES = {
   "CheckpointError": "checkpoint",

@@ -1,4 +1,13 @@
-"""Flax Linen: apply a model with ternary weights."""
+"""Flax Linen: apply a model with ternary weights.
+
+What was saved is what `model.apply` takes, without this module:
+
+  params = tern_jax.unpack(tern_jax.load_packed(path))
+  model.apply({"params": params}, x)
+
+It has no boxes; `nn.meta.replace_boxed(boxed, params)` puts it into those of a
+model with partitioned parameters.
+"""
 
 from collections.abc import Callable
 from typing import Any

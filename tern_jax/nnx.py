@@ -1,4 +1,11 @@
-"""Flax NNX: split a model into ternary parameters and the rest, and merge."""
+"""Flax NNX: split a model into ternary parameters and the rest, and merge.
+
+What was saved goes back into any model of the same structure by Flax alone:
+
+  state = nnx.state(model, nnx.Param)
+  nnx.replace_by_pure_dict(state, tern_jax.unpack(tern_jax.load_packed(path)))
+  nnx.update(model, state)
+"""
 
 from typing import Any
 

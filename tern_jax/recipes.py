@@ -1,12 +1,14 @@
 """How to train at an asked sparsity, as one call."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import optax
 
 from tern_jax.core.containers import LABELS
-from tern_jax.core.select import Kernels
-from tern_jax.core.types import Scalar
+from tern_jax.core.paths import as_patterns
+from tern_jax.core.select import selector
+from tern_jax.core.types import ChannelAxis, Scalar
 from tern_jax.methods import SCA
 from tern_jax.regularizers.barriers import at_sparsity
 from tern_jax.regularizers.strengths import late_kappa, relative
@@ -76,10 +78,10 @@ class Recipe(_Parts):
 def recipe(
   sparsity: Scalar | PerLayer | AcrossLayers,
   steps: int,
-  where: Kernels | None = None,
+  where: Any = None,
   *,
-  stacked: tuple[str, ...] = (),
-  channel_axis: int | None = None,
+  stacked: str | Sequence[str] = (),
+  channel_axis: ChannelAxis = None,
 ) -> Recipe:
   """Makes SCA's training at an asked sparsity: all its schedules, agreed.
 
@@ -96,7 +98,8 @@ def recipe(
       `per_layer`, or `across_layers`, which is the better choice from some 97 %
       on, where the smallest layers would be left with too few weights.
     steps: training steps of the whole run.
-    where: which leaves are ternary, `kernels()` by default.
+    where: which leaves are ternary, as `ParamTransform` takes it; `kernels()`
+      by default.
     stacked: patterns of leaves whose first axis enumerates layers.
     channel_axis: None for one scale a tensor; -1 (Flax, Haiku) or 0 (Equinox)
       for one an output channel.
@@ -114,7 +117,7 @@ def recipe(
   >>> tx = optax.chain(
   ...     wdr, optax.adam(optax.cosine_decay_schedule(1e-3, 1000, 0.05)))
   """
-  where = Kernels() if where is None else where
+  where, stacked = selector(where), as_patterns(stacked, "stacked")
   target = ramp(sparsity, steps, UNTIL)
   method = SCA(sparsity=target, channel_axis=channel_axis)
   kappa = relative(late_kappa(steps))

@@ -18,6 +18,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tern_jax.core.interop import serializable
 from tern_jax.core.types import Array, PyTree
 from tern_jax.trees.transform import ParamTransform
 
@@ -29,6 +30,7 @@ LossFn = Callable[
 Step = Callable[["TrainState", PyTree], tuple["TrainState", dict[str, Array]]]
 
 
+@serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:

@@ -26,6 +26,7 @@ from tern_jax import (
   relative,
   wdr_transform,
 )
+from tern_jax.core.paths import exact
 from tern_jax.training import data_mesh
 from tests import helpers
 
@@ -345,3 +346,55 @@ def test_too_small_a_budget():
     fit_budget(net(), bytes=580)
   with pytest.raises(ValueError, match="selects no leaf"):
     fit_budget({"bias": jnp.zeros(3)}, bytes=500)
+
+
+def test_a_budget_names_its_own_leaves_only():
+  w = net()["a"]["kernel"]
+  same = {
+    "Dense_0": {"kernel": w},
+    "head": {"Dense_0": {"kernel": 0.1 * w[:8]}},
+    "block[0]": {"kernel": w[:, :8]},
+    "block0": {"kernel": w[:16, :16]},
+    "a*": {"kernel": w[:8, :8]},
+    "ab": {"kernel": w[:, :16]},
+    # One path is the beginning of another.
+    "x/kernel": w[:8],
+    "x": {"kernel/w": w[:, :32]},
+  }
+  targets = fit_budget(same, bytes=3000)
+  shares = {path: share for path, share in targets.targets}
+  assert len(shares) == len(targets.targets) == 8
+  for path in tern_jax.kernels().paths(same):
+    assert targets.of(path) == shares[exact(path)]
+  tern = ParamTransform(TWN(sparsity=targets))
+  made = helpers.discretize(tern, *helpers.init(tern, same))
+  for path, ternary in tern_jax.metrics.ternary_leaves(made).items():
+    zeros = float(jnp.mean(ternary.codes == 0))
+    assert zeros == pytest.approx(float(targets.of(path)), abs=1 / 64)
+  assert len({round(share, 3) for share in shares.values()}) > 4
+
+
+def test_heads_are_output_channels_in_a_budget():
+  rng = np.random.default_rng(0)
+  shapes = {"query": (16, 8, 16), "out": (8, 16, 24), "up": (24, 64)}
+  tree = {
+    k: {"kernel": jnp.asarray(rng.normal(size=x), jnp.float32)}
+    for k, x in shapes.items()
+  }
+  matrix = {k: {"kernel": v["kernel"]} for k, v in tree.items()}
+  matrix["query"] = {"kernel": tree["query"]["kernel"].reshape(16, 128)}
+  matrix["out"] = {"kernel": tree["out"]["kernel"].reshape(128, 24)}
+  got, want = (fit_budget(x, bytes=700) for x in (tree, matrix))
+  assert got == want
+  pair = {"query": tree["query"]}
+  assert fit_budget(pair, bytes=200) == fit_budget(
+    pair, bytes=200, channel_axis=(-2, -1)
+  )
+
+
+def test_a_budget_takes_any_selection():
+  tree = net()
+  chosen = {k: {"kernel": k != "b", "bias": False} for k in tree}
+  assert fit_budget(tree, bytes=30_000, where=chosen) == fit_budget(
+    tree, bytes=30_000, where=tern_jax.kernels(exclude="b")
+  )

@@ -18,8 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import tern_jax
+from tern_jax import TWN, ParamTransform
 from tern_jax.checkpoint import (
   Checkpointer,
   CheckpointError,
@@ -29,8 +33,9 @@ from tern_jax.checkpoint import (
 )
 from tern_jax.core.containers import Ternary, TernParams
 from tern_jax.storage import tensors
-from tern_jax.storage.packed import pack
-from tests.helpers import assert_same, reseal
+from tern_jax.storage.leaves import is_whole
+from tern_jax.storage.packed import PackedTernary, pack, unpack
+from tests.helpers import NnxNet, assert_same, reseal
 
 
 def ternary(shape, dtype=jnp.float32, scale_shape=(), seed=0):
@@ -153,6 +158,150 @@ def test_keys_with_slashes_and_numbers_survive(tmp_path):
   np.testing.assert_array_equal(loaded["a.b"]["1"]["11"], np.ones(2))
   like = load_packed(tmp_path / "net", like=tree)
   assert_same(like, jax.tree.map(jnp.asarray, tree))
+
+
+def whole_planes(codes):
+  """Planes of a whole array, as files have them, by NumPy alone."""
+  axis = next((i for i, n in enumerate(codes.shape) if n % 8 == 0), None)
+  return [np.packbits(x, axis, "little") for x in (codes != 0, codes < 0)], axis
+
+
+STACKS = {
+  "eight": ternary((8, 16, 4), scale_shape=(8, 1, 1)),
+  "four": ternary((4, 16, 4), scale_shape=(4, 1, 4)),
+  "flat": ternary((4, 3, 5), scale_shape=(4, 1, 1)),
+  "flat8": ternary((8, 3, 5), scale_shape=(8, 1, 1)),
+  "vmapped": ternary((8, 3, 16), scale_shape=(8,)),
+}
+
+
+@pytest.mark.parametrize("codec", ["planes", "entropy"])
+def test_stacks_are_whole_in_files_and_by_layers_in_memory(tmp_path, codec):
+  tree = pack(STACKS)
+  assert [x.lead > 0 for x in tree.values()] == [True] * 5
+  save_packed(tmp_path / "net", tree, codec=codec)
+  for entry in read_spec(tmp_path / "net")["leaves"]["packed"]:
+    t = STACKS[entry["path"][0]]
+    planes, axis = whole_planes(np.asarray(t.codes))
+    scales = (np.asarray(x) for x in (t.w_n, t.w_p))
+    crc = zlib.crc32(b"".join(x.tobytes() for x in (*planes, *scales)))
+    assert (entry["axis"], entry["crc32"]) == (axis, crc)
+    assert not entry.keys() & {"lead", "boxed"}
+  dense = jax.tree.map(lambda x: jnp.zeros(x.shape), tree, is_leaf=is_whole)
+  for like in (None, tree, jax.eval_shape(lambda: tree), STACKS, dense):
+    assert_same(load_packed(tmp_path / "net", like), tree)
+
+
+def test_any_other_layout_comes_back_too(tmp_path):
+  rows = ternary((16, 8), scale_shape=(16, 1))
+  scales = rows.w_p, rows.w_n
+  planes, axis = whole_planes(np.asarray(rows.codes))
+  whole = PackedTernary(*map(jnp.asarray, planes), *scales, (16, 8), axis)
+  # Four layers of one scale each, packed one by one and stacked.
+  one_by_one = jax.vmap(pack)(ternary((8, 3, 16), scale_shape=(8,)))
+  save_packed(tmp_path / "net", {"a": whole, "b": one_by_one})
+  loaded = load_packed(tmp_path / "net")
+  assert_same(loaded["a"], whole)
+  assert (loaded["a"].axis, pack(rows).axis) == (0, 1)
+  assert (loaded["b"].axis, loaded["b"].w_p.shape) == (2, (8, 1, 1))
+  np.testing.assert_array_equal(unpack(loaded["b"]), unpack(one_by_one))
+  like = {"a": pack(rows), "b": one_by_one}
+  wanted = {"a": pack(rows), "b": loaded["b"]}
+  assert_same(load_packed(tmp_path / "net", like), wanted)
+
+
+@pytest.mark.parametrize("lead", [-1, 3, True, "1", None])
+def test_a_false_layout_is_not_believed(tmp_path, lead):
+  save_packed(tmp_path / "net", net((16, 8)))
+  reseal(tmp_path / "net", lambda s: leaf(s).update(lead=lead))
+  with pytest.raises(CheckpointError, match="lead must be from 0 to 2"):
+    load_packed(tmp_path / "net")
+
+
+def test_planes_of_rows_are_those_of_the_whole(tmp_path):
+  save_packed(tmp_path / "net", net((16, 8)))
+  reseal(tmp_path / "net", lambda s: leaf(s).update(lead=1))
+  kernel = load_packed(tmp_path / "net")["Dense_0"]["kernel"]
+  assert (kernel.axis, kernel.nonzero.shape) == (1, (16, 1))
+  wanted = unpack(net((16, 8))["Dense_0"]["kernel"])
+  np.testing.assert_array_equal(unpack(kernel), wanted)
+
+
+def forget_boxes(spec):
+  for entry in spec["leaves"]["packed"]:
+    entry.pop("boxed", None)
+
+
+def nnx_net():
+  """A trained NNX net, its ternary weights packed, and its predictions."""
+  tern, x = ParamTransform(TWN()), jnp.ones((3, 4))
+  graphdef, params, state, rest = tern_jax.nnx.split(tern, NnxNet(nnx.Rngs(0)))
+  wanted = tern_jax.nnx.merge(tern, graphdef, params, state, rest)(x)
+  return pack(tern.discretize(params, state)), x, wanted
+
+
+def assert_goes_back(tree, x, wanted):
+  """Into a fresh NNX model, by Flax's own functions."""
+  layer = {"kernel": 0, "bias": 0}
+  norm = {"scale": 0, "bias": 0}
+  names = {"layers": {"0": layer, "1": layer}, "norm": norm}
+  assert jax.tree.structure(tree) == jax.tree.structure(names)
+  model = NnxNet(nnx.Rngs(1))
+  state = nnx.state(model, nnx.Param)
+  nnx.replace_by_pure_dict(state, tree)
+  nnx.update(model, state)
+  np.testing.assert_array_equal(model(x), wanted)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_nnx_models_go_back_by_flax(tmp_path, old):
+  packed, x, wanted = nnx_net()
+  save_packed(tmp_path / "net", packed)
+  paths = [e["path"] for e in read_spec(tmp_path / "net")["leaves"]["packed"]]
+  assert all(path[-1] == "value" for path in paths)
+  if old:  # Files used not to say that it is a box.
+    reseal(tmp_path / "net", forget_boxes)
+  assert_goes_back(unpack(load_packed(tmp_path / "net")), x, wanted)
+  again = load_packed(tmp_path / "net", like=packed)
+  assert_same(again, packed)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_boxed_linen_parameters_go_back_by_flax(tmp_path, old):
+  init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+  model, x = nn.Dense(4, kernel_init=init), jnp.ones((1, 8))
+  boxed = model.init(jax.random.key(0), x)["params"]
+  tern = ParamTransform(TWN())
+  params, state = tern.init(boxed)
+  wanted = model.apply({"params": tern(params, state)}, x)
+  save_packed(tmp_path / "net", pack(tern.discretize(params, state)))
+  if old:
+    reseal(tmp_path / "net", forget_boxes)
+  plain = unpack(load_packed(tmp_path / "net"))
+  assert jax.tree.map(jnp.shape, plain) == {"bias": (4,), "kernel": (8, 4)}
+  assert_same(plain, nn.unbox(tern(params, state)))
+  again = nn.meta.replace_boxed(boxed, plain)
+  for tree in (plain, again):
+    np.testing.assert_array_equal(model.apply({"params": tree}, x), wanted)
+  assert again["kernel"].names == ("in", "out")
+
+
+def test_a_key_of_the_users_own_stays(tmp_path):
+  one = jnp.ones(2)
+  tree = {
+    "alone": {"value": one},
+    "attention": {"query": one, "key": one, "value": one},
+    "value": {"value": {"value": one}},
+  }
+  save_packed(tmp_path / "net", tree)
+  assert_same(load_packed(tmp_path / "net"), tree)
+  save_packed(tmp_path / "one", {"value": one})
+  assert_same(load_packed(tmp_path / "one"), {"value": one})
+  # An old file does not say whose it is; beside other keys, it is the user's.
+  reseal(tmp_path / "net", forget_boxes)
+  unboxed = {"alone": one, "value": {"value": one}}
+  assert_same(load_packed(tmp_path / "net"), tree | unboxed)
+  assert_same(load_packed(tmp_path / "net", like=tree), tree)
 
 
 class Model(eqx.Module):

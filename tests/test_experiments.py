@@ -293,6 +293,9 @@ def test_a_dry_run_tells_what_a_run_would_be(tmp_path, monkeypatch, capsys):
   told = [line.split() for line in capsys.readouterr().out.splitlines()]
   assert ["Dense_0/kernel", "64x16", "1,024", "ternary"] in told
   assert ["BatchNorm_0/scale", "16", "16", "float"] in told
+  makes = "kernels() makes 2 leaves ternary, 1,184 of 1,226 weights:"
+  assert makes.split() in told
+  assert ["Dense_0/kernel", "[64,", "16]"] in told
   assert ["ternary", "in", "all", "1,184", "ternary"] in told
   assert ["steps,", "float", "and", "ternary", "38", "+", "38"] in told
   assert any(line[:3] == ["steps", "a", "second"] for line in told)

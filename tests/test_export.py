@@ -13,8 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import linen as nn
+from flax import nnx
 from hypothesis import strategies as st
 
+import tern_jax
 from experiments.common.models import LeNet5
 from tern_jax.checkpoint import read_spec, save_packed
 from tern_jax.core.containers import Ternary
@@ -27,7 +30,7 @@ from tern_jax.export import (
   to_stablehlo,
 )
 from tern_jax.storage.entropy import coding
-from tern_jax.storage.packed import PackedTernary, unpack
+from tern_jax.storage.packed import PackedTernary, pack, unpack
 from tests.helpers import assert_same, raw
 
 # Packages that a runtime without JAX, or without this one, does not have.
@@ -130,6 +133,19 @@ def test_sequences_come_back_as_dicts_and_numbers_as_arrays(path):
     "b": jnp.asarray(2.0),
   }
   assert_same(from_safetensors(path), wanted)
+
+
+@pytest.mark.parametrize("codec", ["planes", "entropy"])
+def test_stacks_and_variables_come_back(path, codec):
+  kernel = Ternary(codes_of((8, 3, 16)), *np.float32(scales((2, 8, 1, 1))))
+  stack = pack(kernel)
+  state = nnx.State({"layers": {0: nnx.Param(stack)}, "value": nnx.Param(1.0)})
+  to_safetensors(path, state, codec=codec)
+  loaded = from_safetensors(path)
+  assert_same(loaded, {"layers": {"0": stack}, "value": jnp.float32(1.0)})
+  assert loaded["layers"]["0"].axis == 2
+  to_safetensors(path, {"a": {"value": stack}}, codec=codec, overwrite=True)
+  assert_same(from_safetensors(path), {"a": {"value": stack}})
 
 
 @pytest.mark.parametrize("dtype", ["<f4", ">f4"])
@@ -497,6 +513,7 @@ GOOD = leaf_of(planes(1), [3])["leaves"][0]
     (leaf_of(planes(1), [2**62 + 1]), planes(1), r"x: nonzero must be uint8"),
     (leaf_of(planes(1), [8]), planes(1), "x: axis must be 0"),
     (leaf_of(planes(1), [3], axis="0"), planes(1), "lack their shape"),
+    (leaf_of(planes(1), [3], lead=2), planes(1), "lead must be from 0 to 1"),
     (leaf_of(planes(1), [3], axis=7), planes(1), "x: axis must be None"),
     (
       leaf_of(planes(1, np.ones((), np.int32)), [3]),
@@ -770,6 +787,80 @@ def test_rows_lie_along_the_inputs_of_every_library(path):
   assert first[1] == second[1] == (3, 3, 4, 256)
   assert raw(first[2]) == raw(second[2])
   np.testing.assert_array_equal(first[2][1, 2], 0.5 * codes[:, :, 1, 2])
+
+
+@pytest.mark.parametrize("stack", [(), (3,)], ids=["one", "stacked"])
+def test_rows_of_attention_lie_along_its_inputs(path, stack):
+  heads, dim, out = 4, 64, 2
+  codes = {
+    "query": codes_of((*stack, 256, heads, dim)),
+    "out": codes_of((*stack, heads, dim, out), 1),
+  }
+  scale = np.linspace(0.5, 1.0, heads * dim).astype(np.float32)
+  scale = scale.reshape((1,) * len(stack) + (1, heads, dim))
+  tree = {
+    "attn": {
+      "query": {
+        "kernel": packed(codes["query"].shape, scale, codes=codes["query"])
+      },
+      "out": {"kernel": packed(codes["out"].shape, codes=codes["out"])},
+      "value": {"kernel": codes["query"].astype(np.float32)},
+    },
+    # No attention: nothing beside it has its heads.
+    "head": {"out": {"kernel": packed((3, 256, 2))}},
+  }
+  to_gguf(path, tree)
+  found = {k: x[2] for k, x in read_gguf(path).items()}
+  query = codes["query"] * scale.astype(np.float16).astype(np.float32)
+  rows = np.swapaxes(query.reshape(*stack, 256, heads * dim), -1, -2)
+  np.testing.assert_array_equal(found["attn.query.kernel"], rows)
+  value = codes["query"].reshape(*stack, 256, heads * dim)
+  np.testing.assert_array_equal(
+    found["attn.value.kernel"], np.swapaxes(value, -1, -2)
+  )
+  rows = np.swapaxes(codes["out"].reshape(*stack, heads * dim, out), -1, -2)
+  np.testing.assert_array_equal(found["attn.out.kernel"], 0.5 * rows)
+  assert found["head.out.kernel"].shape == (3, 2, 256)
+  # As the runtime multiplies: rows times inputs.
+  x = np.random.default_rng(0).normal(size=256).astype(np.float32)
+  if not stack:
+    wanted = np.einsum("i,ihd->hd", x, query)
+    got = (found["attn.query.kernel"] @ x).reshape(heads, dim)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_attention_of_flax_comes_back(path, library):
+  options = {"num_heads": 4, "qkv_features": 256}
+  if library == "linen":
+    model = nn.MultiHeadDotProductAttention(**options)
+    init = functools.partial(model.init, jax.random.key(0))
+    params = jax.jit(init)(jnp.ones((1, 2, 256)))["params"]
+  else:
+    attention = functools.partial(nnx.MultiHeadAttention, in_features=256)
+    params = nnx.state(
+      attention(**options, decode=False, rngs=nnx.Rngs(0)), nnx.Param
+    )
+  tern = tern_jax.ParamTransform(tern_jax.TWN(channel_axis=-1), group_size=256)
+  start = jax.jit(lambda p: tern.discretize(*tern.init(p)))
+  tree = tern_jax.pack(start(params))
+  errors = to_gguf(path, tree)
+  assert len(errors) == 4
+  found = read_gguf(path)
+  for name, leaf in tern_jax.metrics.ternary_leaves(tree).items():
+    kind, shape, values = found[name.replace("/", ".")]
+    assert (kind, shape) == ("TQ2_0", (256, 256))
+    back = values.T.reshape(leaf.shape)
+    np.testing.assert_array_equal(np.sign(back), leaf.codes)
+    np.testing.assert_allclose(back, leaf.dequantize(), rtol=2.0**-11)
+
+
+def test_stacked_matrices_named_as_attention_are_none(path):
+  tree = {k: {"kernel": packed((3, 256, 256))} for k in ("query", "out")}
+  to_gguf(path, tree)
+  wanted = 0.5 * np.swapaxes(codes_of((3, 256, 256)), -1, -2)
+  for _, _, values in read_gguf(path).values():
+    np.testing.assert_array_equal(values, wanted)
 
 
 def test_other_leaves_and_facts(path):

@@ -1,4 +1,4 @@
-"""One scale a group: consecutive inputs of one output channel."""
+"""One scale a channel or a group: consecutive inputs of one channel."""
 
 import dataclasses
 
@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -328,3 +330,204 @@ def test_repr_and_bad_input():
   stacked = grouped(TWN(), ((), -1, 2), stacked=("w",))
   with pytest.raises(ValueError, match=r"two or more axes .* got shape \(4,\)"):
     stacked.init({"w": jnp.ones((4, 4))})
+
+
+# Attention: [in, heads, head_dim] and [heads, head_dim, out].
+
+IN, HEADS, DIM = 16, 4, 8
+ATTENTION = {
+  **{k: (IN, HEADS, DIM) for k in ("query", "key", "value")},
+  "out": (HEADS, DIM, 12),
+}
+#: The same kernels as matrices [in, out].
+MATRIX = {**dict.fromkeys(ATTENTION, (IN, HEADS * DIM)), "out": (32, 12)}
+OTHERS = {"up": (12, 20), "Conv_0": (3, 12, 6), "Conv_1": (3, 3, 4, 6)}
+
+
+def kernels_of(shapes, stack=()):
+  return {
+    k: {"kernel": weights((*stack, *shape), seed=i)}
+    for i, (k, shape) in enumerate(shapes.items())
+  }
+
+
+def as_matrices(tree):
+  return {
+    k: {"kernel": v["kernel"].reshape(MATRIX.get(k, v["kernel"].shape))}
+    for k, v in tree.items()
+  }
+
+
+def ternary_of(method, tree, **kwargs):
+  tern = ParamTransform(method, **kwargs)
+  made = jax.jit(lambda tree: tern.discretize(*tern.init(tree)))(tree)
+  return {k: v["kernel"] for k, v in made.items()}
+
+
+def test_channels_of_a_whole_transformer_are_its_outputs():
+  tree = {"attn": kernels_of(ATTENTION), **kernels_of(OTHERS)}
+  tern = ParamTransform(TWN(channel_axis=-1))
+  got = helpers.discretize(tern, *helpers.init(tern, tree))
+  for name, shape in {**ATTENTION, **OTHERS}.items():
+    leaf, w = (x.get("attn", {}) | x for x in (got, tree))
+    leaf, w = leaf[name]["kernel"], w[name]["kernel"]
+    to_heads = name in ("query", "key", "value")
+    outputs = shape[-2:] if to_heads else shape[-1:]
+    matrix = np.asarray(w).reshape(-1, np.prod(outputs))
+    columns = [reference.twn(column) for column in matrix.T]
+    codes = np.stack([c for c, _ in columns], -1)
+    np.testing.assert_array_equal(leaf.codes, codes.reshape(shape))
+    assert leaf.w_p.shape == (1,) * (len(shape) - len(outputs)) + outputs
+    expected = [scale for _, scale in columns]
+    np.testing.assert_allclose(np.ravel(leaf.w_p), expected, rtol=1e-5)
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_attention_is_a_matrix_of_inputs_and_outputs(method):
+  method = dataclasses.replace(method, channel_axis=-1)
+  tree = kernels_of(ATTENTION)
+  got = ternary_of(method, tree)
+  expected = ternary_of(method, as_matrices(tree))
+  for name, leaf in got.items():
+    for ours, theirs in zip(
+      *(jax.tree.leaves(x) for x in (leaf, expected[name])), strict=True
+    ):
+      np.testing.assert_allclose(
+        np.ravel(ours), np.ravel(theirs), rtol=1e-5, atol=1e-7
+      )
+
+
+@pytest.mark.parametrize("group_size", [1, 4, 8, 16])
+def test_groups_of_attention_are_those_of_the_matrix(group_size):
+  tree, method = kernels_of(ATTENTION), TWN(channel_axis=-1)
+  got = ternary_of(method, tree, group_size=group_size)
+  expected = ternary_of(method, as_matrices(tree), group_size=group_size)
+  for name, leaf in got.items():
+    matrix = expected[name]
+    np.testing.assert_array_equal(
+      leaf.codes.reshape(matrix.shape), matrix.codes
+    )
+    dense = leaf.dequantize().reshape(matrix.shape)
+    np.testing.assert_allclose(dense, matrix.dequantize(), rtol=1e-6)
+  assert got["query"].w_p.shape == (IN // group_size, HEADS, DIM)
+  heads = max(group_size // DIM, 1)
+  per_head = max(DIM // group_size, 1)
+  assert got["out"].w_p.shape == (HEADS // heads, per_head, 12)
+
+
+@pytest.mark.parametrize(
+  "group_size", [16, helpers.long(None), helpers.long(4)]
+)
+def test_attention_is_trained_on_from_what_was_packed(group_size):
+  method = TTQ(channel_axis=-1)
+  tern = ParamTransform(method, stacked="blocks", group_size=group_size)
+  tree = {"blocks": kernels_of(ATTENTION, (2,)), **kernels_of(OTHERS)}
+  if group_size:
+    del tree["Conv_0"], tree["Conv_1"], tree["up"]
+  packed = tern_jax.pack(helpers.discretize(tern, *helpers.init(tern, tree)))
+  moment = tern_jax.from_packed(packed, tern)
+  again = tern_jax.pack(helpers.discretize(tern, *moment))
+  jax.tree.map(np.testing.assert_array_equal, again, packed)
+  for i in range(2):
+    alone = jax.tree.map(lambda x: x[i], tree["blocks"])  # noqa: B023
+    for name, leaf in ternary_of(method, alone, group_size=group_size).items():
+      stacked = tern_jax.unpack(packed)["blocks"][name]["kernel"][i]
+      np.testing.assert_allclose(stacked, leaf.dequantize(), rtol=1e-5)
+
+
+def test_linen_attention_packed_and_grouped():
+  model = nn.MultiHeadDotProductAttention(4, qkv_features=32)
+  x = weights((2, 5, 16))
+  params = jax.jit(model.init)(jax.random.key(0), x)["params"]
+  with jax.numpy_rank_promotion("allow"):
+    check_attention(params, lambda p: model.apply({"params": p}, x))
+
+
+def test_nnx_attention_packed_and_grouped():
+  model = nnx.MultiHeadAttention(
+    4, 16, qkv_features=32, rngs=nnx.Rngs(0), decode=False
+  )
+  graph, params, rest = nnx.split(model, nnx.Param, ...)
+  x = weights((2, 5, 16))
+  with jax.numpy_rank_promotion("allow"):
+    check_attention(params, lambda p: nnx.merge(graph, p, rest, copy=True)(x))
+
+
+def check_attention(params, apply):
+  tern = ParamTransform(TWN(channel_axis=-1), group_size=8)
+  moment = tern.init(params)
+  live = jax.jit(lambda *moment: apply(tern(*moment)))(*moment)
+  packed = tern_jax.pack(tern.discretize(*moment))
+  np.testing.assert_array_equal(
+    jax.jit(lambda p: apply(tern_jax.unpack(p)))(packed), live
+  )
+  scales = {
+    path.split("/")[-2]: ternary.w_p.shape
+    for path, ternary in metrics.ternary_leaves(packed).items()
+  }
+  assert scales == {
+    **dict.fromkeys(("query", "key", "value"), (2, 4, 8)),
+    "out": (4, 1, 16),
+  }
+
+
+def test_groups_that_do_not_fit_attention():
+  tree = kernels_of(ATTENTION)
+  tern = ParamTransform(TWN(channel_axis=-1), group_size=3)
+  with pytest.raises(ValueError, match=r"not divide the 16 inputs, axis 0 of"):
+    tern.init(tree)
+  # 6 divides the 24 inputs, but neither are they whole heads of 4 nor parts.
+  tree = {"out": {"kernel": weights((6, 4, 5))}}
+  with pytest.raises(ValueError, match=r"24 inputs, axes 0, 1 .* whole heads"):
+    ParamTransform(TWN(channel_axis=-1), group_size=6).init(tree)
+  pairs = ParamTransform(TWN(channel_axis=(-2, -1)), group_size=4)
+  query = {"query": kernels_of(ATTENTION)["query"]}
+  params, state = pairs.init(query)
+  leaf = pairs.discretize(params, state)["query"]["kernel"]
+  assert leaf.w_p.shape == (4, HEADS, DIM)
+  with pytest.raises(ValueError, match="or a tuple of all axes but one; got"):
+    pairs.init({"Conv_0": {"kernel": weights((3, 3, 4, 6))}})
+
+
+def test_channels_that_make_no_sense():
+  layers = {k: (6, 8, 8) for k in ("query", "key", "value", "out")}
+  tern = ParamTransform(TWN(channel_axis=-1))
+  with pytest.raises(ValueError, match=r"key/kernel of .* name it in stacked="):
+    tern.init({"blocks": kernels_of(layers)})
+  stacked = ParamTransform(TWN(channel_axis=-1), stacked="blocks")
+  params, state = stacked.init({"blocks": kernels_of(layers)})
+  leaf = stacked.discretize(params, state)["blocks"]["query"]["kernel"]
+  assert leaf.w_p.shape == (6, 1, 8)
+  literal = ParamTransform(TWN(channel_axis=(-1,)))
+  params, state = literal.init({"blocks": kernels_of(layers)})
+  leaf = literal.discretize(params, state)["blocks"]["query"]["kernel"]
+  assert leaf.w_p.shape == (1, 1, 8)
+  for axis in ((-2, -1), 0, (0, 2)):
+    with pytest.raises(ValueError, match=r"out/kernel .* one of its inputs"):
+      ParamTransform(
+        TWN(channel_axis=axis), tern_jax.kernels(include="out")
+      ).init(kernels_of(ATTENTION))
+  with pytest.raises(
+    ValueError, match=r"up/kernel: .* names all axes of shape"
+  ):
+    ParamTransform(TWN(channel_axis=(-2, -1))).init(kernels_of(OTHERS))
+  for axis in ([-1], "out"):
+    with pytest.raises(TypeError, match="is no axis: give an int, a tuple"):
+      TWN(channel_axis=axis).init(weights((4, 4)))
+
+
+def test_keys_may_have_fewer_heads():
+  tree = kernels_of(ATTENTION | dict.fromkeys(("key", "value"), (IN, 2, DIM)))
+  got = ternary_of(TWN(channel_axis=-1), {"attn": tree["query"]} | tree)
+  assert got["key"].w_p.shape == (1, 2, DIM)
+  assert got["query"].w_p.shape == (1, HEADS, DIM)
+
+
+def test_convolutions_stay_as_they_are():
+  shapes = {"query": (1, 16, 8), "Conv_1": (3, 16, 8), "out": (1, 8, 16)}
+  tree = {k: {"kernel": weights(shape)} for k, shape in shapes.items()}
+  got = ternary_of(TWN(channel_axis=-1), tree)
+  assert {k: x.w_p.shape for k, x in got.items()} == {
+    k: (1, 1, shape[-1]) for k, shape in shapes.items()
+  }

@@ -1,4 +1,6 @@
 import dataclasses
+import itertools
+import math
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -9,7 +11,9 @@ import pytest
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from tern_jax import SCA, TTQ, TWN, ParamTransform
 from tern_jax.core.containers import Ternary
+from tern_jax.storage.layout import packed_axis, plane_shape, relaid_plane
 from tern_jax.storage.packed import (
   PackedTernary,
   pack,
@@ -17,6 +21,7 @@ from tern_jax.storage.packed import (
   unpack,
   validate,
 )
+from tests.helpers import assert_same, discretize, init, long
 
 SHAPES = [
   (), (0,), (1,), (7,), (8,), (9,), (64,), (0, 8), (8, 0), (3, 5), (5, 16),
@@ -224,3 +229,189 @@ def test_validate_names_the_leaf_and_the_fault(changes, match):
   bad = dataclasses.replace(GOOD, **changes)
   with pytest.raises(ValueError, match=rf"^blocks/0/kernel: .*{match}"):
     validate({"blocks": [{"kernel": bad}]})
+
+
+# Stacks of layers.
+
+
+def stack_of(layers, shape, method=None):
+  """Stacked layers, each made ternary by itself."""
+  kernel = np.random.default_rng(0).normal(size=(layers, *shape))
+  tern = ParamTransform(method or TWN(), stacked=("blocks",))
+  user = {"blocks": {"kernel": jnp.asarray(kernel, jnp.float32)}}
+  return discretize(tern, *init(tern, user))["blocks"]["kernel"]
+
+
+def stacked(layers):
+  return jax.tree.map(lambda *x: np.stack(x), *layers)
+
+
+@pytest.mark.parametrize(
+  ("layers", "shape", "method"),
+  [
+    (4, (16, 16), TWN()),
+    (8, (5, 24), TWN(channel_axis=-1)),
+    (8, (3, 5), TWN()),
+    long(8, (16, 16), TTQ()),
+    long(4, (3, 5), TTQ(channel_axis=-1)),
+    long(1, (3, 5), TWN()),
+    long(32, (24, 40), TWN()),
+    long(16, (2, 3, 8, 16), TWN()),
+    long(8, (2, 7), SCA(sparsity=0.5)),
+    long(2, (7, 16), SCA(sparsity=0.5)),
+  ],
+  ids=str,
+)
+def test_layers_of_a_stack_come_and_go(layers, shape, method):
+  t = stack_of(layers, shape, method)
+  packed, dense = jax.jit(lambda t: (pack(t), t.dequantize()))(t)
+  lead, axis = packed.lead, packed.axis
+  assert (packed.shape, lead >= 1, axis != 0) == (t.shape, True, True)
+
+  def body(carry, layer):
+    assert layer.shape == shape
+    return carry, (unpack(layer), layer)
+
+  @jax.jit
+  def run(packed):
+    mapped, out = jax.vmap(lambda x: (unpack(x), x))(packed)
+    scanned, same = jax.lax.scan(body, 0, packed)[1]
+    return (mapped, scanned, unpack(packed)), (out, same)
+
+  # Indexing and stacking by NumPy, which compiles nothing.
+  on_host = jax.tree.map(np.asarray, packed)
+  parts = [jax.tree.map(lambda x, i=i: x[i], on_host) for i in range(layers)]
+  shown, again = run(packed)
+  for got in shown:
+    np.testing.assert_array_equal(got, dense)
+  for got in (*again, stacked(parts)):
+    validate(got)
+    assert_same(got, packed)
+    assert (got.shape, got.axis, got.lead) == (packed.shape, axis, lead)
+  # The planes of a layer are those of NumPy.
+  of_layer = axis if axis is None else axis - 1
+  for part, codes in zip(parts, np.asarray(t.codes), strict=True):
+    validate(part)
+    assert (part.shape, part.axis) == (shape, of_layer)
+    wanted = reference_planes(codes)
+    np.testing.assert_array_equal((part.nonzero, part.sign), wanted)
+
+
+@pytest.mark.parametrize(
+  "shape",
+  [
+    (8, 16, 24), (16, 8), (8, 3, 16), (8, 24, 5, 16), (3, 16, 2, 8), (8, 3, 5),
+    (4, 3, 5), (0, 8, 16), (8, 0, 16), (16, 3),
+  ],
+  ids=str,
+)  # fmt: skip
+def test_planes_change_the_axis_that_they_pack(shape):
+  bits = np.abs(codes_of(shape))
+
+  def plane(lead):
+    axis, flat = packed_axis(shape, lead), bits
+    if axis is None:
+      axis, flat = lead, bits.reshape(*shape[:lead], math.prod(shape[lead:]))
+    return np.packbits(flat, axis, "little")
+
+  for before, after in itertools.permutations(range(len(shape)), 2):
+    axis = packed_axis(shape, before)
+    got = relaid_plane(plane(before), shape, axis, after)
+    np.testing.assert_array_equal(got, plane(after))
+    assert (got.shape, got.dtype) == (plane_shape(shape, after), np.uint8)
+
+
+def test_layers_packed_one_by_one_become_a_stack():
+  layers = [ternary(codes_of((16, 24), i), 1.0 + i, 5.0 + i) for i in range(4)]
+  dense = np.stack([x.dequantize() for x in layers])
+  by_vmap = jax.jit(jax.vmap(pack))(stacked(layers))
+  assert by_vmap.w_p.shape == (4,)
+  for got in (
+    stacked(layers).dequantize(),
+    unpack(pack(stacked(layers))),
+    unpack(stacked(map(pack, layers))),
+    unpack(by_vmap),
+    jax.vmap(unpack)(by_vmap),
+    unpack(jax.lax.scan(lambda _, x: (0, pack(x)), 0, stacked(layers))[1]),
+  ):
+    np.testing.assert_array_equal(got, dense)
+  validate(by_vmap)
+  assert pack(stacked(layers)).w_p.shape == (4, 1, 1)
+
+
+def test_one_scale_fits_the_first_and_the_last_axis():
+  one = ternary(codes_of((1, 3, 1)), np.ones(1), np.ones(1))
+  np.testing.assert_array_equal(unpack(pack(one)), one.codes.astype(float))
+
+
+def test_scales_that_fit_the_first_and_the_last_axes_are_refused():
+  t = ternary(codes_of((16, 5, 16)), np.ones(16), np.ones(16))
+  for call in (t.dequantize, lambda: pack({"w": t})):
+    with pytest.raises(ValueError, match=r"\(16, 1, 1\) or to \(1, 1, 16\)"):
+      call()
+  packed = stacked([pack(ternary(codes_of((5, 16))))] * 16)
+  with pytest.raises(ValueError, match=r"w: w_p: scales .* fit both"):
+    validate({"w": packed})
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    lambda x: x.T,
+    lambda x: x[:, 0] if x.ndim == 3 else x,
+    lambda x: x[..., :5] if x.ndim == 3 else x,
+    lambda x: x.reshape(4, -1) if x.ndim == 3 else x,
+  ],
+)
+def test_other_axes_cannot_be_changed(change):
+  packed = pack(stack_of(4, (16, 24)))
+  with pytest.raises(ValueError, match="only leading axes can be added or"):
+    unpack(jax.tree.map(change, packed))
+
+
+def test_a_shard_is_unpacked_by_its_own_shape():
+  packed = pack(ternary(codes_of((64, 24))))
+  mesh = jax.make_mesh((8,), ("d",), (AxisType.Auto,))
+  rows, whole = PartitionSpec("d"), PartitionSpec()
+
+  def of_shard(x, shape):
+    return unpack(dataclasses.replace(x, shape=shape))
+
+  def call(shape):
+    specs = jax.tree.map(lambda x: rows if x.ndim else whole, packed)
+    return jax.shard_map(
+      lambda x: of_shard(x, shape), mesh=mesh, in_specs=(specs,), out_specs=rows
+    )(packed)
+
+  np.testing.assert_array_equal(
+    jax.jit(call, static_argnums=0)((8, 24)), unpack(packed)
+  )
+  with pytest.raises(ValueError, match=r"dataclasses.replace\(packed, shape="):
+    call((64, 24))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("stack", [(), ("kernel",)])
+@pytest.mark.parametrize("method", [TWN(), TTQ(), SCA(sparsity=0.5)], ids=repr)
+def test_weights_are_donated(method, stack, jit):
+  tern = ParamTransform(method, stacked=stack)
+  kernel = np.random.default_rng(0).normal(size=(2, 8, 8)).astype(np.float32)
+  params, state = tern.init({"kernel": jnp.asarray(kernel)})
+  wrap = jax.jit if jit else lambda f: f
+  made = wrap(lambda p, s: (t := tern.discretize(p, s), pack(t)))(params, state)
+  wanted = np.asarray(unpack(made[1])["kernel"])
+  serve = jax.jit(lambda x: x, donate_argnums=0)
+  for weights in made:
+    kept = serve(weights)
+    assert all(x.is_deleted() for x in jax.tree.leaves(weights))
+    np.testing.assert_array_equal(unpack(pack(kept))["kernel"], wanted)
+  # What is trained is still there.
+  assert not any(x.is_deleted() for x in jax.tree.leaves((params, state)))
+
+
+def test_scales_of_one_array_are_donated():
+  one = jnp.ones(())
+  packed = pack(Ternary(jnp.ones(8, jnp.int8), one, one))
+  jax.jit(lambda x: x, donate_argnums=0)(packed)
+  assert packed.w_p.is_deleted()
+  assert not one.is_deleted()

@@ -12,7 +12,10 @@ from jaxtyping import install_import_hook
 import tests.typecheck
 
 # Not the containers, which hold whatever jax.tree puts into them.
-core = ("checks", "estimators", "method", "numerics", "paths", "select")
+core = (
+  *("axes", "checks", "estimators", "method", "names", "numerics", "paths"),
+  *("select", "selection"),
+)
 rooms = ("targets", "methods", "regularizers", "trees")
 modules = [*(f"core.{module}" for module in core), *rooms]
 with install_import_hook(

@@ -48,6 +48,8 @@ def reduced_axes(
 ) -> tuple[int, ...] | None:
   """Axes over which a statistic of each channel is taken; None for all, 0-d.
 
+  A tuple of axes has a channel for each combination of their indices.
+
   >>> reduced_axes(jnp.ones((3, 3, 8, 16)), -1)
   (0, 1, 2)
   >>> reduced_axes(jnp.ones((3, 3, 8, 16)), (0, -1))
@@ -56,6 +58,11 @@ def reduced_axes(
   if channel_axis is None:
     return None
   kept = channel_axis if isinstance(channel_axis, tuple) else (channel_axis,)
+  if not all(isinstance(axis, int | np.integer) for axis in kept):
+    raise TypeError(
+      f"channel_axis={channel_axis!r} is no axis: give an int, a tuple of ints"
+      " such as (-2, -1) for one scale for each pair, or None."
+    )
   if not all(-x.ndim <= axis < x.ndim for axis in kept):
     raise ValueError(
       f"channel_axis={channel_axis} is no axis of an array of shape"

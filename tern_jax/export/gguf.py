@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tern_jax.core.select import KERNEL_NAMES
+from tern_jax.core.axes import Axes, attention
 from tern_jax.core.types import PyTree
 from tern_jax.export import files
 from tern_jax.storage.leaves import Leaf, PathLike
@@ -16,6 +16,8 @@ from tern_jax.version import __version__
 #: ggml's ternary types: 1.6875 and 2.0625 bits a weight.
 GGUF_TYPES = ("TQ1_0", "TQ2_0")
 
+# Dense leaves that are laid out as ternary ones are.
+_KERNELS = ("kernel", "weight", "w")
 # Weights that share a scale in ggml's ternary types.
 _BLOCK = 256
 _HALF_MAX = 65504
@@ -44,8 +46,11 @@ def to_gguf(
 
   The rows of ggml lie along the inputs: `ne[0]` is their number. Weights
   [..., in, out] become [..., out, in] in NumPy's order of axes, those with
-  `channel_axis=0`, [out, in, ...], become [..., out, in] as well. Dense
-  weights called kernel, weight or w likewise; other leaves stay as they lie.
+  `channel_axis=0`, [out, in, ...], become [..., out, in] as well. Kernels of
+  attention [in, heads, head_dim] become [heads head_dim, in], and [heads,
+  head_dim, out] become [out, heads head_dim], where `channel_axis=-1` of
+  `ParamTransform` sees them as such, also in a stack. Dense weights called
+  kernel, weight or w likewise; other leaves stay as they lie.
 
   Tensors are named by their path joined by dots. Floating leaves of at most 32
   bits are stored as F32, float64 and signed integers as they are. The
@@ -87,19 +92,21 @@ def to_gguf(
   found = files.checked_leaves(tree)
   files.check_unique(map(files.tensor_name, found))
   leaves = {files.tensor_name(keys): x for keys, x in found.items()}
+  shapes = {files.tensor_name(keys): x.shape for keys, x in found.items()}
+  heads = attention(shapes) if channel_axis == -1 else {}
   ggml_type = gguf.GGMLQuantizationType[type]
   tensors, errors, faults = {}, {}, []
   for name, x in leaves.items():
     wrong = _faults(name, x)
     if isinstance(x, PackedTernary):
-      rows, errors[name], misfits = _fit(x, channel_axis)
+      rows, errors[name], misfits = _fit(x, channel_axis, heads.get(name))
       if misfits:
         forced = f"forced, its relative RMS error would be {errors[name]:.1e}"
         wrong += [*misfits, forced]
       if not wrong:
         tensors[name] = gguf.quantize(rows, ggml_type), ggml_type
     elif not wrong:
-      tensors[name] = _dense(name, x, channel_axis), None
+      tensors[name] = _dense(name, x, channel_axis, heads.get(name)), None
     if wrong:
       faults.append(f"{name}: {'; '.join(wrong)}")
   if faults:
@@ -125,7 +132,7 @@ def to_gguf(
       stored, wanted = written[name].data, tensors[name][0]
       if isinstance(x, PackedTernary):
         stored = gguf.dequantize(stored, ggml_type)
-        wanted, *_ = _fit(x, channel_axis)
+        wanted, *_ = _fit(x, channel_axis, heads.get(name))
       if stored.tobytes() != wanted.tobytes():
         raise OSError(f"{path}: {name} was not written as it is.")
   return errors
@@ -140,10 +147,10 @@ _decode = jax.jit(lambda x: (to_ternary(x).codes, x.dequantize()))
 
 
 def _fit(
-  x: PackedTernary, channel_axis: int
+  x: PackedTernary, channel_axis: int, heads: Axes | None
 ) -> tuple[np.ndarray, float, list[str]]:
   """Fits one scale to each block: the common one, or the mean magnitude."""
-  codes, w = (_rows(np.asarray(a), channel_axis) for a in _decode(x))
+  codes, w = (_rows(np.asarray(a), channel_axis, heads) for a in _decode(x))
   codes = codes.astype(np.float32)
   w = w.astype(np.promote_types(w.dtype, np.float32))
   n, faults = codes.shape[-1], []
@@ -174,10 +181,13 @@ def _fit(
   return stored.reshape(padded.shape)[..., :n], relative, faults
 
 
-def _rows(x: np.ndarray, channel_axis: int) -> np.ndarray:
+def _rows(x: np.ndarray, channel_axis: int, heads: Axes | None) -> np.ndarray:
   """Moves the inputs of [..., in, out] or [out, in, ...] to the last axis."""
   if x.ndim < 2:
     return np.atleast_1d(x)
+  if heads is not None:
+    first, _ = max(heads, key=len)
+    x = x.reshape(*x.shape[:first], -1, *x.shape[first + 2 :])
   return np.moveaxis(x, (-1, -2) if channel_axis == -1 else (0, 1), (-2, -1))
 
 
@@ -191,13 +201,15 @@ def _faults(name: str, x: Leaf) -> list[str]:
   return [what for what, wrong in faults.items() if wrong]
 
 
-def _dense(name: str, leaf: Leaf, channel_axis: int) -> np.ndarray:
+def _dense(
+  name: str, leaf: Leaf, channel_axis: int, heads: Axes | None
+) -> np.ndarray:
   """Returns a dense leaf as it is stored."""
   x = np.asarray(leaf)
   if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize <= 4:
     x = x.astype(np.float32)
   elif x.dtype not in (np.float64, np.int8, np.int16, np.int32, np.int64):
     raise TypeError(f"{name}: ggml has no tensors of dtype {x.dtype}.")
-  if name.rpartition(".")[-1] in KERNEL_NAMES:
-    x = _rows(x, channel_axis)
+  if name.rpartition(".")[-1] in _KERNELS:
+    x = _rows(x, channel_axis, heads)
   return np.ascontiguousarray(x)

@@ -5,8 +5,6 @@ import os
 import zlib
 from typing import Any
 
-import jax
-
 from tern_jax.core.types import PyTree
 from tern_jax.export import files
 from tern_jax.storage import codecs, leaves
@@ -51,7 +49,11 @@ def to_safetensors(
                in this order;
     "crc32"    of the tensors' bytes, one after the other, sorted by their name;
     "shape"    of ternary and coded weights;
-    "axis"     of ternary and coded weights that the planes pack, or null.
+    "axis"     of ternary and coded weights that the planes pack, or null;
+    "lead"     only where `pack` would do otherwise: how many leading axes were
+               not packed in memory; in the file the planes are of the whole;
+    "boxed"    only where the path ends in "value": whether that is no key, but
+               the field of a box, a variable of NNX for instance.
 
   NAME.nonzero and NAME.sign are uint8. Bit j, least significant first, of byte
   k along the axis belongs to weight 8 k + j along it; if the axis is null, to
@@ -89,10 +91,10 @@ def to_safetensors(
   """
   numpy_api = files.require("safetensors.numpy", "to_safetensors")
   stored_by = codecs.named(codec)
-  entries, tensors = [], {}
+  entries, tensors, boxes = [], {}, leaves.boxes(tree)
   for keys, x in files.checked_leaves(tree).items():
     entry, arrays = _encode(keys, x, stored_by)
-    entries.append(entry)
+    entries.append(entry | boxes.get(keys, {}))
     tensors |= arrays
   facts = {"format": files.FORMAT, "version": __version__, "leaves": entries}
   text = json.dumps(facts)
@@ -126,7 +128,8 @@ def from_safetensors(path: PathLike) -> PyTree:
       shapes = {k: file.get_slice(k).get_shape() for k in file.offset_keys()}
       if shapes != {k: t["shape"] for k, t in described.items()}:
         raise ValueError("its tensors are not those of its metadata")
-      return leaves.nest({tuple(e["path"]): _decode(file, e) for e in entries})
+      found = {tuple(e["path"]): _decode(file, e) for e in entries}
+      return leaves.nest(found, entries)
   except (OSError, ImportError):
     raise
   # The package raises errors of its own, and of NumPy on shapes of size 0.
@@ -145,8 +148,9 @@ def _encode(
   """Returns what the metadata says of a leaf, and its tensors."""
   name = files.tensor_name(path)
   if isinstance(x, PackedTernary):
-    kind, extra = codec.kind or codec.name, {"shape": x.shape, "axis": x.axis}
-    arrays = codecs.encode(codec, jax.tree.map(leaves.host, x))
+    x, layout = codecs.stored(leaves.host_packed(x))
+    kind, extra = codec.kind or codec.name, {"shape": x.shape} | layout
+    arrays = codecs.encode(codec, x)
   else:
     kind, extra, arrays = "dense", {}, {"": leaves.host(x)}
   for a in arrays.values():
@@ -228,7 +232,7 @@ def _check_leaf(leaf: Json) -> None:
     case {"kind": "dense"}:
       pass
     case {"shape": shape, "axis": None | int()} if _is_shape(shape):
-      pass
+      codecs.check_lead(leaf)
     case _:
       raise ValueError(f"{name}: the weights lack their shape or axis")
 
@@ -252,4 +256,4 @@ def _decode(file: Any, leaf: Json) -> leaves.Leaf:
   arrays = {part: tensors[k] for part, k in _names(name, kind).items()}
   x = codecs.decode(codecs.by_kind()[kind], arrays, leaf)
   validate({name: x})
-  return leaves.place(x)
+  return leaves.place(codecs.restored(x, leaf))

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from tern_jax.core.interop import serializable
 from tern_jax.core.numerics import widen
 from tern_jax.core.paths import check_patterns, lift, path_str
+from tern_jax.core.selection import every_path
 from tern_jax.core.types import Array, KeyPath, PyTree, Scalar, Schedule
 from tern_jax.regularizers.barriers import Barrier, barrier_of
 from tern_jax.regularizers.churn import Churn
@@ -20,6 +22,7 @@ from tern_jax.targets.schedules import Target, look_at
 Where = PyTree | Callable[[PyTree], PyTree]
 
 
+@serializable
 class WdrState(NamedTuple):
   """State of `wdr_transform`."""
 
@@ -89,8 +92,8 @@ def wdr_transform(
   gain, churn = barrier.gain, Churn(force, barrier.gain, stacked)
 
   def init(params: PyTree) -> WdrState:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    check_patterns(stacked, [path_str(path) for path, _ in leaves])
+    # Among the stacked layers may be norms, which a mask hides.
+    check_patterns(stacked, sorted(every_path(params)))
     count = jnp.zeros((), jnp.int32)
     threshold = barrier.init(params, stacked)
     nonzero = churn.init(params, barrier.alphas(threshold, params, count))

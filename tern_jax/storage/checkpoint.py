@@ -12,6 +12,9 @@ crc32 of every leaf: over the bytes of its arrays, sorted by name, each in C
 order and little-endian. The crc32 of the spec itself is over its JSON text with
 sorted keys, ", " and ": " as separators.
 
+The planes in a file are those of a whole array, also of a stack of layers,
+which in memory are packed one by one.
+
 A codec stores other arrays in place of the planes of a leaf, "entropy" for
 instance one array, `coded`; the crc32 stays that of the planes.
 
@@ -32,7 +35,7 @@ from tern_jax.core.types import PyTree
 from tern_jax.storage import codecs, leaves, places, tensors
 from tern_jax.storage.codecs import Codec
 from tern_jax.storage.leaves import CheckpointError, Json, Leaf, Path, PathLike
-from tern_jax.storage.packed import validate
+from tern_jax.storage.packed import PackedTernary, validate
 from tern_jax.storage.places import Place, explained, locate
 from tern_jax.storage.tensors import Entries
 from tern_jax.version import version_of
@@ -98,7 +101,10 @@ def load_packed(
   Args:
     path: a checkpoint, a step of a training run, or a run: its latest step.
     like: tree of arrays, or of their shapes, with the paths of the saved tree;
-      its shardings are used too. None: nested dicts, no model code needed.
+      its shardings are used too. None: nested dicts, no model code needed. Then
+      `value`, in which NNX's variables and Linen's boxes hold an array, is no
+      key: what is returned goes back by `nnx.replace_by_pure_dict`, or into
+      `apply` of Linen.
     partial: `like` has only some of the leaves, and no others are read.
 
   Returns:
@@ -182,10 +188,10 @@ def parts_of(
   parts: dict[str, Json] = {}
   entries: dict[str, list[Json]] = {}
   for part, tree in trees.items():
-    entries[part], stored = [], {}
+    entries[part], stored, boxes = [], {}, leaves.boxes(tree)
     for i, (path, x) in enumerate(leaves.flatten(tree)[0].items()):
       entry, arrays = _encode(path, x, codec)
-      entries[part].append(entry)
+      entries[part].append(entry | boxes.get(path, {}))
       # Orbax cannot store what has no elements; the spec knows all about it.
       if arrays := {k: a for k, a in arrays.items() if a.size}:
         stored[f"{i:04d}"] = arrays
@@ -215,9 +221,9 @@ def _encode(path: Path, x: PyTree, codec: Codec) -> tuple[Json, codecs.Arrays]:
   name, extra = leaves.name_of(path), {}
   kind = leaves.kind_of(name, x, keys=True)
   if kind == "ternary":
-    extra = {"axis": x.axis}
-    x = jax.tree.map(leaves.host, x)
+    x = leaves.host_packed(x)
     validate({name: x})
+    x, extra = codecs.stored(x)
     checked = {k: getattr(x, k) for k in leaves.FIELDS}
     arrays = codecs.encode(codec, x)
   else:
@@ -253,9 +259,12 @@ def load(
     for keys, x in _read(path, part, spec, entries):
       if isinstance(x, CheckpointError):
         raise x
-      found[keys] = leaves.place(x, wanted.get(keys), "the checkpoint")
+      entry, own = entries[keys], wanted.get(keys)
+      if isinstance(x, PackedTernary):
+        x = codecs.restored(x, entry, own)
+      found[keys] = leaves.place(x, own, "the checkpoint")
     if structure is None:
-      return leaves.nest(found)
+      return leaves.nest(found, entries.values())
     return jax.tree.unflatten(structure, (wanted | found).values())
 
 

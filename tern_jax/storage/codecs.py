@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tern_jax.storage import entropy
+from tern_jax.storage import entropy, layout, packed
 from tern_jax.storage.leaves import Json
 from tern_jax.storage.packed import PackedTernary
 
@@ -75,6 +75,42 @@ def by_kind() -> dict[str, Codec]:
   return {c.kind or c.name: c for c in CODECS.values()}
 
 
+def stored(x: PackedTernary) -> tuple[PackedTernary, Json]:
+  """Returns weights on the host as files have them, and their layout.
+
+  In files the planes are those of the whole array. The layout, for the entry,
+  has the packed axis, and `lead` where `pack` would not say it: the number of
+  leading axes that were not packed in memory.
+  """
+  whole = packed.stored(x)
+  usual = layout.lead_of(x.shape, whole.w_p, whole.w_n)
+  as_usual = layout.plane_shape(x.shape, usual) == x.nonzero.shape
+  return whole, {"axis": whole.axis} | ({} if as_usual else {"lead": x.lead})
+
+
+def restored(
+  x: PackedTernary, entry: Json, like: object = None
+) -> PackedTernary:
+  """Returns weights of a file, on the host, packed as before they were stored.
+
+  Or as `like`, if that is packed weights of this shape.
+  """
+  if isinstance(like, PackedTernary) and like.shape == x.shape:
+    return packed.relaid(x, like.lead)
+  lead = check_lead(entry)
+  if lead is None:
+    lead = layout.lead_of(x.shape, x.w_p, x.w_n)
+  return packed.relaid(x, lead)
+
+
+def check_lead(entry: Json) -> int | None:
+  """Returns what an entry says of its leading axes, nothing taken on trust."""
+  lead, ndim = entry.get("lead"), len(entry["shape"])
+  if "lead" in entry and not (type(lead) is int and 0 <= lead <= ndim):
+    raise ValueError(f"lead must be from 0 to {ndim}, got {lead!r}.")
+  return lead
+
+
 def encode(codec: Codec, x: PackedTernary) -> Arrays:
   """Returns all arrays that stand for packed weights, scales included."""
   return codec.encode(x) | {"w_p": x.w_p, "w_n": x.w_n}
@@ -84,5 +120,5 @@ def decode(codec: Codec, arrays: Arrays, entry: Json) -> PackedTernary:
   """Returns the weights that `encode` made arrays, of an entry's shape."""
   shape = tuple(entry["shape"])
   nonzero, sign = codec.decode({k: arrays[k] for k in codec.arrays}, shape)
-  scales = {k: x for k, x in arrays.items() if k not in codec.arrays}
+  scales = {k: layout.trailing(arrays[k], shape) for k in ("w_p", "w_n")}
   return PackedTernary(nonzero, sign, **scales, shape=shape, axis=entry["axis"])

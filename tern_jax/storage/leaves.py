@@ -7,6 +7,7 @@ and the crc32 of its bytes.
 import dataclasses
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,6 +30,8 @@ PathLike = str | os.PathLike[str]
 #: A JSON object: what a file says of itself, or of a leaf.
 Json = dict[str, Any]
 
+#: The key of what is in a box.
+BOX = "value"
 #: Most keys of a path: a deeper tree could overflow a reader's stack.
 DEPTH = 64
 #: The fields of `PackedTernary` that are arrays.
@@ -59,10 +62,41 @@ def flatten(tree: PyTree, depth: float = DEPTH) -> tuple[dict[Path, Any], Any]:
   return leaves, treedef
 
 
-def nest(leaves: Mapping[Path, PyTree]) -> PyTree:
-  """Returns nested dicts of leaves; a leaf without a path is the whole tree."""
+def boxes(tree: PyTree) -> dict[Path, Json]:
+  """Returns what entries of leaves say of a last key `value`, by path.
+
+  As the only field of a node it is that of a box, such as a variable of NNX or
+  a partitioned parameter of Linen; as a key of a dict it is the user's own.
+  """
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_whole)
+  keys = {tuple(map(key_str, path)): path for path, _ in flat}
+  return {
+    path: {"boxed": isinstance(keys[path][-1], jax.tree_util.GetAttrKey)}
+    for path in _only_values(keys)
+  }
+
+
+def _only_values(paths: Iterable[Path]) -> list[Path]:
+  """Returns the paths that end in `value`, without another key beside it."""
+  paths = list(paths)
+  beside = Counter(path[:i] for path in paths for i in range(len(path)))
+  return [p for p in paths if p[1:] and p[-1] == BOX and beside[p[:-1]] == 1]
+
+
+def nest(leaves: Mapping[Path, PyTree], entries: Iterable[Json]) -> PyTree:
+  """Returns nested dicts of leaves, without the boxes that they were in.
+
+  Args:
+    leaves: by path. One without a path is the whole tree.
+    entries: of the leaves. Where an old file does not say whether `value` was
+      that of a box, it was.
+  """
+  facts = {tuple(e["path"]): e for e in entries}
+  boxed = {p for p in _only_values(leaves) if facts[p].get("boxed", True)}
   root: dict[str, PyTree] = {}
   for path, x in leaves.items():
+    if path in boxed:
+      path = path[:-1]
     if not path:
       return x
     node = root
@@ -109,6 +143,12 @@ def host(x: Array | np.ndarray | np.generic) -> np.ndarray:
     x = multihost_utils.process_allgather(x, tiled=True)
   x = np.asarray(x, order="C")
   return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+
+
+def host_packed(x: PackedTernary) -> PackedTernary:
+  """Returns packed weights, valid or not, with their arrays on the host."""
+  arrays: dict[str, Any] = {k: host(getattr(x, k)) for k in FIELDS}
+  return dataclasses.replace(x, **arrays)
 
 
 def place(x: Leaf, like: object = None, source: str = "it") -> Any:

@@ -6,20 +6,31 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tern_jax.core.checks import concrete
-from tern_jax.core.containers import Ternary
+from tern_jax.core.containers import Ternary, aligned, own
+from tern_jax.core.interop import serializable
 from tern_jax.core.paths import path_str
+from tern_jax.core.printing import weights_repr
 from tern_jax.core.types import Array, KeyPath, PyTree
+from tern_jax.storage.layout import (
+  lead_of,
+  packed_axis,
+  plane_shape,
+  relaid_plane,
+  scale_fault,
+)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@serializable
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, repr=False)
 class PackedTernary:
   """Ternary weights as two bit-planes, "is not zero" and "is negative".
 
@@ -32,11 +43,19 @@ class PackedTernary:
   weights over them is a sharding of the planes. A shape without an axis to
   pack is flattened first.
 
+  The leading axes of a stack of layers are neither packed nor flattened if each
+  layer has scales of its own, as with `ParamTransform(stacked=...)`. They come
+  and go with those of the arrays: under `lax.scan`, `jax.vmap` and `jax.pmap`,
+  `jax.tree.map(lambda x: x[i], packed)` and `jax.tree.map(stack, *layers)`, the
+  shape is that of what is there. All other axes are static. A stack with one
+  scale for all layers cannot be taken apart: make it with `stacked`.
+
   Invariants, which `validate` checks:
-    - `axis` is the first axis of `shape` whose size is a positive multiple of
-      8; None if there is none;
+    - `axis` is the first axis of `shape`, behind those of a stack, whose size
+      is a positive multiple of 8; None if there is none;
     - the planes are uint8 of shape `shape` with `shape[axis] // 8` in place of
-      `shape[axis]`, or of shape `[ceil(size / 8)]` if `axis` is None;
+      `shape[axis]`, or, if `axis` is None, with `ceil(size / 8)` of a layer in
+      place of its axes;
     - no bit of `sign` is set where that of `nonzero` is not;
     - the bits beyond the last element are zero;
     - the scales are floating, of one dtype, and each of their axis lengths
@@ -80,9 +99,41 @@ class PackedTernary:
     """Bytes of the planes and the scales."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
+  @property
+  def lead(self) -> int:
+    """Number of leading axes that are neither packed nor flattened."""
+    if self.axis is not None:
+      return self.axis
+    return min(max(len(_dims(self.nonzero)) - 1, 0), len(self.shape))
+
   def dequantize(self) -> Array:
     """Returns the dense weights, of the given shape and the dtype of w_p."""
     return to_ternary(self).dequantize()
+
+  def tree_flatten_with_keys(self) -> tuple[list[tuple], tuple[int, ...]]:
+    """Tells JAX the arrays, and the part of the shape that is static."""
+    names = ("nonzero", "sign", "w_p", "w_n")
+    keys = map(jax.tree_util.GetAttrKey, names)
+    arrays = (getattr(self, name) for name in names)
+    return list(zip(keys, arrays, strict=True)), self.shape[self.lead :]
+
+  @classmethod
+  def tree_unflatten(
+    cls, static: tuple[int, ...], arrays: Iterable[Array]
+  ) -> "PackedTernary":
+    """Returns the weights of arrays, which may have other leading axes."""
+    nonzero, *rest = arrays
+    lead = max(0, len(_dims(nonzero)) - len(plane_shape(static)))
+    shape = (*_dims(nonzero)[:lead], *static)
+    return cls(nonzero, *rest, shape=shape, axis=packed_axis(shape, lead))
+
+  def __repr__(self) -> str:
+    """Prints what the weights are on one line, and none of their values."""
+    fields = dataclasses.fields(self)[:4]
+    arrays = {field.name: getattr(self, field.name) for field in fields}
+    fits = _dims(self.nonzero) == plane_shape(self.shape, self.lead)
+    count = _count_bits if fits else None
+    return weights_repr("PackedTernary", self.shape, arrays, count)
 
 
 def pack(tree: PyTree) -> PyTree:
@@ -106,12 +157,17 @@ def pack(tree: PyTree) -> PyTree:
   def leaf(path: KeyPath, x: PyTree) -> PyTree:
     if not isinstance(x, Ternary):
       return x
-    _check_ternary(path_str(path) or "the leaf", x)
-    axis = packed_axis(x.shape)
+    name = path_str(path) or "the leaf"
+    _check_ternary(name, x)
+    codes = jnp.asarray(x.codes)
+    # Methods may use one array for both scales, and for what they train.
+    w_p, w_n = (own(aligned(w, codes.shape)) for w in (x.w_p, x.w_n))
+    lead = lead_of(codes.shape, w_p, w_n)
     # All arithmetic is int32: XLA:CPU miscompiles some fused int8 maths.
-    codes = jnp.asarray(x.codes).astype(jnp.int32)
-    planes = _pack_bits(codes != 0, axis), _pack_bits(codes < 0, axis)
-    return PackedTernary(*planes, x.w_p, x.w_n, codes.shape, axis)
+    codes = codes.astype(jnp.int32)
+    nonzero, sign = _pack_bits(codes != 0, lead), _pack_bits(codes < 0, lead)
+    axis = packed_axis(codes.shape, lead)
+    return PackedTernary(nonzero, sign, w_p, w_n, codes.shape, axis)
 
   return jax.tree_util.tree_map_with_path(
     leaf, tree, is_leaf=lambda x: isinstance(x, Ternary)
@@ -137,11 +193,41 @@ def unpack(tree: PyTree) -> PyTree:
 
 
 def to_ternary(packed: PackedTernary) -> Ternary:
-  """Returns the codes and scales of packed weights; the inverse of `pack`."""
+  """Returns the codes and scales of packed weights; the inverse of `pack`.
+
+  Raises:
+    ValueError: the planes are not those of the shape.
+  """
+  wanted = plane_shape(packed.shape, packed.lead)
+  for plane in (packed.nonzero, packed.sign):
+    if plane.shape != wanted:
+      raise ValueError(
+        f"planes of shape {plane.shape} are not those of weights of shape"
+        f" {packed.shape}, packed along axis {packed.axis}, which are {wanted}:"
+        " only leading axes can be added or taken off, all others are static."
+        " Unpack first, or give planes of another shape by"
+        " dataclasses.replace(packed, shape=..., axis=...)."
+      )
   nonzero = _unpack_bits(packed.nonzero, packed.shape, packed.axis)
   sign = _unpack_bits(packed.sign, packed.shape, packed.axis)
   codes = (nonzero * (1 - 2 * sign)).astype(jnp.int8)
   return Ternary(codes, packed.w_p, packed.w_n)
+
+
+def stored(x: PackedTernary) -> PackedTernary:
+  """Returns weights on the host as files have them: packed as one whole."""
+  w_p, w_n = (aligned(w, x.shape) for w in (x.w_p, x.w_n))
+  return relaid(dataclasses.replace(x, w_p=w_p, w_n=w_n), 0)
+
+
+def relaid(x: PackedTernary, lead: int) -> PackedTernary:
+  """Returns weights on the host, packed behind other leading axes."""
+  layout: dict[str, Any] = {
+    name: relaid_plane(getattr(x, name), x.shape, x.axis, lead)
+    for name in ("nonzero", "sign")
+  }
+  axis = packed_axis(x.shape, lead)
+  return dataclasses.replace(x, **layout, axis=axis)
 
 
 def validate(tree: PyTree) -> None:
@@ -166,23 +252,22 @@ def _is_packed(x: object) -> bool:
   return isinstance(x, PackedTernary)
 
 
-def packed_axis(shape: tuple[int, ...]) -> int | None:
-  """Returns the axis of weights of a shape that is packed, None if none is."""
-  return next((i for i, n in enumerate(shape) if n and n % 8 == 0), None)
+def _dims(x: object) -> tuple[int, ...]:
+  """Returns the shape of an array, () of anything else in its place."""
+  shape = getattr(x, "shape", ())
+  return shape if isinstance(shape, tuple) else ()
 
 
-def plane_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Returns the shape of a plane of weights of a shape."""
-  axis = packed_axis(shape)
+def _count_bits(plane: np.ndarray) -> np.integer:
+  return np.bitwise_count(plane).sum(dtype=np.int64)
+
+
+def _pack_bits(bits: Array, lead: int) -> Array:
+  axis = packed_axis(bits.shape, lead)
   if axis is None:
-    return (-(-math.prod(shape) // 8),)
-  return (*shape[:axis], shape[axis] // 8, *shape[axis + 1 :])
-
-
-def _pack_bits(bits: Array, axis: int | None) -> Array:
-  if axis is None:
-    bits = jnp.pad(bits.reshape(-1), (0, -bits.size % 8))
-    axis = 0
+    axis, size = lead, math.prod(bits.shape[lead:])
+    bits = bits.reshape(*bits.shape[:lead], size)
+    bits = jnp.pad(bits, [(0, 0)] * axis + [(0, -size % 8)])
   # The axis is split in place, not moved, and so keeps its sharding.
   before, n, after = bits.shape[:axis], bits.shape[axis], bits.shape[axis + 1 :]
   bits = bits.reshape(*before, n // 8, 8, *after).astype(jnp.int32)
@@ -191,11 +276,12 @@ def _pack_bits(bits: Array, axis: int | None) -> Array:
 
 
 def _unpack_bits(plane: Array, shape: tuple, axis: int | None) -> Array:
-  at = (axis or 0) + 1
+  at = plane.ndim if axis is None else axis + 1
   byte = jnp.expand_dims(jnp.asarray(plane).astype(jnp.int32), at)
   bits = (byte >> _shifts(byte.ndim, at)) & 1
   if axis is None:
-    bits = bits.reshape(-1)[: math.prod(shape)]
+    flat = (*plane.shape[:-1], 8 * plane.shape[-1])
+    bits = bits.reshape(flat)[..., : math.prod(shape[plane.ndim - 1 :])]
   return bits.reshape(shape)
 
 
@@ -222,18 +308,18 @@ def _scale_faults(w_p: Array, w_n: Array, shape: tuple) -> Iterator[str]:
   for name, w in (("w_p", w_p), ("w_n", w_n)):
     if not jnp.issubdtype(w.dtype, jnp.floating):
       yield f"{name} must be floating, got {w.dtype}"
-    pairs = zip(w.shape[::-1], shape[::-1], strict=False)
-    divides = all(m % n == 0 if n else m == 0 for n, m in pairs)
-    if len(w.shape) > len(shape) or not divides:
-      whole = f"weights of shape {shape}"
-      yield f"{name} of shape {w.shape} does not divide {whole}"
+    if fault := scale_fault(name, w, shape):
+      yield fault
   if w_p.dtype != w_n.dtype:
     yield f"w_p is {w_p.dtype}, but w_n is {w_n.dtype}"
 
 
 def _faults(x: PackedTernary) -> Iterator[str]:
   yield from _scale_faults(x.w_p, x.w_n, x.shape)
-  axis, wanted = packed_axis(x.shape), plane_shape(x.shape)
+  # A layout that no plane has is a false one: they must be those of a whole.
+  fits = plane_shape(x.shape, x.lead) in (x.nonzero.shape, x.sign.shape)
+  lead = x.lead if fits and x.axis == packed_axis(x.shape, x.lead) else 0
+  axis, wanted = packed_axis(x.shape, lead), plane_shape(x.shape, lead)
   wrong = []
   if x.axis != axis:
     wrong.append(f"axis must be {axis} for shape {x.shape}, got {x.axis}")
@@ -247,5 +333,6 @@ def _faults(x: PackedTernary) -> Iterator[str]:
   nonzero, sign = np.asarray(x.nonzero), np.asarray(x.sign)
   if stray := int(np.bitwise_count(sign & ~nonzero).sum()):
     yield f"{stray} sign bits are set where the weight is zero"
-  if axis is None and x.size % 8 and (nonzero | sign)[-1] >> x.size % 8:
+  beyond = math.prod(x.shape[lead:]) % 8
+  if axis is None and beyond and np.any((nonzero | sign)[..., -1] >> beyond):
     yield "bits are set beyond the last weight"

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from tern_jax.core.axes import attention
 from tern_jax.core.checks import check_weights
-from tern_jax.core.paths import path_str
-from tern_jax.core.select import Kernels
+from tern_jax.core.paths import exact, path_str
+from tern_jax.core.select import selector
 from tern_jax.core.types import PyTree
 from tern_jax.targets.schedules import PerLayer
 
@@ -29,9 +30,9 @@ def fit_budget(
   params: PyTree,
   *,
   bytes: float,
-  where: Kernels | None = None,
+  where: Any = None,
   scales: int = 2,
-  channel_axis: int = -1,
+  channel_axis: int | tuple[int, ...] = -1,
 ) -> PerLayer:
   """Shares a size in bytes over layers: the sparsity of each.
 
@@ -54,16 +55,18 @@ def fit_budget(
     params: the user's parameters, random or, better, trained: layers that a
       few large weights make up can then give more. Concrete arrays.
     bytes: of everything: codes, scales, and all other leaves as they are.
-    where: which leaves are ternary, `kernels()` by default.
+    where: which leaves are ternary, as `ParamTransform` takes it; `kernels()`
+      by default.
     scales: magnitudes stored for each ternary leaf, of its dtype: 2 for a
       tensor, `2 * channels` for channels.
     channel_axis: the axis of output channels, -1 for Flax and Haiku, 0 for
-      Equinox.
+      Equinox, or a tuple of axes; -1 knows attention, as in `ParamTransform`.
 
   Returns:
-    The targets, for `sparsity=` of any method, `at_sparsity` and `ramp`. Their
-    size lies at `bytes`, below it by 1 % at most, unless the least distortion,
-    at some 45 % zeros, is smaller; no layer has fewer zeros than that.
+    The targets, each by the exact path of its leaf, for `sparsity=` of any
+    method, `at_sparsity` and `ramp`. Their size lies at `bytes`, below it by
+    1 % at most, unless the least distortion, at some 45 % zeros, is smaller; no
+    layer has fewer zeros than that.
 
   Raises:
     ValueError: no room for the leaves that stay, or 99.9 % zeros are too
@@ -78,25 +81,31 @@ def fit_budget(
   >>> [round(float(targets.of(k + "/kernel")), 2) for k in "ab"]
   [0.84, 0.33]
   """
-  where = where or Kernels()
-  where.paths(params)
+  chosen = set(selector(where).paths(params))
   fixed, layers = 0, []
-  for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  heads = {}
+  if channel_axis == -1:
+    heads = attention({path_str(keys): leaf.shape for keys, leaf in leaves})
+  for keys, leaf in leaves:
     path, itemsize = path_str(keys), np.dtype(leaf.dtype).itemsize
-    if where.selects(path, leaf):
+    if path in chosen:
       check_weights(path, leaf)
       fixed += scales * itemsize
-      layers.append(_measure(path, leaf, channel_axis))
+      axes = heads[path].outputs if path in heads else channel_axis
+      layers.append(_measure(path, leaf, axes))
     else:
       fixed += leaf.size * itemsize
   chosen = _share(layers, bytes - fixed, bytes, fixed)
   shares = np.interp(chosen, np.arange(_GRID.size), _GRID)
   return PerLayer(
-    tuple((x.path, float(s)) for x, s in zip(layers, shares, strict=True))
+    tuple(
+      (exact(x.path), float(s)) for x, s in zip(layers, shares, strict=True)
+    )
   )
 
 
-def _measure(path: str, w: Any, channel_axis: int) -> _Layer:
+def _measure(path: str, w: Any, outputs: int | tuple[int, ...]) -> _Layer:
   """Returns loss and bytes of a layer over the grid."""
   magnitude = np.sort(np.abs(np.asarray(w, np.float64)).ravel())
   n = magnitude.size
@@ -106,7 +115,9 @@ def _measure(path: str, w: Any, channel_axis: int) -> _Layer:
   above = np.cumsum(magnitude[::-1])[::-1][zeros]
   energy = float(np.sum(np.square(magnitude))) or 1.0
   kept = np.square(above) / (n - zeros) / energy
-  loss = -w.shape[channel_axis] * np.log(np.maximum(kept, 1e-12))
+  axes = outputs if isinstance(outputs, tuple) else (outputs,)
+  channels = math.prod(w.shape[axis] for axis in axes)
+  loss = -channels * np.log(np.maximum(kept, 1e-12))
   # With fewer zeros codes are worse, though binary ones may be smaller.
   loss[: np.argmin(loss)] = np.inf
   s, used = _GRID, 1 - _GRID

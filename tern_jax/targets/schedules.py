@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from tern_jax.core.checks import call_repr, check_range
-from tern_jax.core.paths import check_patterns, matches
+from tern_jax.core.paths import check_patterns, exact, matches
 from tern_jax.core.types import Array, Count, Scalar, Schedule
 from tern_jax.targets.quantile import count_of
 
@@ -129,7 +129,15 @@ class PerLayer:
     return PerLayer((k, fn(target)) for k, target in self.targets)
 
   def of(self, path: str) -> "Target":
-    """Returns the target of a leaf: that of the first pattern that matches."""
+    """Returns the target of a leaf: that of the first pattern that matches.
+
+    Or of the one that is its exact path, as `fit_budget` returns them: it would
+    match leaves below that path, too.
+    """
+    own = exact(path)
+    for pattern, target in self.targets:
+      if pattern == own:
+        return target
     for pattern, target in self.targets:
       if matches(pattern, path):
         return target

@@ -1,14 +1,18 @@
 """A method applied to one leaf: to each layer of a stack, in groups."""
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from tern_jax.core.containers import Ternary
+from tern_jax.core.axes import axes_of
+from tern_jax.core.containers import Ternary, own
 from tern_jax.core.method import Ternarizer
+from tern_jax.core.numerics import reduced_axes
 from tern_jax.core.types import Array, Arrays
 from tern_jax.targets.schedules import AcrossLayers, Share
 
@@ -45,7 +49,7 @@ class Leaf:
         own = Share(zeros, args[0].size, target.sparsity)
         method = method.replace(sparsity=own)
       if self.group_size is None:
-        return fn(method, *args)
+        return fn(self._with_channels(method, args[0].shape), *args)
       return self._in_groups(method, fn, *args)
 
     return (jax.vmap(one) if self.is_stack else one)(share, *args)
@@ -73,14 +77,15 @@ class Leaf:
       method = method.replace(sparsity=own)
     try:
       if self.group_size is None:
+        method = self._with_channels(method, ternary.shape)
         return method.invert(ternary, count)
-      grouped, axis, view = self._grouped(method, ternary.shape)
+      grouped = self._grouped(method, ternary.shape)
       w_p, w_n = (
-        jnp.expand_dims(scale, axis + 1) if scale.ndim else scale
+        scale.reshape(grouped.scales) if scale.ndim else scale
         for scale in (ternary.w_p, ternary.w_n)
       )
-      viewed = Ternary(ternary.codes.reshape(view), w_p, w_n)
-      w, scales, state = grouped.invert(viewed, count)
+      viewed = Ternary(ternary.codes.reshape(grouped.view), w_p, w_n)
+      w, scales, state = grouped.method.invert(viewed, count)
       return w.reshape(ternary.shape), scales, state
     except ValueError as error:
       raise ValueError(f"{self.path}: {error}") from error
@@ -89,54 +94,110 @@ class Leaf:
     self, method: Ternarizer, fn: OfMethod, w: Array, *args: Any
   ) -> Any:
     """Applies a function to one layer, with groups as its channels."""
-    grouped, axis, view = self._grouped(method, w.shape)
-    out = fn(grouped, w.reshape(view), *args)
+    grouped = self._grouped(method, w.shape)
+    out = fn(grouped.method, w.reshape(grouped.view), *args)
     if isinstance(out, Ternary):
       w_p, w_n = (
-        scale.squeeze(axis + 1) if scale.ndim else scale
+        scale.reshape(grouped.own_scales) if scale.ndim else scale
         for scale in (out.w_p, out.w_n)
       )
       return Ternary(out.codes.reshape(w.shape), w_p, w_n)
     return out.reshape(w.shape) if isinstance(out, jax.Array) else out
 
-  def _grouped(
+  def _with_channels(
     self, method: Ternarizer, shape: tuple[int, ...]
-  ) -> tuple[Ternarizer, int, tuple[int, ...]]:
-    """Returns the method of a layer's groups, their axis, and their view."""
-    axis, g = self._input_axis(shape), self.group_size or 1
-    # The axis is split in place, not moved, and so keeps its sharding.
-    view = (*shape[:axis], shape[axis] // g, g, *shape[axis + 1 :])
-    groups = tuple(i for i in range(len(view)) if i != axis + 1)
-    return method.replace(channel_axis=groups), axis, view
+  ) -> Ternarizer:
+    """Returns the method of one layer, with its output axes as channels."""
+    channel = method.channel_axis
+    if channel is None:
+      return method
+    if channel == -1 and len(shape) > 1:
+      outputs = axes_of(self.path, shape, -1).outputs
+      if len(outputs) > 1:
+        channel = tuple(i - len(shape) for i in outputs)
+        method = method.replace(channel_axis=channel)
+    if shape and reduced_axes(np.empty((1,) * len(shape)), channel) == ():
+      raise ValueError(
+        f"{self.path}: channel_axis={channel} names all axes of shape {shape},"
+        " so that each weight would have a scale of its own: take fewer axes,"
+        " or exclude this leaf."
+      )
+    return method
 
-  def _input_axis(self, shape: tuple[int, ...]) -> int:
-    """Returns the axis of a layer that is divided into groups."""
-    g, axes = self.group_size or 1, {-1: len(shape) - 2, 0: 1}
-    channel = self.method.channel_axis
-    if channel not in axes or len(shape) < 2:
+  def _grouped(self, method: Ternarizer, shape: tuple[int, ...]) -> "_Groups":
+    """Returns how a layer is divided into groups."""
+    *outer, axis = self._input_axes(shape)
+    g, n = self.group_size or 1, shape[axis]
+    view, own, made = (list(shape) for _ in range(3))
+    # Axes are split in place, not moved, and so keep their sharding.
+    if n % g == 0:
+      view[axis : axis + 1] = n // g, g
+      own[axis] = n // g
+      made[axis : axis + 1] = n // g, 1
+      inside = [axis + 1]
+    else:  # A group has several heads.
+      (head,) = outer
+      heads = g // n
+      view[head : head + 1] = shape[head] // heads, heads
+      own[head : axis + 1] = shape[head] // heads, 1
+      made[head : axis + 1] = shape[head] // heads, 1, 1
+      inside = [head + 1, axis + 1]
+    groups = tuple(i for i in range(len(view)) if i not in inside)
+    method = method.replace(channel_axis=groups)
+    return _Groups(method, tuple(view), tuple(made), tuple(own))
+
+  def _input_axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the axes of a layer that are divided into groups."""
+    g, channel = self.group_size or 1, self.method.channel_axis
+    axes: tuple[int, ...] | None = None
+    if len(shape) > 1 and channel in (-1, 0):
+      axes = axes_of(self.path, shape, channel).inputs
+    elif isinstance(channel, tuple):
+      axes = reduced_axes(np.empty((1,) * len(shape)), channel)
+    if axes is None or (len(axes) != 1 and isinstance(channel, tuple)):
       raise ValueError(
         f"{self.path}: group_size={g} divides the channels of a layer of two"
         " or more axes by a method with channel_axis=-1 (Flax, Haiku) or 0"
-        f" (Equinox); got shape {shape} and {self.method!r}."
+        " (Equinox), or a tuple of all axes but one; got shape"
+        f" {shape} and {self.method!r}."
       )
-    axis = axes[channel]
-    if shape[axis] % g:
+    n, inputs = shape[axes[-1]], math.prod(shape[i] for i in axes)
+    if n % g and (inputs % g or g % n):
+      plural = "axis" if len(axes) == 1 else "axes"
+      heads = "" if len(axes) == 1 else " in whole heads or parts of one"
       raise ValueError(
-        f"{self.path}: group_size={g} does not divide the {shape[axis]} inputs,"
-        f" axis {axis} of shape {shape}: choose a divisor, or exclude this leaf"
-        " in kernels(exclude=...)."
+        f"{self.path}: group_size={g} does not divide the {inputs} inputs,"
+        f" {plural} {', '.join(map(str, axes))} of shape {shape}{heads}: choose"
+        " a divisor, or exclude this leaf in kernels(exclude=...)."
       )
-    return axis
+    return axes
+
+
+class _Groups(NamedTuple):
+  """A layer divided into groups."""
+
+  method: Ternarizer
+  """With groups as its channels."""
+  view: tuple[int, ...]
+  """The shape in which it sees the layer."""
+  scales: tuple[int, ...]
+  """The shape of its scales there."""
+  own_scales: tuple[int, ...]
+  """The shape of the scales of a `Ternary` of the layer's shape."""
 
 
 def aligned(ternary: Ternary) -> Ternary:
-  """Gives the scales of stacked layers, [layers], the rank of the codes."""
+  """Gives the scales of stacked layers, [layers], the rank of the codes.
+
+  Each scale is in a buffer of its own, although a method may have returned one
+  array for both, or what it trains.
+  """
 
   def align(scale: Array) -> Array:
     if scale.ndim in (0, ternary.codes.ndim):
-      return scale
+      return own(scale)
     missing = ternary.codes.ndim - scale.ndim
-    return scale.reshape(scale.shape + (1,) * missing)
+    return own(scale.reshape(scale.shape + (1,) * missing))
 
   return dataclasses.replace(
     ternary, w_p=align(ternary.w_p), w_n=align(ternary.w_n)

@@ -7,21 +7,26 @@ import jax
 from jax.typing import DTypeLike
 
 from tern_jax.core.containers import TernParams
+from tern_jax.core.interop import serializable
 from tern_jax.core.types import Array, PyTree, State
 
 
-@jax.tree_util.register_static
+@serializable
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dtypes:
   """The script's dtypes by path, where latents are wider: no part of a tree."""
 
-  items: tuple[tuple[str, str], ...] = ()
+  items: tuple[tuple[str, str], ...] = dataclasses.field(
+    default=(), metadata={"static": True}
+  )
 
   def of(self, path: str, default: DTypeLike) -> DTypeLike:
     """Returns the dtype of a leaf, the default where none is held."""
     return dict(self.items).get(path, default)
 
 
+@serializable
 class WrapState(NamedTuple):
   """State of `wrap`: the training by hand, kept by the optimizer.
 

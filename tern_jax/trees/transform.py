@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tern_jax.core.axes import check_heads
 from tern_jax.core.checks import (
   call_repr,
   check_range,
@@ -17,8 +18,14 @@ from tern_jax.core.checks import (
 )
 from tern_jax.core.containers import Ternary, TernParams
 from tern_jax.core.method import Ternarizer
-from tern_jax.core.paths import check_patterns, matches_any, path_str
-from tern_jax.core.select import Kernels
+from tern_jax.core.names import found
+from tern_jax.core.paths import (
+  as_patterns,
+  check_patterns,
+  matches_any,
+  path_str,
+)
+from tern_jax.core.select import selector
 from tern_jax.core.types import Array, Arrays, Count, KeyPath, PyTree, State
 from tern_jax.targets.schedules import AcrossLayers, check_targets, target_of
 from tern_jax.trees.finalize import finalize
@@ -40,7 +47,9 @@ class ParamTransform:
 
   Args:
     method: how one weight array is made ternary.
-    where: which leaves are.
+    where: which leaves are: `kernels(...)`; a function of (path, leaf) that
+      returns a bool; a tree of bools of the user's parameters; None for
+      `kernels()`.
     stacked: patterns of leaves whose first axis enumerates layers, as made by
       `nn.scan`: each layer is then ternarized on its own.
     group_size: None, or g for one scale for each g consecutive weights along
@@ -50,6 +59,17 @@ class ParamTransform:
       view [..., in / g, g, out] or [out, in / g, g, ...], and what it trains
       has ones beside the groups there; a `Ternary` has scales [..., in / g,
       out] or [out, in / g, ...]. A sparsity is still that of the whole leaf.
+
+  A method's `channel_axis=-1` is right for a whole Flax or Keras transformer.
+  A layer of three axes is taken for attention if its name, before `kernel`, is
+  query, key or value (or q, k, v, qkv, kv), maybe with _proj, _projection or
+  _dense: [in, heads, head_dim] has one scale for each pair of the last two, and
+  `group_size` divides the inputs. If it is out, output, attention_output or o,
+  [heads, head_dim, out] has one scale for each output, and the inputs that
+  `group_size` divides are heads times head_dim: g is a divisor of head_dim, or
+  several whole heads. All other layers are [..., in, out]. A tuple, such as
+  `channel_axis=(-2, -1)`, is taken as it is, in every leaf, and must
+  name no input of attention.
 
   >>> import jax.numpy as jnp, tern_jax
   >>> tern = ParamTransform(tern_jax.TWN(), tern_jax.kernels(exclude="head"))
@@ -64,12 +84,15 @@ class ParamTransform:
   """
 
   method: Ternarizer
-  where: Kernels = dataclasses.field(default_factory=Kernels)
+  where: Any = None
   stacked: tuple[str, ...] = ()
   group_size: int | None = None
 
   def __post_init__(self):
     check_range("group_size", self.group_size, 1, float("inf"), "try 64")
+    object.__setattr__(self, "where", selector(self.where))
+    stacked = as_patterns(self.stacked, "stacked")
+    object.__setattr__(self, "stacked", stacked)
 
   def init(self, tree: PyTree) -> tuple[TernParams, State]:
     """Makes the trainable parameters and the state from initial weights.
@@ -123,14 +146,16 @@ class ParamTransform:
     Returns:
       (TernParams, state), as of `init`; latents have the dtype of the scales.
     """
-    self._check_paths(jax.tree.map(dense_shape, tree, is_leaf=is_ternary))
+    dense = jax.tree.map(dense_shape, tree, is_leaf=is_ternary)
+    self._check_paths(dense)
+    chosen = self.where.chosen(dense)
     count = jnp.asarray(step, jnp.int32)
     scales, state = {}, {}
 
     def start(path: KeyPath, leaf: PyTree) -> PyTree:
       printed = path_str(path)
       kinds = "dense", "ternary"
-      selected = self.where.selects(printed, dense_shape(leaf))
+      selected = printed in chosen
       if selected != is_ternary(leaf):
         raise ValueError(
           f"{printed} is {kinds[not selected]}, but {kinds[selected]} by"
@@ -226,7 +251,13 @@ class ParamTransform:
         "Two leaves print as the same path, so their scales cannot be told"
         f" apart: {', '.join(selected)}. Rename one of them."
       )
-    check_patterns(self.stacked, selected)
+    # A pattern of stacked layers may be one of their norms, which stay float.
+    leaves = found(tree)
+    check_patterns(self.stacked, [x.path for x in leaves])
+    check_heads(
+      {x.path: self._layer_shape(x.path, x.leaf) for x in leaves},
+      *(selected, self.method.channel_axis),
+    )
     check_targets(self.method.sparsity, selected)
 
   def _check_start(
@@ -239,6 +270,9 @@ class ParamTransform:
       named = {"w_n": made[path].w_n, "w_p": made[path].w_p}
       named |= {"latents": latents[path], **params.scales[path], **state[path]}
       check_start(path, w, self._leaf(path).method, named)
+
+  def _layer_shape(self, path: str, leaf: Any) -> tuple[int, ...]:
+    return leaf.shape[matches_any(self.stacked, path) :]
 
   def _leaf(self, path: str) -> Leaf:
     """Returns how the method is applied to a leaf, with a target of its own."""
@@ -264,14 +298,17 @@ class ParamTransform:
 
   def replaced(self, tree: PyTree, made: dict[str, Any]) -> PyTree:
     """Returns the tree with others in place of its selected leaves."""
-    return self.map(lambda path, _: made[path], tree)
+    return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: made.get(path_str(path), leaf), tree
+    )
 
   def map(self, fn: Callable[[str, Any], object], tree: PyTree) -> PyTree:
     """Maps fn(path, leaf) over the selected leaves of a tree."""
+    chosen = self.where.chosen(tree)
 
     def visit(path: KeyPath, leaf: PyTree) -> object:
       printed = path_str(path)
-      return fn(printed, leaf) if self.where.selects(printed, leaf) else leaf
+      return fn(printed, leaf) if printed in chosen else leaf
 
     return jax.tree_util.tree_map_with_path(visit, tree)
 

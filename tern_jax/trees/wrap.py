@@ -1,5 +1,6 @@
 """`wrap`: an optax transformation that makes any training script ternary."""
 
+import dataclasses
 from typing import Any, cast
 
 import jax
@@ -26,13 +27,10 @@ _FUNCTIONS = "value_fn", "grad_fn"
 class Wrapped(optax.GradientTransformationExtraArgs):
   """What `wrap` returns: an optax transformation that knows its `tern`."""
 
-  tern: ParamTransform
-
-  def __new__(cls, init: Any, update: Any, tern: ParamTransform) -> "Wrapped":
-    """Makes the transformation of two functions."""
-    self = super().__new__(cls, init, update)
-    self.tern = tern
-    return self
+  @property
+  def tern(self) -> ParamTransform:
+    """Which leaves are ternary, and how."""
+    return cast(Any, self.init).__self__.tern
 
 
 def wrap(
@@ -90,8 +88,9 @@ def wrap(
   >>> state = tx.init(params)
   >>> grads = {"kernel": jnp.zeros((2, 2))}
   >>> updates, state = tx.update(grads, state, params)
-  >>> optax.apply_updates(params, updates)["kernel"].round(2).tolist()
-  [[0.0, 0.0], [0.3500000238418579, -0.3500000238418579]]
+  >>> optax.apply_updates(params, updates)["kernel"] > 0
+  Array([[False, False],
+         [ True, False]], dtype=bool)
   >>> tern.finalize(state)["kernel"].codes.tolist()
   [[0, 0], [1, -1]]
   """
@@ -105,10 +104,22 @@ def wrap(
   inner = optax.with_extra_args_support(
     tx if wdr is None else optax.chain(wdr, tx)
   )
+  made: Any = _Wrap(inner, tern, ema)
+  return Wrapped(made.init, made.update)
 
-  def init(params: Any) -> Any:
-    wide, dtypes = _widened(tern, params)
-    made, of_method = tern.init(wide)
+
+@dataclasses.dataclass(frozen=True)
+class _Wrap:
+  """The two functions of the transformation; see `wrap`."""
+
+  inner: optax.GradientTransformationExtraArgs
+  tern: ParamTransform
+  ema: float | None
+
+  def init(self, params: PyTree) -> WrapState:
+    """Returns the state at the script's initial parameters."""
+    wide, dtypes = _widened(self.tern, params)
+    made, of_method = self.tern.init(wide)
     # A step that donates the parameters and this state must not give any buffer
     # away twice.
     trained = _copied(made)
@@ -116,35 +127,34 @@ def wrap(
       jnp.zeros((), jnp.int32),
       trained,
       of_method,
-      _inner_state(inner, trained),
-      None if ema is None else _copied(trained),
+      _inner_state(self.inner, trained),
+      None if self.ema is None else _copied(trained),
       jnp.zeros((), jnp.int32),
       dtypes,
     )
 
   def update(
-    updates: Any, state: Any, params: Any = None, **extra: Any
-  ) -> tuple[Any, Any]:
+    self,
+    updates: PyTree,
+    state: WrapState,
+    params: PyTree | None = None,
+    **extra: Any,
+  ) -> tuple[PyTree, WrapState]:
+    """Returns new weights minus the script's, and the new state."""
     _check_update(params, extra)
+    tern = self.tern
     old = state.params.replace(
       latent=_with_latents(tern, state.params.latent, params)
     )
     grads: Any = _pulled(tern, old, state, updates)
-    updated = inner.update(grads, state.inner, cast(Any, old), **extra)
+    updated = self.inner.update(grads, state.inner, cast(Any, old), **extra)
     moved, of_inner = cast(Any, updated)
     # What is kept and what the script makes of it are of one rounding: programs
     # may compute a sum twice, and not to the same last bit.
-    moved = jax.lax.optimization_barrier(moved)
+    moved = moved.replace(latent=_rounded(tern, moved.latent))
     new, of_method = jax.lax.optimization_barrier(
       tern.after_step(_moved(old, moved), state.state)
     )
-    average = state.average
-    if ema is not None:
-      n = state.count.astype(jnp.float32)
-      rate = 1 - jnp.minimum(ema, (1 + n) / (10 + n))
-      average = cast(
-        Any, optax.incremental_update(cast(Any, new), average, rate)
-      )
     weights = tern.weights_of(tern.selected(new.latent), new.scales, of_method)
     changes = _changes(weights, tern.selected(params))
     return tern.replaced(moved.latent, changes), WrapState(
@@ -152,12 +162,18 @@ def wrap(
       new,
       of_method,
       of_inner,
-      average,
+      self._averaged(new, state),
       _strayed(tern, state, params),
       state.dtypes,
     )
 
-  return Wrapped(init, update, tern)
+  def _averaged(self, new: TernParams, state: WrapState) -> TernParams | None:
+    if self.ema is None:
+      return None
+    n = state.count.astype(jnp.float32)
+    rate = 1 - jnp.minimum(self.ema, (1 + n) / (10 + n))
+    tensors: Any = new, state.average
+    return cast(Any, optax.incremental_update(*tensors, rate))
 
 
 def _inner_state(tx: Any, trained: TernParams) -> PyTree:
@@ -215,9 +231,10 @@ def _with_latents(
   What is not ternary is the script's own, whatever it does to it. The structure
   is that of the latents: parameters may hold more, such as functions.
   """
+  chosen = tern.where.chosen(latent)
 
   def leaf(path: KeyPath, w: Array | None, p: Array) -> Array | None:
-    return w if w is None or tern.where.selects(path_str(path), w) else p
+    return w if w is None or path_str(path) in chosen else p
 
   return jax.tree_util.tree_map_with_path(
     leaf, latent, params, is_leaf=lambda x: x is None
@@ -254,6 +271,16 @@ def _moved(old: Any, by: Any) -> Any:
   return jax.tree.map(leaf, old, by, is_leaf=lambda x: x is None)
 
 
+def _rounded(tern: ParamTransform, updates: PyTree) -> PyTree:
+  """Has the updates that the script adds by itself computed once."""
+
+  def leaf(path: KeyPath, u: Array) -> Array:
+    own = not tern.where.selects(path_str(path), u)
+    return jax.lax.optimization_barrier(u) if own else u
+
+  return jax.tree_util.tree_map_with_path(leaf, updates)
+
+
 def _changes(weights: Arrays, held: Arrays) -> Arrays:
   """Returns what makes the parameters that the script holds these weights."""
 
@@ -266,14 +293,22 @@ def _changes(weights: Arrays, held: Arrays) -> Arrays:
 
 
 def _strayed(tern: ParamTransform, state: WrapState, params: PyTree) -> Array:
-  """Counts the looks at which the script's weights are not those given it."""
+  """Counts the looks at which the script's weights are not those given it.
+
+  The smallest leaf tells: what goes around an optimizer changes all of them,
+  and a look at all would cost a tenth of a step.
+  """
+  latent, held = tern.selected(state.params.latent), tern.selected(params)
+  path = min(
+    latent, key=lambda path: (latent[path].size == 0, latent[path].size)
+  )
 
   def look() -> Array:
-    latent, scales = tern.selected(state.params.latent), state.params.scales
-    weights = tern.weights_of(latent, scales, state.state)
-    held = tern.selected(params)
-    off = [_is_off(held[path], w) for path, w in weights.items()]
-    return state.strayed + jnp.any(jnp.stack(off)).astype(jnp.int32)
+    weights = tern.weights_of(
+      {path: latent[path]}, state.params.scales, state.state
+    )
+    off = _is_off(held[path], weights[path])
+    return state.strayed + off.astype(jnp.int32)
 
   # The parameters of the first update are the script's initial ones.
   return either(state.count % _EVERY == 1, look, lambda: state.strayed)

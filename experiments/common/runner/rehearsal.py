@@ -60,20 +60,22 @@ def rehearse(config: cli.Config) -> str:
       ("time of all steps", f"{hours:,.2f} hours"),
     ],
   )
-  return f"{leaves.text()}\n\n{facts.text()}"
+  matrices = tern.where.describe(params)
+  return f"{leaves.text()}\n\n{matrices}\n\n{facts.text()}"
 
 
 def _leaves(params: Any, tern: tern_jax.ParamTransform) -> Table:
   """Returns what becomes of each parameter."""
   table = Table(("leaf", "shape", "weights", "as"))
-  chosen = {"ternary": 0, "float": 0}
+  chosen = tern.where.paths(params)
+  sizes = {"ternary": 0, "float": 0}
   for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
     path = path_str(keys)
-    kind = "ternary" if tern.where.selects(path, leaf) else "float"
-    chosen[kind] += leaf.size
+    kind = "ternary" if path in chosen else "float"
+    sizes[kind] += leaf.size
     shape = "x".join(map(str, leaf.shape)) or "-"
     table.rows.append((path, shape, f"{leaf.size:,}", kind))
-  for kind, size in chosen.items():
+  for kind, size in sizes.items():
     table.rows.append((f"{kind} in all", "", f"{size:,}", kind))
   return table
 

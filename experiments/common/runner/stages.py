@@ -65,10 +65,9 @@ class Stage:
     assert self.tern is not None
     latent = self.outcome(state).params.latent
     leaves = jax.tree_util.tree_leaves_with_path(latent)
+    chosen = self.tern.where.paths(latent)
     return {
-      path_str(path): leaf
-      for path, leaf in leaves
-      if self.tern.where.selects(path_str(path), leaf)
+      path_str(path): leaf for path, leaf in leaves if path_str(path) in chosen
     }
 
   def refreshed(self, state: training.TrainState) -> training.TrainState:

@@ -58,7 +58,7 @@ from tern_jax.storage.entropy import coding
 from tern_jax.storage.entropy.fitting import fit
 from tern_jax.storage.entropy.layout import Layout
 from tern_jax.storage.entropy.models import Levels, get_bits, put_bits, read
-from tern_jax.storage.packed import PackedTernary, validate
+from tern_jax.storage.packed import PackedTernary, stored, validate
 
 #: Version of the bytes that this module writes, and the only one it reads.
 VERSION = 1
@@ -100,6 +100,7 @@ def encode(packed: PackedTernary) -> bytes:
   Shtarkov, "Universal sequential coding of single messages", 1987.
   """
   validate(packed)
+  packed = stored(packed)
   coding.stream()  # Without constriction, nothing is fitted.
   layout = Layout.of(packed.shape)
   planes = [layout.spread(x) for x in (packed.nonzero, packed.sign)]
