@@ -1,7 +1,6 @@
 """What every module asks of its arguments, and how objects print."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from tern_jax.core.types import Array, Arrays, Shaped
+from tern_jax.core.types import Array, Shaped
 
 
 def concrete(x: object) -> bool:
@@ -52,31 +51,6 @@ def check_weights(path: str, w: Array | Shaped) -> None:
       f"{path} holds {bad} NaN or infinite values of {w.size}: start from"
       " finite weights."
     )
-
-
-def check_start(
-  path: str, w: Array, method: object, made: Mapping[str, Array]
-) -> None:
-  """Raises a ValueError if a method makes NaN or infinity of initial weights.
-
-  made is what it makes, by name; traced weights pass.
-  """
-  if not all(map(concrete, made.values())):
-    return
-  bad = [k for k, finite in _are_finite(dict(made)).items() if not finite]
-  if bad:
-    top = float(jnp.max(jnp.abs(w), initial=0))
-    raise ValueError(
-      f"{path}: {method!r} makes {', '.join(sorted(bad))} infinite or NaN:"
-      f" magnitudes of weights are up to {top:.4g}, and what is computed of"
-      f" them overflows {w.dtype} or float32. Scale these weights down, take a"
-      " wider dtype, or exclude this leaf in kernels(exclude=...)."
-    )
-
-
-@jax.jit
-def _are_finite(arrays: Arrays) -> Arrays:
-  return {k: jnp.all(jnp.isfinite(x)) for k, x in arrays.items()}
 
 
 def call_repr(obj: Any, name: str | None = None) -> str:

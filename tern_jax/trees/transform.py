@@ -12,7 +12,6 @@ from tern_jax.core.axes import check_heads
 from tern_jax.core.checks import (
   call_repr,
   check_range,
-  check_start,
   check_weights,
   concrete,
 )
@@ -32,6 +31,7 @@ from tern_jax.trees.finalize import finalize
 from tern_jax.trees.invert import dense_shape, invert, is_ternary
 from tern_jax.trees.leaf import Leaf, aligned
 from tern_jax.trees.shares import shares_at, shares_if_due
+from tern_jax.trees.start import checked_start
 
 #: A function of the transform, and of leaves, scales and state by path.
 OfLeaves = Callable[..., Any]
@@ -126,10 +126,7 @@ class ParamTransform:
       )
 
     self.map(start, tree)
-    params = TernParams(latent=latent, scales=scales)
-    if all(map(concrete, self.selected(tree).values())):
-      self._check_start(tree, params, state)
-    return params, state
+    return checked_start(self, tree, TernParams(latent, scales), state)
 
   def from_ternary(
     self, tree: PyTree, step: Count = 0
@@ -259,17 +256,6 @@ class ParamTransform:
       *(selected, self.method.channel_axis),
     )
     check_targets(self.method.sparsity, selected)
-
-  def _check_start(
-    self, tree: PyTree, params: TernParams, state: State
-  ) -> None:
-    """Raises a ValueError where a method makes NaN or infinity of weights."""
-    latents = self.selected(params.latent)
-    made = self._run(ParamTransform._discretized, params, state)
-    for path, w in self.selected(tree).items():
-      named = {"w_n": made[path].w_n, "w_p": made[path].w_p}
-      named |= {"latents": latents[path], **params.scales[path], **state[path]}
-      check_start(path, w, self._leaf(path).method, named)
 
   def _layer_shape(self, path: str, leaf: Any) -> tuple[int, ...]:
     return leaf.shape[matches_any(self.stacked, path) :]
