@@ -193,3 +193,29 @@ def test_the_state_of_wdr_is_compiled_once_for_leaves_of_a_shape(caplog):
   with jax.log_compiles(), caplog.at_level("WARNING"):
     wdr.init({name: jnp.ones((16, 8)) for name in "abc"})
   assert "Compiling" not in caplog.text
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Exact(Thin):
+  """The same to the weight: ties are split."""
+
+  def discretize(self, w, scales, state):
+    one = jnp.ones((), w.dtype)
+    return Ternary(self.codes(w, state).astype(jnp.int8), one, one)
+
+  def measure(self, w, scales, look, held=None):
+    return self.split(w, look, held)
+
+
+def test_a_stranger_s_target_whatever_ties():
+  equal = jax.tree.map(jnp.ones_like, tree())
+  for target, wanted in ((0.6, (60, 180)), (across_layers(0.5), (100, 100))):
+    tern = ParamTransform(Exact(sparsity=target), stacked=("stack",))
+    params, state = tern.init(equal)
+    moment = tern.refresh(*tern.after_step(params, state))
+    got = zeros(tern.discretize(*moment))
+    assert (got["small"], got["stack"]) == wanted
+    used = tern.method.replace(sparsity=0.5).beyond(
+      params.latent["small"]["kernel"], moment[1]["small/kernel"]
+    )
+    assert int(jnp.sum(~used)) == wanted[0]

@@ -2,6 +2,8 @@
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from tern_jax.core.containers import dense
 from tern_jax.core.types import Array, Floats
@@ -95,3 +97,52 @@ def _trained_scales_jvp(primals, tangents):
   bend = (d_p / w_p - d_n / w_n) / (w_p + w_n)
   slope = d_p / w_p - w_p * bend
   return out, out * slope + jnp.square(out) * bend + factor * d_soft
+
+
+def clamp_gradient(x: Array, limit: Array) -> Array:
+  """Returns x, with its gradient clipped to [-limit, limit].
+
+  What a `jax.custom_vjp` would do, but in forward mode, too, where it is x.
+  A clip has no tangent that it would be the transpose of; hence a primitive.
+
+  Args:
+    x: float, any shape.
+    limit: >= 0, of x's dtype, broadcastable to x; no gradient flows to it.
+
+  >>> f = lambda x: 5 * clamp_gradient(x, jnp.array(2.0))
+  >>> float(jax.grad(f)(1.0)), float(jax.jvp(f, (1.0,), (1.0,))[1])
+  (2.0, 5.0)
+  """
+  return _clamp.bind(x, jax.lax.stop_gradient(jnp.broadcast_to(limit, x.shape)))
+
+
+def _clamp_jvp(primals, tangents):
+  x, limit = primals
+  out, dx = _clamp.bind(x, limit), tangents[0]
+  return out, dx if type(dx) is ad.Zero else _clamp.bind(dx, limit)
+
+
+def _clamp_transpose(g, x, limit):
+  del x
+  return g if type(g) is ad.Zero else jnp.clip(g, -limit, limit), None
+
+
+def _clamp_batch(args, dims):
+  size = next(
+    x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None
+  )
+  moved = (
+    batching.bdim_at_front(x, d, size) for x, d in zip(args, dims, strict=True)
+  )
+  return _clamp.bind(*moved), 0
+
+
+_clamp = Primitive("clamp_gradient")
+_clamp.def_impl(lambda x, limit: x)
+_clamp.def_abstract_eval(lambda x, limit: x)
+ad.primitive_jvps[_clamp] = _clamp_jvp
+ad.primitive_transposes[_clamp] = _clamp_transpose
+batching.primitive_batchers[_clamp] = _clamp_batch
+mlir.register_lowering(
+  _clamp, mlir.lower_fun(lambda x, limit: x, multiple_results=False)
+)

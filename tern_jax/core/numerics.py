@@ -74,6 +74,18 @@ def reduced_axes(
   )
 
 
+def mean_of(x: Array, axes: tuple[int, ...] | None) -> Array:
+  """Mean over axes with ones in their place, or of all, 0-d; 0 of nothing.
+
+  >>> mean_of(jnp.ones((2, 3)), (0,)).shape, float(mean_of(jnp.ones(0), None))
+  ((1, 3), 0.0)
+  """
+  keep = axes is not None
+  if not x.size:
+    return jnp.sum(x, axes, keepdims=keep)
+  return jnp.mean(x, axes, keepdims=keep)
+
+
 def rms(x: Array, channel_axis: ChannelAxis = None) -> Array:
   """Root mean square of an array, or of each channel with ones beside them.
 
@@ -81,8 +93,7 @@ def rms(x: Array, channel_axis: ChannelAxis = None) -> Array:
   (3.535533905029297, (1, 3))
   """
   axes = reduced_axes(x, channel_axis)
-  squares = jnp.square(widen(x))
-  return jnp.sqrt(jnp.mean(squares, axes, keepdims=axes is not None))
+  return jnp.sqrt(mean_of(jnp.square(widen(x)), axes))
 
 
 def least_scale(dtype: DTypeLike) -> float:

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 from tern_jax.core.containers import Ternary, dense
 from tern_jax.core.estimators import straight_through
 from tern_jax.core.method import Ternarizer
-from tern_jax.core.numerics import one_magnitude, reduced_axes, widen, with_mean
+from tern_jax.core.numerics import (
+  mean_of,
+  one_magnitude,
+  reduced_axes,
+  widen,
+  with_mean,
+)
 from tern_jax.core.types import Array, Arrays, ChannelAxis, Floats
 
 
@@ -69,7 +75,7 @@ class AbsMean(Ternarizer):
   def _ternarize(self, w: Array) -> tuple[Array, Array]:
     magnitude = jnp.abs(widen(w))
     axes = reduced_axes(w, self.channel_axis)
-    mean = jnp.mean(magnitude, axes, keepdims=axes is not None)
+    mean = mean_of(magnitude, axes)
     # Halves round to even, hence |w| = m / 2 to 0.
     codes = jnp.where(magnitude > mean / 2, jnp.sign(w), 0)
     return codes.astype(w.dtype), mean.astype(w.dtype)

@@ -20,9 +20,12 @@ from tern_jax.methods.ec2t_math import (
   codes_of,
   ec2t_at_sparsity,
   ec2t_lambda_max,
+  ec2t_split,
   ec2t_thresholds,
+  split_codes,
   top_of,
 )
+from tern_jax.targets.quantile import NO_CUT
 from tern_jax.targets.schedules import Target, at
 from tern_jax.targets.targeted import Look, Targeted
 
@@ -115,23 +118,21 @@ class EC2T(Targeted):
     """Returns the ternary weights, with the gradients of the class."""
     # Scales are widened so that their gradients are summed in float32.
     w_p, w_n = widen(scales["w_p"]), widen(scales["w_n"])
-    codes = codes_of(w, state["t_p"], state["t_n"]).astype(w_p.dtype)
+    codes = self._codes(w, state).astype(w_p.dtype)
     factor = jnp.where(codes == 0, 1, jnp.abs(dense(codes, w_p, w_n)))
     factor = jnp.where(self.frozen, 0, factor)
     return trained_scales(widen(w), codes, w_p, w_n, factor).astype(w.dtype)
 
   def discretize(self, w: Floats, scales: Arrays, state: Arrays) -> Ternary:
     """Returns the codes beyond the thresholds, and the centroids."""
-    return Ternary(
-      codes_of(w, state["t_p"], state["t_n"]).astype(jnp.int8), **scales
-    )
+    return Ternary(self._codes(w, state).astype(jnp.int8), **scales)
 
   def measure(
     self, w: Floats, scales: Arrays, look: Look, held: Arrays | None = None
   ) -> Arrays:
     """Returns the least centroids and the thresholds, both widened.
 
-    At a sparsity also lambda, where the next search starts.
+    At a sparsity also their cuts, and lambda, where the next search starts.
     """
     floor = self._floor(w)
     clamped = self.project(w, scales, {"floor": floor})
@@ -146,7 +147,11 @@ class EC2T(Targeted):
       guess=None if held is None else held["lam"],
       tolerance=look.tolerance,
     )
-    return {"floor": floor, "lam": lam, "t_n": t_n, "t_p": t_p}
+    zeros = self.zeros_of(look.count, w.size)
+    found = ec2t_split(
+      w, **clamped, t_p=t_p, t_n=t_n, zeros=zeros, tolerance=look.tolerance
+    )
+    return {"floor": floor, "lam": lam, **found}
 
   def project(self, w: Floats, scales: Arrays, state: Arrays) -> Arrays:
     """Keeps the centroids at or above their floor."""
@@ -178,7 +183,8 @@ class EC2T(Targeted):
     if self.sparsity is not None:
       self.check_zeros(codes, count)
       half = {"t_n": wide["w_n"] / 2, "t_p": wide["w_p"] / 2}
-      seen |= {"lam": jnp.zeros_like(seen["lam"]), **half}
+      cuts = {k: jnp.full_like(seen[k], NO_CUT) for k in ("cut_n", "cut_p")}
+      seen |= {"lam": jnp.zeros_like(seen["lam"]), **half, **cuts}
     if concrete(least) and jnp.any(least < seen["floor"]):
       raise ValueError(
         f"{self!r} keeps magnitudes at or above min_scale std(W), but those of"
@@ -186,9 +192,17 @@ class EC2T(Targeted):
       )
     return w, scales, {"count": count, **seen}
 
+  def _codes(self, w: Array, state: Arrays) -> Array:
+    if self.sparsity is not None:
+      return split_codes(w, state)
+    return codes_of(w, state["t_p"], state["t_n"])
+
   def _floor(self, w: Array) -> Array:
     axes = reduced_axes(w, self.channel_axis)
-    std = jnp.std(widen(w), axes, keepdims=axes is not None)
+    keep = axes is not None
+    if not w.size:
+      return top_of(widen(w), axes) + least_scale(w.dtype)
+    std = jnp.std(widen(w), axes, keepdims=keep)
     # The least one keeps centroids positive where all weights are equal.
     return jnp.maximum(self.min_scale * std, least_scale(w.dtype))
 
@@ -201,7 +215,7 @@ class EC2T(Targeted):
         f"EC2T got largest={largest} and a layer of {w.size} weights: give the"
         " size of the largest layer that is made ternary."
       )
-    delta = (w.size / largest + 0.05) / 1.05
+    delta = (w.size / max(largest, 1) + 0.05) / 1.05
     most = ec2t_lambda_max(w, w_p, w_n, self.min_p_0)
     lam = at(self.gamma, count, most.dtype) * delta * most
     return ec2t_thresholds(w, w_p, w_n, lam, self.min_p_0)
@@ -252,6 +266,6 @@ def ec2t_zero(w: Array, method: EC2T) -> Array:
   the loss does not depend on them; its gradient is scaled by them; and it
   zeroes in a second run, in which the ternary layers stand still.
   """
-  _, state = method.init(w)
-  kept = codes_of(w, state["t_p"], state["t_n"]) != 0
+  scales, state = method.init(w)
+  kept = method.discretize(w, scales, state).codes != 0
   return straight_through(w, jnp.where(kept, w, jnp.zeros((), w.dtype)))

@@ -12,11 +12,25 @@ min_p_0 lies in [0, 1). All results are float32 or wider, and finite.
 Source: Marban et al., arXiv 2004.01077, section 3, solved for w and for lambda.
 """
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 
-from tern_jax.core.numerics import widen
-from tern_jax.core.types import Array, Scalar
-from tern_jax.targets.quantile import magnitude_threshold
+from tern_jax.core.numerics import mean_of, widen
+from tern_jax.core.types import Array, Arrays, Scalar
+from tern_jax.targets.quantile import (
+  NO_CUT,
+  bits_of,
+  codes_beyond,
+  count_of,
+  count_rows,
+  if_needed,
+  index_after,
+  pattern_of,
+  search,
+  value_of,
+)
 
 #: Bits that + and - cost more than 0, at the least, where lambda is solved for.
 _LEAST_RATE = 1e-3
@@ -43,7 +57,8 @@ def ec2t_lambda_max(
 
   def emptied_at(signed: Array, scale: Array, rate: Array) -> Array:
     # w_max^2 - (w_max - w_p)^2, without the cancellation.
-    gain = jnp.max(widen(scale) * (2 * top_of(signed, axes) - widen(scale)))
+    gain = widen(scale) * (2 * top_of(signed, axes) - widen(scale))
+    gain = jnp.max(gain, initial=0)
     empties = (gain > 0) & (rate > 0)
     return jnp.where(empties, gain / jnp.where(empties, rate, 1), jnp.inf)
 
@@ -136,26 +151,23 @@ def ec2t_at_sparsity(
   turns /= jnp.where(wide < 0, rate_n, rate_p)
   # A weight of 0 is zero at any lambda.
   never = jnp.maximum(w_p * w_p / rate_p, w_n * w_n / rate_n)
-  turns = jnp.where(wide == 0, -jnp.max(never), turns)
+  turns = jnp.where(wide == 0, -jnp.max(never, initial=0), turns)
 
-  share = jnp.round(jnp.asarray(sparsity, jnp.float32) * w.size) / w.size
+  n, zeros = w.size, count_of(w.size, sparsity)
   # Magnitudes are what is searched, so one side of lambda = 0 at a time.
-  below = jnp.mean(turns > 0, dtype=jnp.float32) < 1 - share
+  below = _count(turns > 0) < n - zeros
   sign = jnp.where(below, -1, 1).astype(turns.dtype)
   if guess is not None:
     guess = jnp.maximum(sign.astype(jnp.float32) * guess, 0)
-  found = magnitude_threshold(
-    jnp.maximum(sign * turns, 0),
-    jnp.where(below, 1 - share, share),
-    guess,
-    tolerance,
-  )
+  under = jnp.where(below, n - zeros, zeros)
+  sides = (jnp.maximum(sign * turns, 0),)
+  found = search(sides, under, guess, tolerance).threshold
   lam = sign.astype(jnp.float32) * found
 
   # A weight at lambda is zero, also if its threshold is rounded down: where
   # many tie, all of them would come back. Where none is asked for, none is.
   slack = 4 * float(jnp.finfo(jnp.float32).eps)
-  slack = jnp.where(share > 0, slack, -slack)
+  slack = jnp.where(zeros > 0, slack, -slack)
   big = float(jnp.finfo(w_p.dtype).max) / 4
 
   def threshold(scale: Array, rate: Array) -> Array:
@@ -164,6 +176,126 @@ def ec2t_at_sparsity(
     return jnp.maximum(half + shift + slack * (half + jnp.abs(shift)), 0)
 
   return lam, threshold(w_p, rate_p), threshold(w_n, rate_n)
+
+
+def ec2t_split(
+  w: Array,
+  w_p: Array,
+  w_n: Array,
+  t_p: Array,
+  t_n: Array,
+  zeros: Array,
+  tolerance: Scalar = 0.0,
+) -> Arrays:
+  """The thresholds nearby, and cuts, under which exactly so many weights lie.
+
+  Weights whose lambda agrees to rounding are zero in the order of |w|, those
+  of one |w| in that of their flat indices: as `targets.quantile.split` does.
+
+  The thresholds are those of `ec2t_at_sparsity`, which stay if they leave
+  `zeros` weights, int32, 0-d, or miss that by the tolerance.
+
+  Returns:
+    {"cut_n", "cut_p": int32, "t_n", "t_p"}, of the shapes of t_n and t_p.
+
+  >>> w, one = jnp.ones(5), jnp.ones(())
+  >>> found = ec2t_split(w, one, one, one, one, jnp.array(2))
+  >>> split_codes(w, found).tolist()
+  [0.0, 0.0, 1.0, 1.0, 1.0]
+  """
+
+  def under(p: Array, n: Array) -> Array:
+    return pattern_of(w) <= jnp.where(w < 0, n, p)
+
+  def find() -> Arrays:
+    ends_p, ends_n = _ends(t_p, w_p), _ends(t_n, w_n)
+    width = jnp.asarray(16 * jnp.finfo(jnp.float32).eps, jnp.float32)
+
+    def misses(width: Array) -> Array:
+      (low_p, high_p), (low_n, high_n) = ends_p(width), ends_n(width)
+      too_many = _count(under(low_p, low_n)) > zeros
+      too_few = _count(under(high_p, high_n)) < zeros
+      return (too_many | too_few) & jnp.isfinite(width)
+
+    width = jax.lax.while_loop(misses, lambda width: 64 * width, width)
+    return _split_between(w, ends_p(width), ends_n(width), zeros)
+
+  whole = {
+    "cut_n": jnp.full_like(t_n, NO_CUT, jnp.int32),
+    "cut_p": jnp.full_like(t_p, NO_CUT, jnp.int32),
+    "t_n": t_n,
+    "t_p": t_p,
+  }
+  if not w.size:
+    return whole
+  missed = jnp.abs(_count(under(*_patterns(t_p, t_n))) - zeros)
+  slack = jnp.asarray(tolerance * w.size, jnp.int32)
+  return if_needed(missed > slack, find, whole)
+
+
+def split_codes(w: Array, state: Arrays) -> Array:
+  """Returns the codes at what `ec2t_split` found, of the dtype of w.
+
+  A zero beyond its cut has the code of its sign bit.
+  """
+  minus, cut = w < 0, None
+  if "cut_p" in state:
+    cut = jnp.where(minus, state["cut_n"], state["cut_p"])
+  return codes_beyond(w, jnp.where(minus, state["t_n"], state["t_p"]), cut)
+
+
+def _patterns(*thresholds: Array) -> tuple[Array, ...]:
+  """Returns bits to compare with those of magnitudes; -1 for negative ones."""
+  narrow = (t.astype(jnp.float32) for t in thresholds)
+  return tuple(jnp.where(t < 0, -1, bits_of(t)) for t in narrow)
+
+
+def _ends(t: Array, scale: Array) -> Callable[[Array], tuple[Array, ...]]:
+  """Returns the bits around a threshold, within a share of its terms."""
+  half = 0.5 * widen(scale)
+
+  def around(width: Array) -> tuple[Array, ...]:
+    reach = width.astype(t.dtype) * (half + jnp.abs(t - half))
+    return _patterns(t - reach, t + reach)
+
+  return around
+
+
+def _split_between(
+  w: Array,
+  ends_p: tuple[Array, ...],
+  ends_n: tuple[Array, ...],
+  zeros: Array,
+) -> Arrays:
+  """Splits by one magnitude, that each threshold takes within its ends."""
+
+  def under(magnitude: Array) -> Array:
+    p, n = (jnp.clip(magnitude, *ends) for ends in (ends_p, ends_n))
+    return _count(pattern_of(w) <= jnp.where(w < 0, n, p))
+
+  def halve(ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    low, high = ends
+    middle = low + (high - low) // 2
+    enough = under(middle) >= zeros
+    return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+  low = jnp.minimum(jnp.min(ends_p[0]), jnp.min(ends_n[0])) - 1
+  high = jnp.maximum(jnp.max(ends_p[1]), jnp.max(ends_n[1]))
+  _, at = jax.lax.while_loop(lambda x: x[1] - x[0] > 1, halve, (low, high))
+  moved = [(ends[0] < at) & (at <= ends[1]) for ends in (ends_p, ends_n)]
+  tied = (pattern_of(w) == at) & jnp.where(w < 0, moved[1], moved[0])
+  cut = index_after(tied, zeros - under(at - 1))
+  found = {}
+  for name, ends, by in zip("pn", (ends_p, ends_n), moved, strict=True):
+    pattern = jnp.clip(at, *ends)
+    threshold = jnp.where(pattern < 0, -1.0, value_of(pattern))
+    found[f"t_{name}"] = threshold.astype(widen(w).dtype)
+    found[f"cut_{name}"] = jnp.where(by, cut, NO_CUT)
+  return found
+
+
+def _count(which: Array) -> Array:
+  return jnp.sum(count_rows(which), dtype=jnp.int32)
 
 
 def top_of(x: Array, axes: tuple[int, ...] | None) -> Array:
@@ -183,8 +315,8 @@ def _rates(
   """Bits that + and - cost more than 0; finite if a cluster is empty."""
   wide = widen(w)
   tiny = float(jnp.finfo(wide.dtype).tiny)
-  p_p = jnp.mean(wide > 0.5 * widen(w_p), dtype=wide.dtype)
-  p_n = jnp.mean(wide < -0.5 * widen(w_n), dtype=wide.dtype)
+  p_p = mean_of((wide > 0.5 * widen(w_p)).astype(wide.dtype), None)
+  p_n = mean_of((wide < -0.5 * widen(w_n)).astype(wide.dtype), None)
   p_0 = jnp.maximum(1 - p_p - p_n, min_p_0)
   shrink = (1 - p_0) / jnp.maximum(p_p + p_n, tiny)
   shares = jnp.stack([p_p * shrink, p_0, p_n * shrink])

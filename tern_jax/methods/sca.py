@@ -127,7 +127,9 @@ class SCA(Targeted):
       theta = jnp.arctanh(jnp.clip(wide, -edge, edge))
     else:
       size = rms(wide)
-      theta = wide * jnp.where(size > 0, self.sigma / size, 1)
+      factor = jnp.where(size > 0, self.sigma / size, 1)
+      # Not 0, which would be as silent as it is wrong.
+      theta = wide * jnp.where(jnp.isfinite(size), factor, jnp.nan)
     return (theta / self._gain).astype(w.dtype)
 
   def init(self, w: Floats) -> tuple[Arrays, Arrays]:
@@ -172,9 +174,9 @@ class SCA(Targeted):
   def measure(
     self, w: Floats, scales: Arrays, look: Look, held: Arrays | None = None
   ) -> Arrays:
-    """Returns the threshold at the asked quantile of the latents."""
+    """Returns the threshold at the asked quantile of the latents, and cut."""
     del scales
-    return {"threshold": self.quantile(w, look, held)}
+    return self.split(w, look, held)
 
   def project(self, w: Floats, scales: Arrays, state: Arrays) -> Arrays:
     """Keeps the scale at or above its floor."""
@@ -212,16 +214,15 @@ class SCA(Targeted):
     sigma = jnp.inf if self.sigma is None else self.sigma
     theta = jnp.minimum(sigma / jnp.where(size > 0, size, 1), settled)
     theta /= self._gain
-    state |= {"count": count, "threshold": theta.astype(jnp.float32) / 2}
+    state |= self.halfway(theta, count)
     return codes * theta.astype(a.dtype), scales, state
 
   def _codes(self, w: Array, state: Arrays) -> Array:
     # Compared on the latents, not on W = tanh(Theta): tanh saturates, and
     # ties there would break the exact count.
-    if self.soft:
-      barrier = wdr_barrier(jnp.asarray(self.alpha, jnp.float32))
-      threshold = jnp.arctanh(barrier) / self._gain
-    else:
-      threshold = state["threshold"]
+    if not self.soft:
+      return self.codes(w, state)
+    barrier = wdr_barrier(jnp.asarray(self.alpha, jnp.float32))
+    threshold = jnp.arctanh(barrier) / self._gain
     beyond = jnp.abs(w).astype(jnp.float32) > threshold
     return jnp.where(beyond, jnp.sign(w), jnp.zeros((), w.dtype))

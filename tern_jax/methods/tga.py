@@ -7,10 +7,20 @@ import jax.numpy as jnp
 
 from tern_jax.core.checks import check_range
 from tern_jax.core.containers import Ternary
-from tern_jax.core.estimators import straight_through, trained_scale
-from tern_jax.core.numerics import one_magnitude, reduced_axes, widen
+from tern_jax.core.estimators import (
+  clamp_gradient,
+  straight_through,
+  trained_scale,
+)
+from tern_jax.core.numerics import (
+  mean_of,
+  one_magnitude,
+  reduced_axes,
+  widen,
+)
 from tern_jax.core.types import Array, Arrays, ChannelAxis, Floats
 from tern_jax.methods.tga_math import truncated_gaussian_scale
+from tern_jax.targets.quantile import NO_CUT
 from tern_jax.targets.schedules import Target
 from tern_jax.targets.targeted import Look, Targeted
 
@@ -102,7 +112,8 @@ class TGA(Targeted):
     unit = sigma
     if self.of_max:
       axes = reduced_axes(w, self.channel_axis)
-      unit = jnp.max(jnp.abs(widen(w)), axes, keepdims=axes is not None)
+      keep = axes is not None
+      unit = jnp.max(jnp.abs(widen(w)), axes, keepdims=keep, initial=0)
     delta = jnp.asarray(self.delta).astype(unit.dtype) * unit
     return {"delta": _bound(delta, sigma).astype(w.dtype)}, {}
 
@@ -133,23 +144,30 @@ class TGA(Targeted):
   def measure(
     self, w: Floats, scales: Arrays, look: Look, held: Arrays | None = None
   ) -> Arrays:
-    """Returns mu, and Delta at the asked sparsity, of the shape of sigma."""
+    """Returns mu, and Delta at the asked sparsity, of the shape of sigma.
+
+    Beside them the cut of `split`.
+    """
     del scales
-    x, mu, sigma = self._moments(w)
-    found = self.quantile(x, look, held)
-    tiny = jnp.asarray(jnp.finfo(sigma.dtype).tiny, sigma.dtype)
-    delta = jnp.maximum(found.astype(sigma.dtype), tiny)
-    seen = {"mu": mu, "threshold": jnp.broadcast_to(delta, sigma.shape)}
+    _, mu, sigma = self._moments(w)
+    if self.mean:
+      # Rounded as the state has it, before it is subtracted: where a mean and a
+      # difference are computed as one, ties would differ from those of codes.
+      mu = jax.lax.optimization_barrier(mu)
+    found = self.split(self._about(w, mu), look, held)
+    # Of the sharding of sigma, too.
+    delta = jnp.full_like(sigma, found["threshold"])
+    seen = {"cut": found["cut"], "mu": mu, "threshold": delta}
     if held is None:
       return seen
 
-    def zero(look: Arrays) -> Array:
-      return jnp.abs(widen(w) - look["mu"]) <= look["threshold"]
+    def used(look: Arrays) -> Array:
+      return self.beyond(self._about(w, look["mu"]), look)
 
     # Anywhere in a gap Delta gives these codes, but not this S: the one that
     # `invert` chose stays.
-    same = jnp.sum(zero(held) != zero(seen), dtype=jnp.float32) == 0
-    return {name: jnp.where(same, held[name], seen[name]) for name in seen}
+    same = jnp.sum(used(held) != used(seen), dtype=jnp.float32) == 0
+    return {k: jnp.where(same, held.get(k, x), x) for k, x in seen.items()}
 
   def project(self, w: Floats, scales: Arrays, state: Arrays) -> Arrays:
     """Keeps a trained threshold in (0, 3 sigma]."""
@@ -201,17 +219,18 @@ class TGA(Targeted):
     delta = jnp.take_along_axis(tried, best, 0)[0]
     if self.sparsity is None:
       return w, {"delta": delta}, {}
-    return w, {}, {"count": count, "mu": mu, "threshold": widen(delta)}
+    cut = jnp.asarray(NO_CUT, jnp.int32)
+    seen = {"cut": cut, "mu": mu, "threshold": widen(delta)}
+    return w, {}, {"count": count, **seen}
 
   def _moments(self, w: Array) -> tuple[Array, Array, Array]:
     """Returns centered weights, mu and sigma, widened."""
     x, axes = widen(w), reduced_axes(w, self.channel_axis)
-    keep = axes is not None
-    mu = jnp.mean(x, axes, keepdims=keep)
+    mu = mean_of(x, axes)
     if not self.mean:
       mu = jnp.zeros_like(mu)
     x = x - mu
-    square = jnp.mean(jnp.square(x), axes, keepdims=keep)
+    square = mean_of(jnp.square(x), axes)
     # The gradient of a square root at 0 is infinite.
     spread = square > 0
     sigma = jnp.where(spread, jnp.sqrt(jnp.where(spread, square, 1)), 0)
@@ -219,11 +238,15 @@ class TGA(Targeted):
       mu, sigma = jax.lax.stop_gradient((mu, sigma))
     return x, mu, sigma
 
+  def _about(self, w: Array, mu: Array) -> Array:
+    # Where a subtraction of 0 would make subnormal weights 0, none is done.
+    return widen(w) - mu if self.mean else widen(w)
+
   def _threshold(self, scales: Arrays, sigma: Array) -> Array:
     """Returns Delta within its bounds, with a clamped gradient."""
     delta = widen(scales["delta"])
     limit = jnp.inf if self.clamp is None else self.clamp
-    delta = _clamp_gradient(delta, jnp.asarray(limit).astype(delta.dtype))
+    delta = clamp_gradient(delta, jnp.asarray(limit).astype(delta.dtype))
     return straight_through(delta, _bound(delta, sigma))
 
   def _ternarize(
@@ -233,10 +256,13 @@ class TGA(Targeted):
     x, mu, sigma = self._moments(w)
     if self.sparsity is None:
       delta = self._threshold(scales, sigma)
+      codes = jnp.where(jnp.abs(x) > delta, jnp.sign(x), 0)
     else:
       # The mu of the look, because ties are as exact as mu is.
-      x, delta = widen(w) - state["mu"], state["threshold"]
-    codes = jnp.where(jnp.abs(x) > delta, jnp.sign(x), 0)
+      x = self._about(w, state["mu"])
+      codes = self.codes(x, state)
+      tiny = jnp.asarray(jnp.finfo(x.dtype).tiny, x.dtype)
+      delta = jnp.maximum(state["threshold"], tiny)
     s = truncated_gaussian_scale(delta, sigma, mu)
     return x, sigma, delta, codes, s
 
@@ -245,15 +271,3 @@ def _bound(delta: Array, sigma: Array) -> Array:
   # Never quite 0: weights that are all zero then have zero codes still.
   tiny = jnp.asarray(jnp.finfo(delta.dtype).tiny, delta.dtype)
   return jnp.clip(delta, tiny, jnp.maximum(3 * sigma, tiny))
-
-
-@jax.custom_vjp
-def _clamp_gradient(x: Array, limit: Array) -> Array:
-  del limit
-  return x
-
-
-_clamp_gradient.defvjp(
-  lambda x, limit: (x, limit),
-  lambda limit, g: (jnp.clip(g, -limit, limit), jnp.zeros_like(limit)),
-)

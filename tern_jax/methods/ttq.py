@@ -72,8 +72,9 @@ class TTQ(Targeted):
     axes = reduced_axes(w, self.channel_axis)
     keep = axes is not None
     state = self.state_at(w, {})
-    codes = _codes(w, state)
+    codes = self._codes(w, state)
     magnitude = jnp.abs(widen(w))
+    least = least_scale(w.dtype)
 
     def start(sign: int) -> Array:
       cluster = codes == sign
@@ -82,32 +83,33 @@ class TTQ(Targeted):
         return jnp.ones(count.shape, w.dtype)
       total = jnp.sum(jnp.where(cluster, magnitude, 0), axes, keepdims=keep)
       # An empty cluster has no mean; the largest magnitude keeps it alive.
-      fallback = jnp.maximum(jnp.max(magnitude), float(jnp.finfo(w.dtype).tiny))
       mean = total / jnp.maximum(count, 1)
-      return jnp.where(count > 0, mean, fallback).astype(w.dtype)
+      mean = jnp.where(count > 0, mean, jnp.max(magnitude, initial=0))
+      return jnp.maximum(mean, least).astype(w.dtype)
 
     return {"w_n": start(-1), "w_p": start(1)}, state
 
   def __call__(self, w: Floats, scales: Arrays, state: Arrays) -> Floats:
     """Returns the ternary weights, with the gradients of the class."""
-    codes = _codes(w, state)
-    magnitude = jnp.abs(dense(codes, scales["w_p"], scales["w_n"]))
-    factor = jnp.where(codes == 0, jnp.ones((), w.dtype), magnitude)
-    return trained_scales(w, codes, **scales, factor=factor)
+    # Widened, as gradients are divided by magnitudes, which may be tiny.
+    w_p, w_n = widen(scales["w_p"]), widen(scales["w_n"])
+    codes = self._codes(w, state).astype(w_p.dtype)
+    factor = jnp.where(codes == 0, 1, jnp.abs(dense(codes, w_p, w_n)))
+    return trained_scales(widen(w), codes, w_p, w_n, factor).astype(w.dtype)
 
   def discretize(self, w: Floats, scales: Arrays, state: Arrays) -> Ternary:
     """Returns the codes beyond the threshold and the trained magnitudes."""
-    return Ternary(_codes(w, state).astype(jnp.int8), **scales)
+    return Ternary(self._codes(w, state).astype(jnp.int8), **scales)
 
   def measure(
     self, w: Floats, scales: Arrays, look: Look, held: Arrays | None = None
   ) -> Arrays:
-    """Returns the threshold, widened; that of a sparsity float32."""
+    """Returns the threshold, widened; of a sparsity what `split` finds."""
     del scales
     if self.sparsity is None:
-      top = jnp.max(jnp.abs(widen(w)))
+      top = jnp.max(jnp.abs(widen(w)), initial=0)
       return {"threshold": jnp.asarray(self.threshold, top.dtype) * top}
-    return {"threshold": self.quantile(w, look, held)}
+    return self.split(w, look, held)
 
   def project(self, w: Floats, scales: Arrays, state: Arrays) -> Arrays:
     """Keeps the magnitudes positive."""
@@ -130,11 +132,10 @@ class TTQ(Targeted):
     if self.sparsity is None:
       return w, scales, self.state_at(w, scales, count)
     self.check_zeros(ternary.codes, count)
-    threshold = size.astype(jnp.float32) / 2
-    return w, scales, {"count": count, "threshold": threshold}
+    return w, scales, self.halfway(size, count)
 
-
-def _codes(w: Array, state: Arrays) -> Array:
-  wide = widen(w)
-  beyond = jnp.abs(wide) > state["threshold"].astype(wide.dtype)
-  return jnp.where(beyond, jnp.sign(w), jnp.zeros((), w.dtype))
+  def _codes(self, w: Array, state: Arrays) -> Array:
+    if self.sparsity is not None:
+      return self.codes(w, state)
+    beyond = jnp.abs(widen(w)) > state["threshold"]
+    return jnp.where(beyond, jnp.sign(w), jnp.zeros((), w.dtype))

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 from tern_jax.core.checks import check_range
 from tern_jax.core.containers import Ternary, dense
 from tern_jax.core.estimators import straight_through
-from tern_jax.core.numerics import one_magnitude, reduced_axes, widen, with_mean
+from tern_jax.core.numerics import (
+  mean_of,
+  one_magnitude,
+  reduced_axes,
+  widen,
+  with_mean,
+)
 from tern_jax.core.types import Array, Arrays, ChannelAxis, Floats
 from tern_jax.targets.schedules import Target
 from tern_jax.targets.targeted import Look, Targeted
@@ -76,20 +82,24 @@ class TWN(Targeted):
   def measure(
     self, w: Floats, scales: Arrays, look: Look, held: Arrays | None = None
   ) -> Arrays:
-    """Returns Delta, as "threshold", and the scale, both widened."""
+    """Returns Delta, as "threshold", and the scale, both widened.
+
+    At a sparsity Delta is float32, with the cut of `split` beside it.
+    """
     del scales
     magnitude = jnp.abs(widen(w))
     axes = reduced_axes(w, self.channel_axis)
     keep = axes is not None
     if self.sparsity is None:
-      mean = jnp.mean(magnitude, axes, keepdims=keep)
-      delta = jnp.asarray(self.threshold, mean.dtype) * mean
+      mean = mean_of(magnitude, axes)
+      found = {"threshold": jnp.asarray(self.threshold, mean.dtype) * mean}
+      beyond = magnitude > found["threshold"]
     else:
-      delta = self.quantile(w, look, held).astype(magnitude.dtype)
-    beyond = magnitude > delta
+      found = self.split(w, look, held)
+      beyond = self.beyond(w, found)
     number = jnp.sum(beyond, axes, magnitude.dtype, keepdims=keep)
     total = jnp.sum(jnp.where(beyond, magnitude, 0), axes, keepdims=keep)
-    return {"scale": total / jnp.maximum(number, 1), "threshold": delta}
+    return {"scale": total / jnp.maximum(number, 1), **found}
 
   def invert(
     self, ternary: Ternary, count: Array
@@ -108,9 +118,11 @@ class TWN(Targeted):
       self.check_zeros(codes, count)
       top = jnp.max(scale, initial=0)
       used = jnp.where(codes == 0, top, jnp.abs(widen(w)))
-      state["threshold"] = jnp.min(used, initial=top) / 2
+      state |= self.halfway(jnp.min(used, initial=top), count)
     return w, {}, state
 
   def _codes(self, w: Array, state: Arrays) -> Array:
+    if self.sparsity is not None:
+      return self.codes(w, state)
     beyond = jnp.abs(widen(w)) > state["threshold"]
     return jnp.where(beyond, jnp.sign(w), jnp.zeros((), w.dtype))

@@ -109,6 +109,8 @@ def _measure(path: str, w: Any, outputs: int | tuple[int, ...]) -> _Layer:
   """Returns loss and bytes of a layer over the grid."""
   magnitude = np.sort(np.abs(np.asarray(w, np.float64)).ravel())
   n = magnitude.size
+  if not n:
+    return _Layer(path, np.zeros_like(_GRID), np.zeros_like(_GRID))
   zeros = np.minimum(np.round(_GRID * n).astype(np.int64), n - 1)
   above = np.cumsum(magnitude[::-1])[::-1][zeros]
   energy = float(np.sum(np.square(magnitude))) or 1.0

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from tern_jax.core.checks import call_repr, check_range
 from tern_jax.core.paths import check_patterns, exact, matches
 from tern_jax.core.types import Array, Count, Scalar, Schedule
+from tern_jax.targets.quantile import count_of
 
 #: Share of the weights by which a target may be missed while it is followed.
 TOLERANCE = 1e-3
@@ -180,18 +181,24 @@ class AcrossLayers:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-  """The share of one layer in a target across layers, at one step.
+  """The part of one layer in a target across layers, at one step.
 
   The whole target tells when to measure.
+
+  Args:
+    zeros: int32, 0-d, how many of the layer's weights are zero.
+    size: how many weights it has.
+    whole: the target of all layers.
   """
 
-  value: Scalar
+  zeros: Array | int
+  size: int
   whole: "Scalar | Schedule"
 
-  def __call__(self, count: Count) -> Scalar:
+  def __call__(self, count: Count) -> Array:
     """Returns the share; it holds for the step it was made for only."""
     del count
-    return self.value
+    return jnp.asarray(self.zeros, jnp.float32) / max(self.size, 1)
 
 
 #: Share of zeros: a number, an array, a schedule from the step count to one; of
@@ -217,6 +224,25 @@ def check_targets(sparsity: Target | None, paths: Sequence[str]) -> None:
     check_patterns([pattern for pattern, _ in sparsity.targets], paths)
     for path in paths:
       sparsity.of(path)
+
+
+def zeros_at(target: Target, count: Count, n: int) -> Array:
+  """Returns how many of n weights a target asks to be zero at a step, int32.
+
+  That is `round(sparsity * n)`, of a ramp from the step on that reaches it.
+
+  >>> int(zeros_at(ramp(0.3, 100), 50, 1000))
+  300
+  """
+  if isinstance(target, Share):
+    return jnp.asarray(target.zeros, jnp.int32)
+  if isinstance(target, float | int):
+    return count_of(n, target)
+  asked = count_of(n, at(target, count))
+  if isinstance(target, Ramp):
+    reached = jnp.asarray(count, jnp.float32) >= target.until * target.steps
+    return jnp.where(reached, count_of(n, target.sparsity), asked)
+  return asked
 
 
 def every_at(

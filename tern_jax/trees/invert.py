@@ -27,7 +27,7 @@ def invert(
     )
   latent, scales, state = leaf.invert(_fit(leaf, ternary, owner), count)
   axes = tuple(range(leaf.is_stack, w.ndim))
-  share = jnp.mean(ternary.codes == 0, axes, jnp.float32)
+  share = jnp.sum(ternary.codes == 0, axes, jnp.int32)
   fresh = leaf(
     lambda method, *args: method.refresh(*args),
     *(latent, scales, state),

@@ -38,14 +38,15 @@ class Leaf:
   ) -> Any:
     """Returns fn(method, *args), for each layer of a stack by itself.
 
-    The share of a target across layers is given where the method measures: 0-d,
-    or one for each layer.
+    The share of a target across layers, its number of zeros, is given where the
+    method measures: 0-d, or one for each layer.
     """
 
     def one(share: Array | None, *args: Any) -> Any:
       method, target = self.method, self.method.sparsity
       if isinstance(target, AcrossLayers):
-        own = Share(0.0 if share is None else share, target.sparsity)
+        zeros = 0 if share is None else share
+        own = Share(zeros, args[0].size, target.sparsity)
         method = method.replace(sparsity=own)
       if self.group_size is None:
         return fn(self._with_channels(method, args[0].shape), *args)
@@ -71,7 +72,9 @@ class Leaf:
   ) -> tuple[Array, Arrays, Arrays]:
     method = self.method
     if isinstance(method.sparsity, AcrossLayers):
-      method = method.replace(sparsity=jnp.mean(ternary.codes == 0))
+      zeros = jnp.sum(ternary.codes == 0, dtype=jnp.int32)
+      own = Share(zeros, ternary.codes.size, method.sparsity.sparsity)
+      method = method.replace(sparsity=own)
     try:
       if self.group_size is None:
         method = self._with_channels(method, ternary.shape)

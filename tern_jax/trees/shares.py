@@ -1,14 +1,14 @@
-"""A target across layers, divided: which share of each layer is zero."""
+"""A target across layers, divided: how many weights of each layer are zero."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from tern_jax.core.paths import matches_any
 from tern_jax.core.types import Array, Scalar
-from tern_jax.targets.quantile import magnitude_threshold
-from tern_jax.targets.schedules import AcrossLayers, at, look_at
+from tern_jax.targets.quantile import beyond, count_rows, equals, search
+from tern_jax.targets.schedules import AcrossLayers, look_at, zeros_at
 
 
 def shares_at(
@@ -18,19 +18,54 @@ def shares_at(
   count: Array,
   tolerance: Scalar = 0.0,
 ) -> dict[str, Array]:
-  """Returns {path: share of zeros under one threshold for all leaves}.
+  """Returns {path: number of zeros under one threshold for all leaves}, int32.
 
-  Of a stacked leaf it is one share for each layer.
+  Of a stacked leaf it is one number for each layer. They add up to what is
+  asked for: of magnitudes that equal the threshold, those of the first layers,
+  in the order of the tree, are zero.
   """
-  asked = at(target.sparsity, count)
-  threshold = magnitude_threshold(leaves.values(), asked, tolerance=tolerance)
+  n = sum(w.size for w in leaves.values())
+  asked = zeros_at(target.sparsity, count, n)
+  found = search(tuple(leaves.values()), asked, tolerance=tolerance)
+  under = _counts(leaves, stacked, lambda w: ~beyond(w, found.threshold))
 
-  def share(path: str, w: Array) -> Array:
-    axes = tuple(range(matches_any(stacked, path), w.ndim))
-    under = jnp.abs(w.astype(jnp.float32)) <= threshold
-    return jnp.mean(under, axes, jnp.float32)
+  def divide() -> dict[str, Array]:
+    ties = _counts(leaves, stacked, lambda w: equals(w, found.threshold))
+    fewer = jax.tree.map(jnp.subtract, under, ties)
+    rest = asked - _total(fewer)
+    zeros = {}
+    # In the order of the tree, in which dicts of a transformation are not.
+    for path in leaves:
+      before = jnp.cumsum(ties[path].ravel()).reshape(ties[path].shape)
+      before -= ties[path]
+      zeros[path] = fewer[path] + jnp.clip(rest - before, 0, ties[path])
+      rest -= jnp.sum(ties[path], dtype=jnp.int32)
+    return zeros
 
-  return {path: share(path, w) for path, w in leaves.items()}
+  return jax.lax.cond(found.is_split, divide, lambda: under)
+
+
+def _counts(
+  leaves: Mapping[str, Array],
+  stacked: Sequence[str],
+  which: Callable[[Array], Array],
+) -> dict[str, Array]:
+  """Returns {path: number of a leaf's weights}, of each layer of a stack."""
+  counts = {}
+  for path, w in leaves.items():
+    is_stack = matches_any(stacked, path)
+    chosen = which(w)
+    if chosen.ndim == is_stack:
+      chosen = chosen[..., None]
+    rows = count_rows(chosen)
+    counts[path] = jnp.sum(rows, tuple(range(is_stack, rows.ndim)), jnp.int32)
+  return counts
+
+
+def _total(counts: Mapping[str, Array]) -> Array:
+  return sum(
+    (jnp.sum(c, dtype=jnp.int32) for c in counts.values()), jnp.int32(0)
+  )
 
 
 def shares_if_due(
@@ -40,7 +75,7 @@ def shares_if_due(
   count: Array,
   every: Array | int,
 ) -> dict[str, Array]:
-  """Returns the shares of a step, zeros where no method measures."""
+  """Returns the numbers of a step, zeros where no method measures."""
   due, tolerance = look_at(every, target.sparsity, count)
 
   def divide() -> dict[str, Array]:

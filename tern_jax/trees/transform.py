@@ -31,6 +31,7 @@ from tern_jax.trees.finalize import finalize
 from tern_jax.trees.invert import dense_shape, invert, is_ternary
 from tern_jax.trees.leaf import Leaf, aligned
 from tern_jax.trees.shares import shares_at, shares_if_due
+from tern_jax.trees.start import checked_start
 
 #: A function of the transform, and of leaves, scales and state by path.
 OfLeaves = Callable[..., Any]
@@ -104,8 +105,8 @@ class ParamTransform:
 
     Raises:
       ValueError: nothing is selected, a pattern matches nothing, two leaves
-        print as the same path, a selected weight is NaN or infinite, or a
-        selected leaf cannot be divided into groups.
+        print as the same path, a selected weight is NaN or infinite, or so
+        large that a scale is, or a selected leaf cannot be divided into groups.
       TypeError: a selected leaf is not floating-point.
     """
     self._check_paths(tree)
@@ -125,7 +126,7 @@ class ParamTransform:
       )
 
     self.map(start, tree)
-    return TernParams(latent=latent, scales=scales), state
+    return checked_start(self, tree, TernParams(latent, scales), state)
 
   def from_ternary(
     self, tree: PyTree, step: Count = 0

@@ -1,0 +1,55 @@
+"""Whether what a method makes of initial weights can be trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from tern_jax.core.checks import concrete
+from tern_jax.core.containers import TernParams
+from tern_jax.core.paths import path_str
+from tern_jax.core.types import Arrays, PyTree, State
+from tern_jax.trees.invert import is_ternary
+
+if TYPE_CHECKING:
+  from tern_jax.trees.transform import ParamTransform
+
+
+def checked_start(
+  tern: ParamTransform, tree: PyTree, params: TernParams, state: State
+) -> tuple[TernParams, State]:
+  """Returns (params, state); a ValueError if they hold NaN or infinity.
+
+  Those that are traced pass.
+  """
+  weights = tern.selected(tree)
+  if not all(map(concrete, weights.values())):
+    return params, state
+  latents = tern.selected(params.latent)
+  made = jax.tree_util.tree_leaves_with_path(
+    tern.discretize(params, state), is_leaf=is_ternary
+  )
+  for keys, ternary in made:
+    if not is_ternary(ternary):
+      continue
+    path = path_str(keys)
+    arrays = {"latents": latents[path], **params.scales[path], **state[path]}
+    arrays |= {"w_n": ternary.w_n, "w_p": ternary.w_p}
+    bad = [k for k, finite in _are_finite(arrays).items() if not finite]
+    if bad:
+      w = weights[path]
+      top = float(jnp.max(jnp.abs(w), initial=0))
+      raise ValueError(
+        f"{path}: {tern.method!r} makes {', '.join(sorted(bad))} infinite or"
+        f" NaN: magnitudes of weights are up to {top:.4g}, and what is computed"
+        f" of them overflows {w.dtype} or float32. Scale these weights down,"
+        " take a wider dtype, or exclude this leaf in kernels(exclude=...)."
+      )
+  return params, state
+
+
+@jax.jit
+def _are_finite(arrays: Arrays) -> Arrays:
+  return {k: jnp.all(jnp.isfinite(x)) for k, x in arrays.items()}
