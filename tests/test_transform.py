@@ -32,7 +32,7 @@ def test_latent_keeps_the_user_s_tree_and_scales_are_named_by_path():
   params, state = tern.init(tree)
   assert jax.tree.structure(params.latent) == jax.tree.structure(tree)
   assert list(params.scales) == ["body/kernel"]
-  assert sorted(state["body/kernel"]) == ["count", "floor", "threshold"]
+  assert sorted(state["body/kernel"]) == ["count", "cut", "floor", "threshold"]
   np.testing.assert_array_equal(
     params.latent["head"]["kernel"], tree["head"]["kernel"]
   )

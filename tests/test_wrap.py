@@ -1,13 +1,19 @@
 """`wrap` in everybody's chain, and `finalize`, which ends a training."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from flax import linen as nn
+from flax import serialization
 from jax import monitoring
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import tern_jax
 from tern_jax import SCA, TGA, TTQ, TWN, ParamTransform, Ternary, TernParams
@@ -258,6 +264,89 @@ def test_the_average_is_one_of_latents():
   np.testing.assert_array_equal(codes != 0, wanted)
 
 
+MESHES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+@pytest.mark.parametrize("spec", [P("x", None), P(None, "x")], ids=str)
+@pytest.mark.parametrize("kind", MESHES)
+def test_parameters_may_be_sharded(kind, spec):
+  mesh = jax.make_mesh((4,), ("x",), (MESHES[kind],))
+  placed = jax.tree.map(
+    lambda w: jax.device_put(
+      w, NamedSharding(mesh, spec if w.ndim == 2 else P(None))
+    ),
+    start(),
+  )
+
+  def gathered(params):
+    if kind == "explicit":
+      params = jax.tree.map(
+        lambda w: jax.sharding.reshard(w, P(*[None] * w.ndim)), params
+      )
+    return loss(params)
+
+  with jax.set_mesh(mesh):
+    params, state = train(WRAPPED, params=placed, loss=gathered)
+    for tree in params, state.params.latent:
+      assert tree["a"]["kernel"].sharding.is_equivalent_to(
+        NamedSharding(mesh, spec), 2
+      )
+    assert_live(RECIPE.tern, state, params)
+  assert_close(params, train(WRAPPED)[0])
+
+
+@pytest.mark.parametrize("names", [("x", None), (None, "x")], ids=str)
+def test_partitioned_parameters_of_linen(names):
+  # Flax's own way: boxes name the axes, and the state is sharded as they say.
+  mesh = jax.make_mesh((4,), ("x",), (AxisType.Auto,))
+  initializer = nn.initializers.lecun_normal()
+  net = nn.Dense(
+    4, use_bias=False, kernel_init=nn.with_partitioning(initializer, names)
+  )
+  x, y = X, jnp.sin(X[:, :4])
+
+  def init(key):
+    params = net.init(key, x)["params"]
+    return params, WRAPPED.init(params)
+
+  key = jax.random.key(0)
+  shardings = nn.get_sharding(jax.eval_shape(init, key), mesh)
+
+  @functools.partial(jax.jit, out_shardings=shardings)
+  def step(params, state):
+    grads = jax.grad(
+      lambda p: jnp.mean(jnp.square(net.apply({"params": p}, x) - y))
+    )(params)
+    updates, state = WRAPPED.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  params, state = jax.jit(init, out_shardings=shardings)(key)
+  for _ in range(STEPS):
+    params, state = step(params, state)
+  assert_live(RECIPE.tern, state, params)
+  final = nn.unbox(RECIPE.tern.finalize(state))["kernel"]
+  assert jnp.sum(final.codes == 0) == 16
+
+
+@pytest.mark.parametrize("by", ["Checkpointer", "orbax", "flax"])
+def test_a_run_is_stored_and_goes_on(by, tmp_path):
+  tx = RECIPE.optimizer(ema=0.9)
+  half = train(tx, STEPS // 2)
+  if by == "Checkpointer":
+    with tern_jax.Checkpointer(tmp_path) as run:
+      run.save(1, half, {})
+      again, _, _ = run.restore(half)
+  elif by == "orbax":
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(tmp_path / "run", half)
+      checkpointer.wait_until_finished()
+      again = checkpointer.restore(tmp_path / "run", half)
+  else:
+    again = serialization.from_bytes(half, serialization.to_bytes(half))
+  assert jax.tree.structure(again) == jax.tree.structure(half)
+  jax.tree.map(np.testing.assert_array_equal, again, half)
+
+
 def around(tx):
   """Transforms that change the parameters behind the back of `wrap`."""
   return {
@@ -440,3 +529,64 @@ def test_eager_calls_compile_once(method):
   finally:
     monitoring.unregister_event_duration_listener(listen)
   assert made[1:] == [0] * 11
+
+
+def forgotten():
+  """Each call of the training by hand, and what comes of a script without it.
+
+  (call, function of tern, params, state; error): None for the right weights.
+  """
+  tree, chain = start(), optax.chain(RECIPE.wdr, ADAM)
+  return {
+    "init": (lambda tern, p, s: tern(tree, s), "needs the TernParams"),
+    "tern(params, state)": (lambda tern, p, s: loss(p), "has no item 'a'"),
+    "params of update": (
+      lambda tern, p, s: chain.update(p, chain.init(p)),
+      r"call tx\.update\(grads, opt_state, params\)",
+    ),
+    "after_step": (
+      lambda tern, p, s: tern.finalize(*tern.init(tree)),
+      "call tern.after_step after each update",
+    ),
+    "state of finalize": (
+      lambda tern, p, s: tern.finalize(p),
+      r"finalize\(params, state\)",
+    ),
+    "finalize, latents packed": (
+      lambda tern, p, s: tern_jax.pack(p),
+      r"tern\.finalize\(params, state\)",
+    ),
+    "finalize, weights packed": (
+      lambda tern, p, s: tern_jax.pack(tern(p, s)),
+      r"tern\.finalize\(params, state\)",
+    ),
+    "finalize, discretized": (
+      lambda tern, p, s: tern_jax.pack(tern.discretize(p, s)),
+      None,
+    ),
+    "pack": (
+      lambda tern, p, s: tern_jax.save_packed("net", tern.finalize(p, s)),
+      r"call tern_jax\.pack",
+    ),
+  }
+
+
+@pytest.mark.parametrize("call", forgotten())
+def test_a_forgotten_call_is_an_error_or_does_no_harm(call):
+  tern, params, state = by_hand(40)
+  fn, error = forgotten()[call]
+  if error is None:
+    right = tern_jax.pack(tern.finalize(params, state))
+    jax.tree.map(np.testing.assert_array_equal, fn(tern, params, state), right)
+  else:
+    with pytest.raises((TypeError, ValueError), match=error):
+      fn(tern, params, state)
+
+
+def test_a_forgotten_after_step_of_a_number_does_no_harm():
+  tern = ParamTransform(SCA(sparsity=0.75))
+  params, state = tern.init(start())
+  moved = params.replace(
+    latent=jax.tree.map(lambda x: x + 0.01 * jnp.sin(50 * x), params.latent)
+  )
+  assert zeros(tern.finalize(moved, state)) == 72

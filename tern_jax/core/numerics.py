@@ -1,12 +1,14 @@
 """Statistics of arrays and of their channels, in float32 or wider."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from tern_jax.core.checks import concrete
@@ -41,6 +43,15 @@ def either(
   if concrete(choice):
     return on_true() if choice else on_false()
   return jax.lax.cond(choice, on_true, on_false)
+
+
+def whole(x: Array, axes: Collection[int]) -> Array:
+  """Has axes whole on each device, as explicit meshes ask for to split them."""
+  sharding = jax.typeof(x).sharding
+  spec = [None if i in axes else s for i, s in enumerate(sharding.spec)]
+  if spec == list(sharding.spec):
+    return x
+  return jax.sharding.reshard(x, NamedSharding(sharding.mesh, P(*spec)))
 
 
 def reduced_axes(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from tern_jax.core.numerics import widen
+from tern_jax.core.numerics import whole, widen
 from tern_jax.core.paths import lift, path_str
 from tern_jax.core.types import Array, KeyPath, PyTree
 from tern_jax.regularizers.formulas import check_floating, wdr_barrier
@@ -69,7 +69,8 @@ class Churn:
 
     def layer(theta: Array, alpha: Array) -> Array:
       w = jnp.abs(jnp.tanh(self.gain * widen(theta)))
-      return jnp.packbits(jnp.atleast_1d(w > wdr_barrier(alpha)), axis=-1)
+      nonzero = jnp.atleast_1d(w > wdr_barrier(alpha))
+      return jnp.packbits(whole(nonzero, (nonzero.ndim - 1,)), axis=-1)
 
     def leaf(path: KeyPath, theta: Array, alpha: Array) -> Array:
       check_floating(printed := path_str(path), theta)

@@ -16,6 +16,7 @@ import numpy as np
 from tern_jax.core.checks import concrete
 from tern_jax.core.containers import Ternary, TernParams, aligned, own
 from tern_jax.core.interop import serializable
+from tern_jax.core.numerics import whole
 from tern_jax.core.paths import path_str
 from tern_jax.core.printing import weights_repr
 from tern_jax.core.select import Kernels
@@ -283,6 +284,7 @@ def _count_bits(plane: np.ndarray) -> np.integer:
 
 def _pack_bits(bits: Array, lead: int) -> Array:
   axis = packed_axis(bits.shape, lead)
+  bits = whole(bits, range(lead, bits.ndim) if axis is None else (axis,))
   if axis is None:
     axis, size = lead, math.prod(bits.shape[lead:])
     bits = bits.reshape(*bits.shape[:lead], size)
@@ -315,6 +317,12 @@ def _check_ternary(name: str, t: Ternary) -> None:
     raise TypeError(f"{name}: codes must be int8, got {t.codes.dtype}: {hint}.")
   if wrong := "; ".join(_scale_faults(t.w_p, t.w_n, t.codes.shape)):
     raise ValueError(f"{name}: {wrong}.")
+  for field, w in (("w_p", t.w_p), ("w_n", t.w_n)):
+    if concrete(w) and not jnp.all(jnp.isfinite(w)):
+      raise ValueError(
+        f"{name}: {field} is NaN or infinite: the training has diverged, or the"
+        f" magnitudes do not fit {w.dtype}."
+      )
   if concrete(t.codes):
     codes = jnp.asarray(t.codes).astype(jnp.int32)
     if not jnp.all(jnp.abs(codes) <= 1):

@@ -279,7 +279,7 @@ def _slabs(counts: Array, index: Array, rest: Array) -> tuple[Array, Array]:
   def total(number: Array) -> Array:
     return jnp.sum(jnp.where(index < number, counts, 0), dtype=jnp.int32)
 
-  def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+  def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
     low, high = ends
     middle = (low + high) // 2
     fits = total(middle) <= rest

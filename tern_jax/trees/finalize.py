@@ -29,8 +29,7 @@ def finalize(
 ) -> PyTree:
   """Returns ternary weights; see `ParamTransform.finalize`."""
   params, state, dtypes = _parts(trained, rest)
-  for tree in params.latent, params.scales:
-    _check_finite(tree, "the training has diverged, go back to before that")
+  check_finite(params)
   state = {
     path: _at_the_end(path, target_of(tern.method.sparsity, path), own, early)
     for path, own in state.items()
@@ -42,6 +41,12 @@ def finalize(
   tree = _filled(_of_dtypes(tree, dtypes), rest)
   _check_finite(tree, "its magnitude does not fit this dtype, take a wider one")
   return tree
+
+
+def check_finite(params: TernParams) -> None:
+  """Raises a ValueError if a latent, scale or float leaf is NaN or infinite."""
+  for tree in params.latent, params.scales:
+    _check_finite(tree, "the training has diverged, go back to before that")
 
 
 def _parts(trained: PyTree, rest: PyTree) -> tuple[TernParams, State, Dtypes]:

@@ -1,7 +1,6 @@
 """ParamTransform: a method and a predicate, lifted to a parameter tree."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +12,8 @@ from tern_jax.core.checks import (
   call_repr,
   check_range,
   check_weights,
-  concrete,
 )
-from tern_jax.core.containers import Ternary, TernParams
+from tern_jax.core.containers import TernParams
 from tern_jax.core.method import Ternarizer
 from tern_jax.core.names import found
 from tern_jax.core.paths import (
@@ -25,16 +23,12 @@ from tern_jax.core.paths import (
   path_str,
 )
 from tern_jax.core.select import selector
-from tern_jax.core.types import Array, Arrays, Count, KeyPath, PyTree, State
-from tern_jax.targets.schedules import AcrossLayers, check_targets, target_of
-from tern_jax.trees.finalize import finalize
+from tern_jax.core.types import Array, Count, KeyPath, PyTree, State
+from tern_jax.targets.schedules import check_targets
+from tern_jax.trees.finalize import check_finite, finalize
 from tern_jax.trees.invert import dense_shape, invert, is_ternary
-from tern_jax.trees.leaf import Leaf, aligned
-from tern_jax.trees.shares import shares_at, shares_if_due
+from tern_jax.trees.layers import Layers, OfLeaves
 from tern_jax.trees.start import checked_start
-
-#: A function of the transform, and of leaves, scales and state by path.
-OfLeaves = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -110,22 +104,15 @@ class ParamTransform:
       TypeError: a selected leaf is not floating-point.
     """
     self._check_paths(tree)
-    scales, state = {}, {}
 
     def latent_of(path: str, w: Array) -> Array:
       check_weights(path, w)
-      return self._leaf(path)(lambda method, w: method.latent(w), w)
+      return self.layers.leaf(path)(lambda method, w: method.latent(w), w)
 
     latent = self.map(latent_of, tree)
-    shares = self._shares(self.selected(latent), jnp.zeros((), jnp.int32))
-
-    def start(path: str, w: Array) -> None:
-      leaf, share = self._leaf(path), shares.get(path)
-      scales[path], state[path] = leaf(
-        lambda method, w: method.init(w), w, share=share
-      )
-
-    self.map(start, tree)
+    scales, state = self.layers.start(
+      self.selected(latent), self.selected(tree)
+    )
     return checked_start(self, tree, TernParams(latent, scales), state)
 
   def from_ternary(
@@ -160,7 +147,7 @@ class ParamTransform:
         )
       if not is_ternary(leaf):
         return leaf
-      made = invert(self._leaf(printed), leaf, count, self)
+      made = invert(self.layers.leaf(printed), leaf, count, self)
       w, scales[printed], state[printed] = made
       return w
 
@@ -172,22 +159,27 @@ class ParamTransform:
 
     Differentiable in params. Leaves that are not selected pass unchanged.
     """
-    made = self._run(ParamTransform.weights_of, params, state)
+    made = self._run(Layers.weights, params, state)
     return self.replaced(params.latent, made)
 
   def discretize(self, params: TernParams, state: State) -> PyTree:
     """Returns the user's tree with a `Ternary` at each selected leaf.
 
-    `finalize` also meets the target, and looks at what it is given.
+    `finalize` also meets the target.
+
+    Raises:
+      ValueError: a leaf holds NaN or infinity; traced ones pass.
     """
-    made = self._run(ParamTransform._discretized, params, state)
+    _check_params(params)
+    check_finite(params)
+    made = self._run(Layers.discretize, params, state)
     return self.replaced(params.latent, made)
 
   def after_step(
     self, params: TernParams, state: State
   ) -> tuple[TernParams, State]:
     """Returns (params, state) for the next step; call it after each update."""
-    scales, state = self._run(ParamTransform._after_step, params, state)
+    scales, state = self._run(Layers.after_step, params, state)
     return params.replace(scales=scales), state
 
   def refresh(
@@ -198,7 +190,7 @@ class ParamTransform:
     Call it after the latents were replaced, by their moving averages for
     example. `finalize` does it by itself.
     """
-    scales, state = self._run(ParamTransform._refreshed, params, state)
+    scales, state = self._run(Layers.refresh, params, state)
     return params.replace(scales=scales), state
 
   def finalize(
@@ -260,22 +252,6 @@ class ParamTransform:
   def _layer_shape(self, path: str, leaf: Any) -> tuple[int, ...]:
     return leaf.shape[matches_any(self.stacked, path) :]
 
-  def _leaf(self, path: str) -> Leaf:
-    """Returns how the method is applied to a leaf, with a target of its own."""
-    method = self.method
-    own = target_of(method.sparsity, path)
-    if own is not method.sparsity:
-      method = method.replace(sparsity=own)
-    is_stack = matches_any(self.stacked, path)
-    return Leaf(path, method, is_stack, self.group_size)
-
-  def _shares(self, leaves: Arrays, count: Array) -> Arrays:
-    """Returns the exact shares of a target across layers, {} of another."""
-    target = self.method.sparsity
-    if not isinstance(target, AcrossLayers):
-      return {}
-    return shares_at(target, leaves, self.stacked, count)
-
   def selected(self, tree: PyTree) -> dict[str, Any]:
     """Returns the selected leaves of a tree by their paths."""
     leaves: dict[str, Any] = {}
@@ -298,97 +274,16 @@ class ParamTransform:
 
     return jax.tree_util.tree_map_with_path(visit, tree)
 
+  @property
+  def layers(self) -> Layers:
+    """What is done to leaves by path."""
+    return Layers(self.method, self.stacked, self.group_size)
+
   def _run(self, fn: OfLeaves, params: TernParams, state: State) -> Any:
-    """Calls a function of leaves, scales and state, by path.
-
-    Outside of a program it is compiled as one, once: what is done step by step
-    would be compiled leaf by leaf, and conditionals again at each call.
-    """
+    """Calls a function of layers, on the selected leaves."""
     _check_params(params)
-    args = self.selected(params.latent), params.scales, state
-    if all(map(concrete, jax.tree.leaves(args))) and _is_static(self):
-      return _compiled(fn, self, *args)
-    return fn(self, *args)
-
-  def weights_of(self, leaves: Arrays, scales: State, state: State) -> Arrays:
-    """Returns the effective weights of latents, all by path."""
-    return {
-      path: self._leaf(path)(
-        lambda method, *args: method(*args), w, scales[path], state[path]
-      )
-      for path, w in leaves.items()
-    }
-
-  def _discretized(
-    self, leaves: Arrays, scales: State, state: State
-  ) -> dict[str, Ternary]:
-    def discretized(path: str, w: Array) -> Ternary:
-      ternary = self._leaf(path)(
-        lambda method, *args: method.discretize(*args),
-        *(w, scales[path], state[path]),
-      )
-      return aligned(ternary)
-
-    return {path: discretized(path, w) for path, w in leaves.items()}
-
-  def _after_step(
-    self, leaves: Arrays, scales: State, state: State
-  ) -> tuple[State, State]:
-    shares, target = {}, self.method.sparsity
-    if isinstance(target, AcrossLayers):
-      every, count = self.method.every, _count(state) + 1
-      shares = shares_if_due(target, leaves, self.stacked, count, every)
-    return self._update(
-      lambda method, *args: method.after_step(*args),
-      *(leaves, scales, state, shares),
-    )
-
-  def _refreshed(
-    self, leaves: Arrays, scales: State, state: State
-  ) -> tuple[State, State]:
-    return self._update(
-      lambda method, *args: method.refresh(*args),
-      *(leaves, scales, state, self._shares(leaves, _count(state))),
-    )
-
-  def _update(
-    self,
-    fn: Callable[..., tuple[Arrays, Arrays]],
-    leaves: Arrays,
-    scales: State,
-    state: State,
-    shares: Arrays,
-  ) -> tuple[State, State]:
-    """Applies fn(method, w, scales, state) -> (scales, state) to each leaf."""
-    made = {
-      path: self._leaf(path)(
-        fn, w, scales[path], state[path], share=shares.get(path)
-      )
-      for path, w in leaves.items()
-    }
-    return {k: x for k, (x, _) in made.items()}, {
-      k: x for k, (_, x) in made.items()
-    }
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _compiled(fn: OfLeaves, tern: ParamTransform, *args: PyTree) -> Any:
-  return fn(tern, *args)
-
-
-def _is_static(tern: ParamTransform) -> bool:
-  """Whether no hyper-parameter is an array, which cannot be hashed."""
-  try:
-    hash(tern)
-  except TypeError:
-    return False
-  return True
-
-
-def _count(state: State) -> Array:
-  """Returns the step at which the targets of a state are."""
-  counts = (jnp.ravel(x["count"]) for x in state.values() if "count" in x)
-  return next(counts, jnp.zeros(1, jnp.int32))[0]
+    leaves = self.selected(params.latent)
+    return self.layers.run(fn, leaves, params.scales, state)
 
 
 def _check_params(params: object) -> None:

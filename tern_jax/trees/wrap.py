@@ -155,7 +155,9 @@ class _Wrap:
     new, of_method = jax.lax.optimization_barrier(
       tern.after_step(_moved(old, moved), state.state)
     )
-    weights = tern.weights_of(tern.selected(new.latent), new.scales, of_method)
+    weights = tern.layers.weights(
+      tern.selected(new.latent), new.scales, of_method
+    )
     changes = _changes(weights, tern.selected(params))
     return tern.replaced(moved.latent, changes), WrapState(
       jnp.asarray(optax.safe_increment(state.count)),
@@ -253,7 +255,7 @@ def _pulled(
     )
 
   def weights(leaves: Arrays, scales: PyTree) -> Arrays:
-    return tern.weights_of(leaves, scales, state.state)
+    return tern.layers.weights(leaves, scales, state.state)
 
   _, pull = jax.vjp(weights, leaves, old.scales)
   of_leaves, of_scales = pull(
@@ -304,7 +306,7 @@ def _strayed(tern: ParamTransform, state: WrapState, params: PyTree) -> Array:
   )
 
   def look() -> Array:
-    weights = tern.weights_of(
+    weights = tern.layers.weights(
       {path: latent[path]}, state.params.scales, state.state
     )
     off = _is_off(held[path], weights[path])
