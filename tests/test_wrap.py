@@ -124,6 +124,7 @@ CHAINS = {
     *RECIPE,
   ),
   "lion": tern_jax.wrap(optax.lion(1e-3), *RECIPE),
+  "SAM around": optax.contrib.sam(WRAPPED, optax.sgd(0.01), opaque_mode=True),
   "EC2T": tern_jax.wrap(ADAM, ParamTransform(tern_jax.EC2T(sparsity=0.5))),
   "TTQ, one scale a channel": tern_jax.wrap(
     ADAM, ParamTransform(TTQ(sparsity=0.5, channel_axis=-1))
@@ -134,7 +135,10 @@ CHAINS = {
 @pytest.mark.parametrize("name", CHAINS)
 def test_any_chain_holds_the_ternary_weights(name):
   steps = 2 * STEPS if name == "MultiSteps" else STEPS
-  params, state = train(CHAINS[name], steps)
+  extra = {}
+  if name == "SAM around":
+    extra["grad_fn"] = lambda params, _: jax.grad(loss)(params)
+  params, state = train(CHAINS[name], steps, **extra)
   (own,) = tern_jax.trees.state.find(state)
   assert int(own.count) == STEPS
   assert int(own.strayed) == 0

@@ -77,7 +77,7 @@ def _raise_strayed(own: WrapState) -> None:
   raise ValueError(
     f"At {own.strayed} of the looks in {own.count} updates the parameters given"
     " to tern_jax.wrap were not the ternary weights of its state, but something"
-    " else that changes them: weight decay, averaging, Lookahead, SAM or"
+    " else that changes them: weight decay, averaging, Lookahead or"
     " schedule_free around tern_jax.wrap, or parameters of another run. Put"
     " such transforms inside, tern_jax.wrap(optax.chain(...), tern), averaging"
     " as ema=."

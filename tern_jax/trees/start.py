@@ -9,9 +9,8 @@ import jax.numpy as jnp
 
 from tern_jax.core.checks import concrete
 from tern_jax.core.containers import TernParams
-from tern_jax.core.paths import path_str
 from tern_jax.core.types import Arrays, PyTree, State
-from tern_jax.trees.invert import is_ternary
+from tern_jax.trees.layers import Layers
 
 if TYPE_CHECKING:
   from tern_jax.trees.transform import ParamTransform
@@ -28,13 +27,8 @@ def checked_start(
   if not all(map(concrete, weights.values())):
     return params, state
   latents = tern.selected(params.latent)
-  made = jax.tree_util.tree_leaves_with_path(
-    tern.discretize(params, state), is_leaf=is_ternary
-  )
-  for keys, ternary in made:
-    if not is_ternary(ternary):
-      continue
-    path = path_str(keys)
+  args = latents, params.scales, state
+  for path, ternary in tern.layers.run(Layers.discretize, *args).items():
     arrays = {"latents": latents[path], **params.scales[path], **state[path]}
     arrays |= {"w_n": ternary.w_n, "w_p": ternary.w_p}
     bad = [k for k, finite in _are_finite(arrays).items() if not finite]

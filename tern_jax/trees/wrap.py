@@ -1,6 +1,7 @@
 """`wrap`: an optax transformation that makes any training script ternary."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any, cast
 
 import jax
@@ -56,9 +57,10 @@ def wrap(
   Weights are float in the first forward, which comes before the first update;
   `tern(s.params, s.state)` of `s = tx.init(params)` are those to start from
   otherwise. What changes the parameters around it (weight decay, averaging,
-  Lookahead, SAM, schedule_free) is overwritten at the next update, and
-  `finalize` says so: put such transforms inside. Weights whose sign flips in an
-  update may be off by a unit in the last place until the next one.
+  Lookahead, schedule_free) is overwritten at the next update, and `finalize`
+  says so: put such transforms inside. SAM goes around, in its opaque mode.
+  Weights whose sign flips in an update may be off by a unit in the last place
+  until the next one.
 
   Args:
     tx: the script's optimizer. It sees `TernParams`: a tree of labels or masks
@@ -151,14 +153,14 @@ class _Wrap:
     moved, of_inner = cast(Any, updated)
     # What is kept and what the script makes of it are of one rounding: programs
     # may compute a sum twice, and not to the same last bit.
-    moved = moved.replace(latent=_rounded(tern, moved.latent))
+    moved = moved.replace(latent=_rounded(moved.latent, state.state))
     new, of_method = jax.lax.optimization_barrier(
       tern.after_step(_moved(old, moved), state.state)
     )
     weights = tern.layers.weights(
       tern.selected(new.latent), new.scales, of_method
     )
-    changes = _changes(weights, tern.selected(params))
+    changes = _changes(weights, _at(weights, params))
     return tern.replaced(moved.latent, changes), WrapState(
       jnp.asarray(optax.safe_increment(state.count)),
       new,
@@ -247,7 +249,8 @@ def _pulled(
   tern: ParamTransform, old: TernParams, state: WrapState, grads: PyTree
 ) -> TernParams:
   """Returns gradients of latents and scales, from those of the weights."""
-  leaves, given = tern.selected(old.latent), tern.selected(grads)
+  leaves = tern.selected(old.latent)
+  given = _at(leaves, grads)
   if missing := sorted(leaves.keys() - given.keys()):
     raise ValueError(
       f"{missing[0]} has no gradient, but is to be ternary: leave it out, as in"
@@ -273,14 +276,21 @@ def _moved(old: Any, by: Any) -> Any:
   return jax.tree.map(leaf, old, by, is_leaf=lambda x: x is None)
 
 
-def _rounded(tern: ParamTransform, updates: PyTree) -> PyTree:
-  """Has the updates that the script adds by itself computed once."""
+def _rounded(updates: PyTree, weights: Collection[str]) -> PyTree:
+  """Has updates computed once, which the script adds by itself."""
 
   def leaf(path: KeyPath, u: Array) -> Array:
-    own = not tern.where.selects(path_str(path), u)
+    own = path_str(path) not in weights
     return jax.lax.optimization_barrier(u) if own else u
 
   return jax.tree_util.tree_map_with_path(leaf, updates)
+
+
+def _at(paths: Collection[str], tree: PyTree) -> Arrays:
+  """Returns the leaves of a tree at some paths, as far as they are there."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  named = ((path_str(path), leaf) for path, leaf in leaves)
+  return {path: leaf for path, leaf in named if path in paths}
 
 
 def _changes(weights: Arrays, held: Arrays) -> Arrays:
@@ -300,7 +310,8 @@ def _strayed(tern: ParamTransform, state: WrapState, params: PyTree) -> Array:
   The smallest leaf tells: what goes around an optimizer changes all of them,
   and a look at all would cost a tenth of a step.
   """
-  latent, held = tern.selected(state.params.latent), tern.selected(params)
+  latent = tern.selected(state.params.latent)
+  held = _at(latent, params)
   path = min(
     latent, key=lambda path: (latent[path].size == 0, latent[path].size)
   )
