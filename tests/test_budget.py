@@ -114,7 +114,7 @@ def test_across_layers_has_one_threshold():
   assert got["a"] > 0.9 > got["c"]
 
 
-@pytest.mark.sample(3)
+@pytest.mark.long
 @pytest.mark.parametrize("where", ["vmap", "sharded"])
 def test_across_layers_everywhere(where):
   tree = net()

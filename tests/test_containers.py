@@ -319,6 +319,7 @@ assert jax.tree.all(jax.tree.map(jnp.array_equal, back, tree))
 """
 
 
+@pytest.mark.long
 def test_exports_and_bytes_in_a_fresh_process():
   def run(program, given=None):
     command = [sys.executable, "-W", "error", "-c", program]

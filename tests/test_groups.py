@@ -416,9 +416,8 @@ def test_groups_of_attention_are_those_of_the_matrix(group_size):
   assert got["out"].w_p.shape == (HEADS // heads, per_head, 12)
 
 
-@pytest.mark.parametrize(
-  "group_size", [16, helpers.long(None), helpers.long(4)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("group_size", [16, None, 4])
 def test_attention_is_trained_on_from_what_was_packed(group_size):
   method = TTQ(channel_axis=-1)
   tern = ParamTransform(method, stacked="blocks", group_size=group_size)

@@ -70,6 +70,7 @@ def test_fit_trains_ternary_weights(tmp_path):
   )
 
 
+@pytest.mark.long
 def test_a_run_is_saved_and_goes_on(tmp_path):
   recipe = tern_jax.recipe(0.5, steps=16)
   net = fitted(model(), recipe.optimizer(), epochs=2)

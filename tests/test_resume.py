@@ -427,8 +427,10 @@ def test_the_file_must_be_what_the_method_can_make():
     from_packed(packed, Halves())
   with pytest.raises(ValueError, match=r"w: magnitudes must be .* -0.5"):
     from_packed(pack_codes(codes, -0.5), TTQ())
+  nan = jnp.array(np.nan, jnp.float32)
+  broken = dataclasses.replace(packed["w"], w_p=nan, w_n=nan)
   with pytest.raises(ValueError, match="w holds 6 NaN"):
-    from_packed(pack_codes(codes, np.nan), TTQ())
+    from_packed({"w": broken}, TTQ())
   tern = ParamTransform(TWN(channel_axis=-1), group_size=3)
   with pytest.raises(ValueError, match="w: group_size=3 does not divide the 2"):
     from_packed(packed, tern)

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import tern_jax
 from tern_jax import SCA, TGA, TTQ, TWN, ParamTransform, Ternary, TernParams
+from tests.helpers import long
 
 pytestmark = pytest.mark.usefixtures("standard_promotion_throughout")
 
@@ -132,7 +133,13 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize("name", CHAINS)
+# What differs from the others in more than an optimizer; the rest is long.
+_QUICK = "itself", "MultiSteps", "masked decay", "TTQ, one scale a channel"
+
+
+@pytest.mark.parametrize(
+  "name", [name if name in _QUICK else long(name) for name in CHAINS]
+)
 def test_any_chain_holds_the_ternary_weights(name):
   steps = 2 * STEPS if name == "MultiSteps" else STEPS
   extra = {}
@@ -227,6 +234,7 @@ def test_narrow_parameters_have_wide_latents():
   assert_live(RECIPE.tern, state, params)
 
 
+@pytest.mark.long
 def test_seeds_are_mapped_over():
   def run(key):
     params = jax.tree.map(
@@ -241,6 +249,7 @@ def test_seeds_are_mapped_over():
   assert jnp.sum(params["a"]["kernel"] == 0, (1, 2)).tolist() == [48] * 3
 
 
+@pytest.mark.long
 def test_rematerialized_losses_train_the_same():
   plain, _ = train(WRAPPED)
   again, _ = train(WRAPPED, loss=jax.checkpoint(loss))
@@ -271,8 +280,15 @@ def test_the_average_is_one_of_latents():
 MESHES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 
 
-@pytest.mark.parametrize("spec", [P("x", None), P(None, "x")], ids=str)
-@pytest.mark.parametrize("kind", MESHES)
+@pytest.mark.parametrize(
+  ("kind", "spec"),
+  [
+    ("explicit", P("x", None)),
+    long("explicit", P(None, "x")),
+    long("auto", P("x", None)),
+    long("auto", P(None, "x")),
+  ],
+)
 def test_parameters_may_be_sharded(kind, spec):
   mesh = jax.make_mesh((4,), ("x",), (MESHES[kind],))
   placed = jax.tree.map(
@@ -299,7 +315,7 @@ def test_parameters_may_be_sharded(kind, spec):
   assert_close(params, train(WRAPPED)[0])
 
 
-@pytest.mark.parametrize("names", [("x", None), (None, "x")], ids=str)
+@pytest.mark.parametrize("names", [("x", None), long((None, "x"))], ids=str)
 def test_partitioned_parameters_of_linen(names):
   # Flax's own way: boxes name the axes, and the state is sharded as they say.
   mesh = jax.make_mesh((4,), ("x",), (AxisType.Auto,))
@@ -506,7 +522,11 @@ def test_soft_weights_must_be_near_their_codes():
 
 @pytest.mark.parametrize(
   "method",
-  [TGA(), TWN(), SCA(sparsity=0.5), TWN(sparsity=tern_jax.across_layers(0.5))],
+  [
+    TGA(),
+    long(SCA(sparsity=0.5)),
+    TWN(sparsity=tern_jax.across_layers(0.5)),
+  ],
 )
 def test_eager_calls_compile_once(method):
   compiled = []
