@@ -35,7 +35,7 @@ from tern_jax.core.containers import Ternary, TernParams
 from tern_jax.storage import tensors
 from tern_jax.storage.leaves import is_whole
 from tern_jax.storage.packed import PackedTernary, pack, unpack
-from tests.helpers import NnxNet, assert_same, reseal
+from tests.helpers import NnxNet, assert_same, long, reseal
 
 
 def ternary(shape, dtype=jnp.float32, scale_shape=(), seed=0):
@@ -108,6 +108,7 @@ def test_a_small_net_costs_little_more_than_its_bits(tmp_path):
   assert (tmp_path / "net" / "spec" / "data.json").stat().st_size < 3000
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (0, 8), (3, 5), (2, 3, 16)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_shapes_and_scale_dtypes(tmp_path, shape, dtype):
@@ -175,7 +176,7 @@ STACKS = {
 }
 
 
-@pytest.mark.parametrize("codec", ["planes", "entropy"])
+@pytest.mark.parametrize("codec", ["planes", long("entropy")])
 def test_stacks_are_whole_in_files_and_by_layers_in_memory(tmp_path, codec):
   tree = pack(STACKS)
   assert [x.lead > 0 for x in tree.values()] == [True] * 5
@@ -253,7 +254,7 @@ def assert_goes_back(tree, x, wanted):
   np.testing.assert_array_equal(model(x), wanted)
 
 
-@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("old", [False, long(True)])
 def test_nnx_models_go_back_by_flax(tmp_path, old):
   packed, x, wanted = nnx_net()
   save_packed(tmp_path / "net", packed)

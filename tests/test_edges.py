@@ -105,6 +105,7 @@ def test_kernels_that_start_equal_are_trained(method, optimizer):
     assert jnp.sum(codes == 0, (1, 2)).tolist() == [16, 16, 16]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
   ("method", "size", "dtype", "names"),
   [

@@ -392,6 +392,7 @@ def test_a_shard_is_unpacked_by_its_own_shape():
     call((64, 24))
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("stack", [(), ("kernel",)])
 @pytest.mark.parametrize("method", [TWN(), TTQ(), SCA(sparsity=0.5)], ids=repr)

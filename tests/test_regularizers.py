@@ -644,7 +644,7 @@ def test_a_barrier_of_weights_is_in_the_middle_of_its_gap():
   assert float(search(several, jnp.float32(0.5), None, 0)) == 0.75
 
 
-@pytest.mark.parametrize("alpha", [0.3, tern_jax.at_sparsity(0.7)])
+@pytest.mark.parametrize("alpha", [long(0.3), tern_jax.at_sparsity(0.7)])
 def test_scales_of_channels_and_of_stacked_layers(alpha):
   r = np.random.default_rng(0)
   stack = r.normal(size=(3, 8, 5)) * np.array([0.1, 1, 3])[:, None, None]
@@ -743,7 +743,7 @@ CHAINS = {
   ("chain", "steps", "dtype"),
   [
     long("before adam", 1000, jnp.float32),
-    ("lion", 400, jnp.float32),
+    long("lion", 400, jnp.float32),
     long("no gradient", 400, jnp.float32),
     long("adam", 400, jnp.float32),
     long("adam", 400, jnp.bfloat16),

@@ -141,7 +141,13 @@ STATES = {
 
 
 @pytest.mark.parametrize(
-  "script", STATES, ids=["linen", "nnx", "equinox", "haiku"]
+  "script",
+  [
+    pytest.param(LINEN, id="linen"),
+    pytest.param(NNX, id="nnx"),
+    pytest.param(EQUINOX, id="equinox", marks=pytest.mark.long),
+    pytest.param(HAIKU, id="haiku", marks=pytest.mark.long),
+  ],
 )
 def test_three_lines_make_a_script_ternary(script, tmp_path):
   ternary = "import tern_jax\n" + DATA + script

@@ -113,7 +113,7 @@ def test_a_number_is_rounded_in_all_digits():
     )
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("axis", [None, -1])
 @pytest.mark.parametrize("method_class", METHODS, ids=IDS)
@@ -185,7 +185,8 @@ def test_the_dtype_of_the_state_stays_in_float64(method_class):
       assert int(jnp.sum(codes == 0)) == w.size / 2
 
 
-@pytest.mark.parametrize("method_class", [SCA, helpers.long(EC2T)])
+@pytest.mark.long
+@pytest.mark.parametrize("method_class", [SCA, EC2T])
 def test_groups_stacks_and_layers(method_class):
   tree = {
     "a": {"kernel": jnp.full((8, 6), 0.5)},

@@ -7,6 +7,13 @@ The step of a script with `wrap(adam, tern, wdr)` and that of the loop by hand,
 turns in one process, buffers donated; the figure is the median ratio of the CPU
 times of neighboring turns. Memory is what XLA plans for a step, arguments and
 intermediates, in copies of the parameters.
+
+Measured on 2 CPU cores, jax 0.12, GLIBC_TUNABLES=glibc.malloc.hugetlb=1: median
+of the time (least to largest), and more copies of the parameters.
+
+  mlp, 9 rounds                           1.075  (1.061 to 1.084)  1.03
+  lenet5, 9 rounds                        1.010  (0.991 to 1.018)  0.95
+  resnet20, batch 32, 7 rounds of 3 steps  1.007  (0.977 to 1.015)  0.94
 """
 
 import dataclasses

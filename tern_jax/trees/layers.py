@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from tern_jax.trees.leaf import Leaf, aligned
 from tern_jax.trees.shares import shares_at, shares_if_due
 
 #: A function of layers, and of leaves, scales and state by path.
-OfLeaves = Callable[..., Any]
+OfLeaves = Callable[..., tuple[State, State]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +36,11 @@ class Layers:
 
   def run(
     self, fn: OfLeaves, leaves: Arrays, scales: State, state: State
-  ) -> Any:
-    """Calls a function of these layers, leaves, scales and state.
+  ) -> tuple[State, State]:
+    """Calls `after_step` or `refresh` of these layers.
 
-    Outside of a program it is compiled as one, once: what is done step by step
-    would be compiled leaf by leaf, and conditionals again at each call.
+    Outside of a program it is compiled as one, once: conditionals and loops
+    would be compiled anew at each call.
     """
     # In the order that dicts have in a program, which ties depend on.
     args = dict(sorted(leaves.items())), scales, state
@@ -149,7 +148,9 @@ class Layers:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _compiled(fn: OfLeaves, layers: Layers, *args: PyTree) -> Any:
+def _compiled(
+  fn: OfLeaves, layers: Layers, *args: PyTree
+) -> tuple[State, State]:
   return fn(layers, *args)
 
 

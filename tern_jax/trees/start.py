@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from tern_jax.core.checks import concrete
 from tern_jax.core.containers import TernParams
-from tern_jax.core.types import Arrays, PyTree, State
-from tern_jax.trees.layers import Layers
+from tern_jax.core.types import Array, Arrays, PyTree, State
 
 if TYPE_CHECKING:
   from tern_jax.trees.transform import ParamTransform
@@ -26,9 +25,12 @@ def checked_start(
   weights = tern.selected(tree)
   if not all(map(concrete, weights.values())):
     return params, state
+  # What is of a usual size overflows in no method: no need to compute it all.
+  weights = {k: w for k, w in weights.items() if not _is_usual(w)}
   latents = tern.selected(params.latent)
-  args = latents, params.scales, state
-  for path, ternary in tern.layers.run(Layers.discretize, *args).items():
+  latents = {path: latents[path] for path in weights}
+  made = tern.layers.discretize(latents, params.scales, state)
+  for path, ternary in made.items():
     arrays = {"latents": latents[path], **params.scales[path], **state[path]}
     arrays |= {"w_n": ternary.w_n, "w_p": ternary.w_p}
     bad = [k for k, finite in _are_finite(arrays).items() if not finite]
@@ -42,6 +44,14 @@ def checked_start(
         " take a wider dtype, or exclude this leaf in kernels(exclude=...)."
       )
   return params, state
+
+
+def _is_usual(w: Array) -> bool:
+  top, most = (
+    float(jnp.max(jnp.abs(w), initial=0)),
+    float(jnp.finfo(w.dtype).max),
+  )
+  return top == 0 or 1e-15 < top < min(1e15, most**0.5)
 
 
 @jax.jit

@@ -159,7 +159,9 @@ class ParamTransform:
 
     Differentiable in params. Leaves that are not selected pass unchanged.
     """
-    made = self._run(Layers.weights, params, state)
+    _check_params(params)
+    leaves = self.selected(params.latent)
+    made = self.layers.weights(leaves, params.scales, state)
     return self.replaced(params.latent, made)
 
   def discretize(self, params: TernParams, state: State) -> PyTree:
@@ -172,14 +174,15 @@ class ParamTransform:
     """
     _check_params(params)
     check_finite(params)
-    made = self._run(Layers.discretize, params, state)
+    leaves = self.selected(params.latent)
+    made = self.layers.discretize(leaves, params.scales, state)
     return self.replaced(params.latent, made)
 
   def after_step(
     self, params: TernParams, state: State
   ) -> tuple[TernParams, State]:
     """Returns (params, state) for the next step; call it after each update."""
-    scales, state = self._run(Layers.after_step, params, state)
+    scales, state = self._updated(Layers.after_step, params, state)
     return params.replace(scales=scales), state
 
   def refresh(
@@ -190,7 +193,7 @@ class ParamTransform:
     Call it after the latents were replaced, by their moving averages for
     example. `finalize` does it by itself.
     """
-    scales, state = self._run(Layers.refresh, params, state)
+    scales, state = self._updated(Layers.refresh, params, state)
     return params.replace(scales=scales), state
 
   def finalize(
@@ -279,8 +282,10 @@ class ParamTransform:
     """What is done to leaves by path."""
     return Layers(self.method, self.stacked, self.group_size)
 
-  def _run(self, fn: OfLeaves, params: TernParams, state: State) -> Any:
-    """Calls a function of layers, on the selected leaves."""
+  def _updated(
+    self, fn: OfLeaves, params: TernParams, state: State
+  ) -> tuple[State, State]:
+    """Returns (scales, state) that a function of layers makes."""
     _check_params(params)
     leaves = self.selected(params.latent)
     return self.layers.run(fn, leaves, params.scales, state)
