@@ -3,11 +3,18 @@
 from typing import Any, NoReturn
 
 import jax
-import keras
 import optax
 
 from tern_jax.core.paths import path_str
 from tern_jax.core.types import Array, PyTree
+
+try:
+  import keras
+except ImportError as error:
+  raise ImportError(
+    "tern_jax.keras needs Keras 3 on JAX: pip install 'tern_jax[keras]', and"
+    " set the environment variable KERAS_BACKEND=jax before Keras is imported."
+  ) from error
 
 if keras.config.backend() != "jax":
   raise ImportError(

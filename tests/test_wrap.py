@@ -526,6 +526,7 @@ def test_soft_weights_must_be_near_their_codes():
     TGA(),
     long(SCA(sparsity=0.5)),
     TWN(sparsity=tern_jax.across_layers(0.5)),
+    TWN(sparsity=jnp.array(0.5)),  # cannot be hashed
   ],
 )
 def test_eager_calls_compile_once(method):

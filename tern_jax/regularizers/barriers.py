@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from tern_jax.core.checks import call_repr, check_range
-from tern_jax.core.numerics import widen
+from tern_jax.core.numerics import either, widen
 from tern_jax.core.paths import lift, matches_any, path_str
 from tern_jax.core.types import Array, KeyPath, PyTree, Scalar, Schedule
 from tern_jax.regularizers.formulas import check_alpha, is_scalar_or_schedule
@@ -141,7 +141,7 @@ class AtSparsity(Barrier):
         found = self.search(leaves, asked, None, tolerance)
         return jax.tree.map(lambda t: jnp.broadcast_to(found, t.shape), kept)
 
-      return _if_due(due, together, kept)
+      return either(due, together, lambda: kept)
 
     def leaf(path: KeyPath, held: Array, theta: Array) -> Array:
       printed = path_str(path)
@@ -152,8 +152,8 @@ class AtSparsity(Barrier):
         asked = schedules.at(target, count)
         return self.search(theta, asked, guess, tolerance)
 
-      return _if_due(
-        due, lambda: lift(stacked, printed, find)(theta, held), held
+      return either(
+        due, lambda: lift(stacked, printed, find)(theta, held), lambda: held
       )
 
     return jax.tree_util.tree_map_with_path(leaf, kept, params)
@@ -253,11 +253,6 @@ def barrier_of(alpha: Barrier | Scalar | Schedule) -> Barrier:
       f" at_sparsity(...), got {alpha!r}: try tern_jax.at_sparsity(0.8)."
     )
   return FixedAlpha(alpha)
-
-
-def _if_due(due: Array | bool, search: Callable, kept: PyTree) -> PyTree:
-  # Outside of a program, each conditional would be compiled by itself.
-  return search() if due is True else jax.lax.cond(due, search, lambda: kept)
 
 
 def check_gain(gain: float | None) -> None:

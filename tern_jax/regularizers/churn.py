@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from tern_jax.core.numerics import whole, widen
+from tern_jax.core.numerics import either, whole, widen
 from tern_jax.core.paths import lift, path_str
 from tern_jax.core.types import Array, KeyPath, PyTree
 from tern_jax.regularizers.formulas import check_floating, wdr_barrier
@@ -56,10 +56,8 @@ class Churn:
     """Returns the nonzeros to compare with and the share of kappa in use."""
     if (late := self.late) is None:
       return nonzero, share
-    new = jax.lax.cond(
-      now, lambda: self._nonzero(params, alphas), lambda: nonzero
-    )
-    share = jax.lax.cond(
+    new = either(now, lambda: self._nonzero(params, alphas), lambda: nonzero)
+    share = either(
       ends, lambda: late.share(_exchanged(nonzero, new)), lambda: share
     )
     return new, share

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from tern_jax.core.interop import serializable
+from tern_jax.core.numerics import either
 from tern_jax.core.paths import check_patterns, lift, path_str
 from tern_jax.core.selection import every_path
 from tern_jax.core.types import (
@@ -218,7 +219,7 @@ class _Wdr:
         return (wide + factor * r).astype(u.dtype)
 
       # A late WDR is off for most of a run, and must cost nothing then.
-      return added() if on is True else jax.lax.cond(on, added, lambda: u)
+      return either(on, added, lambda: u)
 
     def leaf(
       path: KeyPath, u: Array | None, x: Array, edge: Array

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from tern_jax.core.checks import check_range, concrete
 from tern_jax.core.method import Ternarizer
+from tern_jax.core.numerics import either
 from tern_jax.core.types import Array, Arrays, Floats, Scalar
 from tern_jax.targets.quantile import (
   NO_CUT,
@@ -105,7 +106,7 @@ class Targeted(Ternarizer):
         # A state from before there were cuts goes on without one.
         return {name: now[name] for name in old}
 
-      state = jax.lax.cond(due, look, lambda: old)
+      state = either(due, look, lambda: old)
     return self.project(w, scales, state), state
 
   def refresh(

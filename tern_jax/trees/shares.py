@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from tern_jax.core.numerics import either
 from tern_jax.core.paths import matches_any
 from tern_jax.core.types import Array, Scalar
 from tern_jax.targets.quantile import beyond, count_rows, equals, search
@@ -42,7 +43,7 @@ def shares_at(
       rest -= jnp.sum(ties[path], dtype=jnp.int32)
     return zeros
 
-  return jax.lax.cond(found.is_split, divide, lambda: under)
+  return either(found.is_split, divide, lambda: under)
 
 
 def _counts(
@@ -84,4 +85,4 @@ def shares_if_due(
   def zeros() -> dict[str, Array]:
     return jax.tree.map(jnp.zeros_like, jax.eval_shape(divide))
 
-  return jax.lax.cond(due, divide, zeros)
+  return either(due, divide, zeros)
