@@ -147,6 +147,7 @@ def test_later_tokens_change_no_earlier_logits(net):
   assert (early[:, -1] != before[:, -1]).any()
 
 
+@pytest.mark.long
 def test_each_layer_of_a_stack_has_a_scale_and_a_threshold(config, net):
   _, params = net
   where = tern_jax.kernels(exclude=config.exclude)

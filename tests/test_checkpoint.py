@@ -176,6 +176,7 @@ STACKS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("codec", ["planes", long("entropy")])
 def test_stacks_are_whole_in_files_and_by_layers_in_memory(tmp_path, codec):
   tree = pack(STACKS)
@@ -193,6 +194,7 @@ def test_stacks_are_whole_in_files_and_by_layers_in_memory(tmp_path, codec):
     assert_same(load_packed(tmp_path / "net", like), tree)
 
 
+@pytest.mark.long
 def test_any_other_layout_comes_back_too(tmp_path):
   rows = ternary((16, 8), scale_shape=(16, 1))
   scales = rows.w_p, rows.w_n

@@ -371,6 +371,7 @@ def test_a_train_state_by_hand():
 OVERWRITTEN = "_overwrite_with_gradient"
 
 
+@pytest.mark.long
 def test_what_flax_overwrites_with_its_gradient():
   user = {"params": {"kernel": weights((8, 8))}, OVERWRITTEN: jnp.ones(())}
   tern, make = ParamTransform(SCA(sparsity=0.5)), TrainState.create

@@ -348,6 +348,7 @@ def test_sparsity_grows_with_gamma_in_one_compiled_program():
   assert float(got[4]) == pytest.approx(float(jnp.mean(codes == 0)), abs=1e-3)
 
 
+@pytest.mark.long
 def test_the_knob_may_follow_a_schedule():
   w = weights()
   risen = EC2T(gamma=tern_jax.ramp(0.4, steps=40), every=10)

@@ -156,6 +156,7 @@ def test_forward_mode_of_tga():
   assert float(bent.scales["kernel"]["delta"].scales["kernel"]["delta"]) > 0
 
 
+@pytest.mark.long
 def test_a_clamp_in_every_transformation():
   def cubes(x, limit):
     return 5 * jnp.sum(clamp_gradient(x, limit) ** 3)

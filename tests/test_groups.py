@@ -276,6 +276,7 @@ def test_every_group_fits_its_own_scale():
   )
 
 
+@pytest.mark.long
 def test_an_equinox_model_runs_with_a_scale_a_group():
   model = eqx.nn.MLP(4, 4, 8, 1, key=jax.random.key(0))
   tern = grouped(TWN(), ((), 0, 4))
@@ -382,6 +383,7 @@ def test_channels_of_a_whole_transformer_are_its_outputs():
     np.testing.assert_allclose(np.ravel(leaf.w_p), expected, rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 def test_attention_is_a_matrix_of_inputs_and_outputs(method):

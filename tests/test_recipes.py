@@ -58,6 +58,7 @@ def test_options_reach_both_parts():
   assert [x.shape for x in thresholds] == [(2,)]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_net_learns_at_the_asked_sparsity():
   x = jax.random.normal(jax.random.key(2), (256, 30))

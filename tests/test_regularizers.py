@@ -610,6 +610,7 @@ def test_weights_are_drawn_to_their_codes():
   np.testing.assert_allclose(got, 3 * rms * off, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.long
 @hypothesis.given(
   w=hypothesis.extra.numpy.arrays(
     np.float32, 40, elements=st.floats(-8, 8, width=16)
@@ -644,6 +645,7 @@ def test_a_barrier_of_weights_is_in_the_middle_of_its_gap():
   assert float(search(several, jnp.float32(0.5), None, 0)) == 0.75
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("alpha", [long(0.3), tern_jax.at_sparsity(0.7)])
 def test_scales_of_channels_and_of_stacked_layers(alpha):
   r = np.random.default_rng(0)

@@ -226,6 +226,7 @@ def test_two_magnitudes(method):
     check_kept(tern, packed, *from_packed(packed, tern))
 
 
+@pytest.mark.long
 def test_where_latents_lie():
   codes = np.zeros((8, 8), np.int8)
   codes[0], codes[1] = 1, -1
@@ -283,6 +284,7 @@ def test_tga_around_a_mean_cannot_continue():
     from_packed(packed, TGA(mean=True))
 
 
+@pytest.mark.long
 def test_unequal_centroids_of_ec2t_bring_latents_closer():
   codes = np.array([[1] * 2 + [-1] * 6 + [0] * 2] * 2)
   packed = pack_codes(codes, 0.1, 0.35)

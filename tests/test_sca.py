@@ -124,6 +124,7 @@ def test_the_scale_keeps_a_tenth_of_its_start(method, dtype):
   jax.tree.map(np.testing.assert_array_equal, same, scales)
 
 
+@pytest.mark.long
 def test_a_layer_behind_a_norm_survives_fast_scales(standard_promotion):
   # Adam turns the rounding noise of a gradient that is 0 into full steps.
   rng = np.random.default_rng(0)

@@ -286,6 +286,7 @@ def test_all_weights_get_a_gradient_and_all_norms_new_statistics(tiny):
     assert (np.abs(np.atleast_2d(old - now)).max(-1) > 0).all()
 
 
+@pytest.mark.long
 def test_dropout_acts_in_training_alone(tiny):
   model, variables, images = tiny
 
@@ -307,6 +308,7 @@ def test_dropout_acts_in_training_alone(tiny):
   assert difference((False,), (True,)) > 0.01
 
 
+@pytest.mark.long
 def test_blocks_of_a_stack_drop_on_their_own():
   stage = micronet.ResidualStage(blocks=2, channels=1)
   x = jnp.zeros((50, 8, 8, 1))
@@ -328,6 +330,7 @@ def test_blocks_of_a_stack_drop_on_their_own():
   np.testing.assert_allclose(np.sort(counts) / y.size, expected, atol=0.03)
 
 
+@pytest.mark.long
 def test_statistics_are_shared_over_a_mapped_axis(tiny):
   _, variables, images = tiny
   model = micronet.MicroNet(*TINY, classes=3, axis_name="data")

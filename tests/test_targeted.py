@@ -109,6 +109,7 @@ def test_a_stranger_s_target(method_class):
   assert layers.tolist() == [60, 60, 60]
 
 
+@pytest.mark.long
 def test_a_stranger_s_ramp_is_met_at_each_of_its_last_steps():
   tern = ParamTransform(Thin(sparsity=across_layers(ramp(0.5, 40, 0.5))))
   params, state = tern.init(tree())
@@ -134,6 +135,7 @@ def test_a_method_without_a_target_in_groups_and_stacks():
   assert ternary["small"]["kernel"].w_p.shape == (2, 10)
 
 
+@pytest.mark.long
 @pytest.mark.sample(3)
 @pytest.mark.parametrize(
   "target",
@@ -207,6 +209,7 @@ class Exact(Thin):
     return self.split(w, look, held)
 
 
+@pytest.mark.long
 def test_a_stranger_s_target_whatever_ties():
   equal = jax.tree.map(jnp.ones_like, tree())
   for target, wanted in ((0.6, (60, 180)), (across_layers(0.5), (100, 100))):

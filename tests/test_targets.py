@@ -215,6 +215,7 @@ def test_the_rarer_sign_pays_more():
   assert float(t_n) > float(t_p) > 0.5
 
 
+@pytest.mark.long
 @settings(deadline=None, max_examples=40, derandomize=True, database=None)
 @example(23 * [-23 / 64] + [0.5], 0.0, 1.0, 0.0)  # half-way to the centroid
 @example(
@@ -342,6 +343,7 @@ def test_a_sweep_equals_a_loop(method_class):
     assert int(jnp.sum(alone.codes == 0)) == asked(float(share), w.size)
 
 
+@pytest.mark.long
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("method_class", [TTQ, EC2T])
 def test_weights_spread_over_devices_have_the_same_threshold(method_class):

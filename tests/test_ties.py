@@ -249,6 +249,7 @@ def test_ties_of_sharded_weights(method_class, kind):
   np.testing.assert_array_equal(codes, want)
 
 
+@pytest.mark.long
 def test_a_step_in_pmap_s_place():
   method = SCA(sparsity=0.5, every=1)
   w = jnp.ones((6, 5))
@@ -265,6 +266,7 @@ def test_a_step_in_pmap_s_place():
   np.testing.assert_array_equal(step(w, scales, state), codes_of(w, 15))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method_class", [TGA, helpers.long(EC2T)])
 def test_a_state_from_before_there_were_cuts(method_class):
   method = method_class(sparsity=0.5, every=1)

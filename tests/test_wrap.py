@@ -134,7 +134,7 @@ CHAINS = {
 
 
 # What differs from the others in more than an optimizer; the rest is long.
-_QUICK = "itself", "MultiSteps", "masked decay", "TTQ, one scale a channel"
+_QUICK = "itself", "MultiSteps", "masked decay"
 
 
 @pytest.mark.parametrize(

@@ -146,9 +146,9 @@ def ec2t_at_sparsity(
     jnp.maximum(r, _LEAST_RATE) for r in _rates(w, w_p, w_n, min_p_0)
   )
   w_p, w_n, wide = widen(w_p), widen(w_n), widen(w)
-  scale = jnp.where(wide < 0, w_n, w_p)
+  scale = jnp.where(jnp.signbit(wide), w_n, w_p)
   turns = scale * (2 * jnp.abs(wide) - scale)
-  turns /= jnp.where(wide < 0, rate_n, rate_p)
+  turns /= jnp.where(jnp.signbit(wide), rate_n, rate_p)
   # A weight of 0 is zero at any lambda.
   never = jnp.maximum(w_p * w_p / rate_p, w_n * w_n / rate_n)
   turns = jnp.where(wide == 0, -jnp.max(never, initial=0), turns)
@@ -205,7 +205,7 @@ def ec2t_split(
   """
 
   def under(p: Array, n: Array) -> Array:
-    return pattern_of(w) <= jnp.where(w < 0, n, p)
+    return pattern_of(w) <= jnp.where(jnp.signbit(w), n, p)
 
   def find() -> Arrays:
     ends_p, ends_n = _ends(t_p, w_p), _ends(t_n, w_n)
@@ -238,7 +238,8 @@ def split_codes(w: Array, state: Arrays) -> Array:
 
   A zero beyond its cut has the code of its sign bit.
   """
-  minus, cut = w < 0, None
+  # A comparison would take subnormal weights for zeros.
+  minus, cut = jnp.signbit(w), None
   if "cut_p" in state:
     cut = jnp.where(minus, state["cut_n"], state["cut_p"])
   return codes_beyond(w, jnp.where(minus, state["t_n"], state["t_p"]), cut)
@@ -271,7 +272,7 @@ def _split_between(
 
   def under(magnitude: Array) -> Array:
     p, n = (jnp.clip(magnitude, *ends) for ends in (ends_p, ends_n))
-    return _count(pattern_of(w) <= jnp.where(w < 0, n, p))
+    return _count(pattern_of(w) <= jnp.where(jnp.signbit(w), n, p))
 
   def halve(ends: tuple[Array, Array]) -> tuple[Array, Array]:
     low, high = ends
@@ -283,7 +284,7 @@ def _split_between(
   high = jnp.maximum(jnp.max(ends_p[1]), jnp.max(ends_n[1]))
   _, at = jax.lax.while_loop(lambda x: x[1] - x[0] > 1, halve, (low, high))
   moved = [(ends[0] < at) & (at <= ends[1]) for ends in (ends_p, ends_n)]
-  tied = (pattern_of(w) == at) & jnp.where(w < 0, moved[1], moved[0])
+  tied = (pattern_of(w) == at) & jnp.where(jnp.signbit(w), moved[1], moved[0])
   cut = index_after(tied, zeros - under(at - 1))
   found = {}
   for name, ends, by in zip("pn", (ends_p, ends_n), moved, strict=True):

@@ -151,9 +151,11 @@ class TGA(Targeted):
     del scales
     _, mu, sigma = self._moments(w)
     if self.mean:
-      # Rounded as the state has it, before it is subtracted: where a mean and a
-      # difference are computed as one, ties would differ from those of codes.
-      mu = jax.lax.optimization_barrier(mu)
+      # Rounded before it is subtracted, to one bit less than it has: where a
+      # mean and a difference are computed as one, ties would differ from those
+      # of codes.
+      info = jnp.finfo(mu.dtype)
+      mu = jax.lax.reduce_precision(mu, info.nexp, info.nmant - 1)
     found = self.split(self._about(w, mu), look, held)
     # Of the sharding of sigma, too.
     delta = jnp.full_like(sigma, found["threshold"])
