@@ -61,6 +61,7 @@ def test_more_alpha_makes_more_zeros_as_predicted(rows):
     assert row["validation"] > 0.6
 
 
+@pytest.mark.long
 def test_a_run_is_that_of_the_experiments(config, dataset, rows):
   """Step by step in Python, on the same batches: the same net."""
   options = config.run(0.2, seed=0)

@@ -138,6 +138,7 @@ def test_across_layers_everywhere(where):
     np.testing.assert_array_equal(got[k], want[k]["kernel"].codes)
 
 
+@pytest.mark.long
 def test_stacked_layers_share_a_target_across():
   tree = net()
   layers = [0.5, 1.0, 2.0]
@@ -153,6 +154,7 @@ def test_stacked_layers_share_a_target_across():
     np.testing.assert_array_equal(got.codes[i], want[str(k)]["kernel"].codes)
 
 
+@pytest.mark.long
 @pytest.mark.sample(3)
 @pytest.mark.parametrize(
   ("target", "layers"),
@@ -209,6 +211,7 @@ def test_targets_are_followed_in_training(target, layers, standard_promotion):
   assert total(met) == pytest.approx(total(want) if want else 0.7, abs=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.sample(3)
 @pytest.mark.parametrize(
   ("method_class", "target", "layers"),

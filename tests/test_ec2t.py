@@ -289,6 +289,7 @@ def test_contract_of_values(method):
   assert len(traces) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", MORE_METHODS, ids=repr)
 def test_vmap_equals_loop(method):
   stack = jnp.stack([weights(seed=i) * 10.0**-i for i in range(3)])

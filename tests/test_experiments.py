@@ -215,6 +215,7 @@ def test_a_preempted_process_ends_cleanly(config, monkeypatch, capsys):
   assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.long
 def test_numbers_that_are_not_finite_stop_a_run(config, result, tmp_path):
   wild = dataclasses.replace(
     config,
@@ -476,6 +477,7 @@ def test_a_size_that_does_not_fit(config, result, tmp_path, method, message):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_method_has_a_recipe_and_a_picture(name):
   config = methods.METHODS[name]()
@@ -516,6 +518,7 @@ def test_an_asked_sparsity_is_reached_before_the_best_state_is_sought(name):
     first = stage.last
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["Sca", "Twn", "Ttq", "Ec2t", "Tga"])
 def test_a_sparsity_of_all_layers_together(name):
   config = methods.METHODS[name](sparsity=0.9, across_layers=True)

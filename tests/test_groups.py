@@ -64,7 +64,7 @@ def discretized(method, layout, w):
   return tern.discretize(params, state)["w"]
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(20)
 @pytest.mark.parametrize(
   ("method", "layout"),
   [
@@ -119,6 +119,7 @@ def test_magnitudes_of_ttq_are_the_means_of_each_group_s_clusters(layout):
     np.testing.assert_allclose(np.ravel(scale)[~full], magnitude.max())
 
 
+@pytest.mark.long
 @LAYOUT
 def test_a_sparsity_is_that_of_the_whole_leaf(layout):
   spread = jnp.broadcast_to(jnp.linspace(0.1, 3.0, layout[0][-1]), layout[0])
@@ -130,6 +131,7 @@ def test_a_sparsity_is_that_of_the_whole_leaf(layout):
     np.testing.assert_array_equal(codes, expected)
 
 
+@pytest.mark.long
 @pytest.mark.sample(3)
 @pytest.mark.parametrize(
   ("method", "layout", "dtype"),
@@ -160,6 +162,7 @@ def test_forward_is_the_discretization_bit_for_bit(method, layout, dtype):
     assert np.asarray(effective).tobytes() == np.asarray(dense).tobytes()
 
 
+@pytest.mark.long
 @pytest.mark.sample(3)
 @LAYOUT
 def test_packed_saved_and_loaded_bit_for_bit(layout, tmp_path):
@@ -217,6 +220,7 @@ def test_gradients_of_ttq_in_closed_form(layout):
   )
 
 
+@pytest.mark.long
 @pytest.mark.sample(3)
 @pytest.mark.parametrize(
   ("method", "layout"),

@@ -226,6 +226,7 @@ def one_input_each(inputs, outputs):
   return codes
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ("codes", "cheapest", "bits"),
   [

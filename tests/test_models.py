@@ -59,6 +59,7 @@ def test_a_product_with_patches_is_a_convolution(size):
   )
 
 
+@pytest.mark.long
 @pytest.mark.sample(2)
 @pytest.mark.parametrize(
   ("batch", "size", "stride", "dtype"),

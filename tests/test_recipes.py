@@ -17,6 +17,7 @@ PARAMS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.sample(2)
 @pytest.mark.parametrize(
   "sparsity",
@@ -45,6 +46,7 @@ def test_it_is_the_parts_it_names(sparsity):
     assert changed == (step >= 14)
 
 
+@pytest.mark.long
 def test_options_reach_both_parts():
   stack = {"body": {"kernel": jnp.stack(2 * [PARAMS["body"]["kernel"]])}}
   where = tern_jax.kernels(include="body")
@@ -97,6 +99,7 @@ def test_a_net_learns_at_the_asked_sparsity():
   assert float(jnp.mean(answers == labels)) > 0.8
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("standard_promotion")
 def test_latents_of_float64():
   with jax.enable_x64(True):

@@ -144,6 +144,7 @@ METHODS_OF_FILES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.sample(3)
 @pytest.mark.parametrize(
   ("method", "layout"),
@@ -216,6 +217,7 @@ def test_weights_of_any_origin(magnitude, zeros):
       assert float(got.w_n) == pytest.approx(magnitude, rel=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", [TTQ(), EC2T()], ids=repr)
 def test_two_magnitudes(method):
   codes = np.array([[1, 0, -1, 1], [0, 0, -1, -1]])
@@ -299,6 +301,7 @@ def test_unequal_centroids_of_ec2t_bring_latents_closer():
     from_packed(pack_codes(codes, 0.1, 0.9), method)
 
 
+@pytest.mark.long
 @pytest.mark.sample(3)
 @pytest.mark.parametrize(
   "method", [SCA(alpha=0.1), TWN(), TTQ(), EC2T(), TGA(), AbsMean()], ids=repr

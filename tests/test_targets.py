@@ -113,6 +113,7 @@ def test_the_threshold_is_the_quantile_of_magnitudes(method_class, axis):
     np.testing.assert_array_equal(codes[i], expected)
 
 
+@pytest.mark.long
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("axis", [None, -1])
 @pytest.mark.parametrize("mean", [False, True])
@@ -361,6 +362,7 @@ def test_weights_spread_over_devices_have_the_same_threshold(method_class):
   )
 
 
+@pytest.mark.long
 @pytest.mark.sample(3)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(

@@ -167,6 +167,7 @@ def test_methods_meet_it_whatever_ties(method_class, axis, dtype):
     assert np.all(finite)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   "method_class", [TWN, functools.partial(TGA, mean=True), helpers.long(EC2T)]
 )

@@ -145,6 +145,7 @@ def test_the_same_numbers_on_any_number_of_devices(
   assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, start())
 
 
+@pytest.mark.long
 @pytest.mark.sample(2)
 @pytest.mark.parametrize(
   ("wrapper", "devices"),
