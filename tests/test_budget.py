@@ -401,3 +401,20 @@ def test_a_budget_takes_any_selection():
   assert fit_budget(tree, bytes=30_000, where=chosen) == fit_budget(
     tree, bytes=30_000, where=tern_jax.kernels(exclude="b")
   )
+
+
+def test_a_budget_is_that_of_a_recipe(standard_promotion):
+  # WDR sees latents beside their scales, and the budget the user's own paths.
+  keys = jax.random.split(jax.random.key(0))
+  tree = {
+    "a": {"kernel": jax.random.normal(keys[0], (32, 32))},
+    "b": {"a": {"kernel": jax.random.normal(keys[1], (32, 32))}},
+  }
+  targets = fit_budget(tree, bytes=300)
+  recipe = tern_jax.recipe(targets, steps=10)
+  tx = recipe.optimizer()
+  _, state = jax.jit(tx.update)(tree, jax.jit(tx.init)(tree), tree)
+  final = recipe.tern.finalize(state, early=True)
+  for path, t in (("a/kernel", final["a"]), ("b/a/kernel", final["b"]["a"])):
+    zeros = int(jnp.sum(t["kernel"].codes == 0))
+    assert zeros == round(float(targets.of(path)) * 1024)

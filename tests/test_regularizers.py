@@ -1053,3 +1053,18 @@ def test_strengths_print_as_their_calls():
   assert repr(tern_jax.at_sparsity(tern_jax.ramp(0.9, 100), every=5)) == (
     "at_sparsity(sparsity=ramp(sparsity=0.9, steps=100), every=5)"
   )
+
+
+@pytest.mark.parametrize(
+  "tree", [(jnp.ones((2, 3)),), {"a": {"w": jnp.ones((2, 3))}}], ids=str
+)
+@pytest.mark.parametrize("alpha", [0.3, tern_jax.at_sparsity(0.5)], ids=repr)
+def test_latents_beside_scales_are_a_tree_by_themselves(tree, alpha):
+  where = tern_jax.kernels(include="0" if isinstance(tree, tuple) else ())
+  tern = tern_jax.ParamTransform(tern_jax.SCA(sparsity=0.5), where)
+  params, _ = tern.init(tree)
+  tx = tern_jax.wdr_transform(alpha, 0.1, where)
+  updates, state = tx.update(params, tx.init(params), params)
+  alone, _ = tx.update(params.latent, tx.init(params.latent), params.latent)
+  assert_same(updates, params.replace(latent=alone))
+  assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))

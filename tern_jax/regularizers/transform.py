@@ -1,13 +1,14 @@
 """The optax transform that adds the gradient of WDR to any chain."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from tern_jax.core.containers import TernParams
 from tern_jax.core.interop import serializable
 from tern_jax.core.numerics import either
 from tern_jax.core.paths import check_patterns, lift, path_str
@@ -145,7 +146,9 @@ def wdr_transform(
 
   # The state is that of optax.masked, which cannot take a model's functions.
   def init(params: PyTree) -> PyTree:
-    state = wdr.init(plain(params, chosen)[1])
+    _, selected = plain(params, chosen)
+    state = wdr.init(_latents(selected, selected))
+    state = _map_trees(_whole, state, selected)
     return state if chosen is None else optax.MaskedState(state)
 
   def update(
@@ -160,11 +163,51 @@ def wdr_transform(
     mask, selected = plain(params, chosen)
     given = select(mask, unboxed(updates))
     inner = state if chosen is None else state.inner_state
-    new, inner = wdr.update(given, inner, selected)
+    new, inner = wdr.update(
+      _latents(given, selected),
+      _map_trees(_latents, inner, selected),
+      _latents(selected, selected),
+    )
+    new, inner = _whole(new, selected), _map_trees(_whole, inner, selected)
     state = inner if chosen is None else optax.MaskedState(inner)
     return merge(mask, new, updates), state
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _latents(tree: PyTree, params: PyTree) -> PyTree:
+  """Returns the latents of a tree like `TernParams` of which no scale is taken.
+
+  Patterns of a sparsity or of stacked layers are those of the user's tree.
+  """
+  return tree.latent if _has_latents_alone(params) else tree
+
+
+def _whole(latents: PyTree, params: PyTree) -> PyTree:
+  """Puts back what `_latents` has taken out of a tree."""
+  return (
+    params.replace(latent=latents) if _has_latents_alone(params) else latents
+  )
+
+
+def _has_latents_alone(params: PyTree) -> bool:
+  return isinstance(params, TernParams) and not jax.tree.leaves(params.scales)
+
+
+def _map_trees(
+  fn: Callable[[PyTree, PyTree], PyTree], state: WdrState, params: PyTree
+) -> WdrState:
+  """Maps one of the two functions above over the trees of a state."""
+  if not _has_latents_alone(params):
+    return state
+
+  def changed(tree: PyTree) -> PyTree:
+    is_empty = isinstance(tree, tuple) and not tree
+    return tree if is_empty else fn(tree, params)
+
+  return state._replace(
+    threshold=changed(state.threshold), nonzero=changed(state.nonzero)
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -120,7 +121,7 @@ def _at_the_end(path: str, target: Any, own: Arrays, early: bool) -> Arrays:
   count = jnp.max(own["count"])
   on_ramp = isinstance(target, Ramp)
   # The end of another schedule is not known, its start is.
-  last = round(target.until * target.steps) if on_ramp else 1
+  last = math.ceil(target.until * target.steps - 1e-6) if on_ramp else 1
   if early:
     return {**own, "count": jnp.maximum(own["count"], last)} if on_ramp else own
   if concrete(count) and count < last:
