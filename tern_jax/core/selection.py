@@ -69,7 +69,7 @@ class Selector(abc.ABC):
       return TernParams(latent=self(tree.latent), scales=nothing)
     # Under optax.masked or optax.partition a part of the tree is hidden: then
     # a pattern without a match is no sign of a mistake.
-    if not any(map(_is_masked, _leaves(tree))):
+    if not is_partial(tree):
       self.paths(tree)
     chosen = self.chosen(tree)
     return jax.tree_util.tree_map_with_path(
@@ -148,7 +148,7 @@ class Selector(abc.ABC):
     """Returns the selected leaves, after checks."""
     tree = latent_of(tree)
     own, leaves = self.of(tree), found(tree)
-    if not any(map(_is_masked, _leaves(tree))):
+    if not is_partial(tree):
       own.check(leaves)
     selected = [x for x in leaves if own.takes(x)]
     if not selected:
@@ -179,12 +179,18 @@ def every_path(tree: PyTree) -> set[str]:
 
 
 def _leaves(tree: PyTree) -> list[Any]:
-  return jax.tree.leaves(tree, is_leaf=_is_masked)
+  return jax.tree.leaves(tree, is_leaf=is_masked)
 
 
-def _is_masked(node: object) -> bool:
+def is_partial(tree: PyTree) -> bool:
+  """Whether optax hides a part of a tree, by a mask or by labels."""
+  return any(map(is_masked, _leaves(tree)))
+
+
+def is_masked(node: object) -> bool:
+  """Whether a node stands for what optax hides."""
   return isinstance(node, optax.MaskedNode)
 
 
 def _is_hidden(node: object) -> bool:
-  return node is None or _is_masked(node)
+  return node is None or is_masked(node)

@@ -19,6 +19,7 @@ from tern_jax.core.checks import concrete
 from tern_jax.core.containers import TernParams
 from tern_jax.core.paths import path_str
 from tern_jax.core.select import selector
+from tern_jax.core.selection import is_partial
 from tern_jax.core.types import PyTree
 
 #: A tree of bools, or a function to one from parameters, or to a bool from the
@@ -164,20 +165,13 @@ def _mask_of(where: Where, arrays: PyTree) -> PyTree:
     mask = where(arrays)
   _check_bools(f"what {where!r} returns", mask)
   # Where a part is hidden, by optax.multi_transform, all may lie in there.
-  if not any(jax.tree.leaves(mask)) and not _is_partial(arrays):
+  if not any(jax.tree.leaves(mask)) and not is_partial(arrays):
     leaves = jax.tree_util.tree_leaves_with_path(arrays)
     raise ValueError(
       f"{where!r} selects no leaf, and WDR would do nothing. The leaves are:"
       f" {', '.join(path_str(path) for path, _ in leaves)}."
     )
   return mask
-
-
-def _is_partial(tree: PyTree) -> bool:
-  def is_masked(node: object) -> bool:
-    return isinstance(node, optax.MaskedNode)
-
-  return any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked)))
 
 
 def _takes_two(where: Callable) -> bool:

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import optax
+from jax.typing import DTypeLike
 
 from tern_jax.core.checks import concrete
 from tern_jax.core.containers import Ternary, TernParams
 from tern_jax.core.paths import path_str
-from tern_jax.core.types import Array, Arrays, KeyPath, PyTree, State
+from tern_jax.core.selection import is_masked
+from tern_jax.core.types import Arrays, PyTree, State
 from tern_jax.targets.schedules import AcrossLayers, Ramp, at, target_of
 from tern_jax.trees.invert import is_ternary
 from tern_jax.trees.state import Dtypes, WrapState, find
@@ -36,10 +37,14 @@ def finalize(
     for path, own in state.items()
   }
   params, state = tern.refresh(params, state)
-  tree = tern.discretize(params, state)
+  args = tern.selected(params.latent), params.scales, state
+  made = tern.layers.discretize(*args)
   if tern.method.soft and not early:
-    _check_settled(tern.selected(tern(params, state)), tree)
-  tree = _filled(_of_dtypes(tree, dtypes), rest)
+    _check_settled(tern.layers.weights(*args), made)
+  made = {
+    path: _of_dtype(t, dtypes.of(path, t.dtype)) for path, t in made.items()
+  }
+  tree = _filled(tern.replaced(params.latent, made), rest)
   _check_finite(tree, "its magnitude does not fit this dtype, take a wider one")
   return tree
 
@@ -87,10 +92,6 @@ def _raise_strayed(own: WrapState) -> None:
 
 def _filled(tree: PyTree, params: PyTree) -> PyTree:
   """Puts the script's parameters where a mask hid them from the optimizer."""
-
-  def is_masked(node: object) -> bool:
-    return isinstance(node, optax.MaskedNode)
-
   hidden = [
     path_str(path)
     for path, leaf in jax.tree_util.tree_leaves_with_path(
@@ -158,12 +159,9 @@ def _count_bad(leaves: Arrays) -> Arrays:
   return {k: jnp.sum(~jnp.isfinite(x)) for k, x in leaves.items()}
 
 
-def _check_settled(soft: dict[str, Array], tree: PyTree) -> None:
+def _check_settled(soft: Arrays, made: dict[str, Ternary]) -> None:
   """Raises a ValueError if soft weights are not yet near their codes."""
-  for keys, t in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_ternary):
-    if not isinstance(t, Ternary):
-      continue
-    path = path_str(keys)
+  for path, t in made.items():
     off = jnp.abs(soft[path] - t.dequantize()) > _NEAR * jnp.max(t.w_p)
     share = jnp.mean(off, dtype=jnp.float32)
     if concrete(share) and share > _UNSETTLED:
@@ -174,13 +172,6 @@ def _check_settled(soft: dict[str, Array], tree: PyTree) -> None:
       )
 
 
-def _of_dtypes(tree: PyTree, dtypes: Dtypes) -> PyTree:
-  """Returns the tree with magnitudes of the script's dtypes."""
-
-  def leaf(path: KeyPath, x: PyTree) -> PyTree:
-    if not isinstance(x, Ternary):
-      return x
-    dtype = dtypes.of(path_str(path), x.dtype)
-    return Ternary(x.codes, x.w_p.astype(dtype), x.w_n.astype(dtype))
-
-  return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=is_ternary)
+def _of_dtype(t: Ternary, dtype: DTypeLike) -> Ternary:
+  """Returns ternary weights with magnitudes of a dtype."""
+  return Ternary(t.codes, t.w_p.astype(dtype), t.w_n.astype(dtype))
