@@ -1,13 +1,16 @@
 """Errors that a user can do something about."""
 
 import contextlib
+import shlex
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 
+from experiments.common import terminal
 from tern_jax.checkpoint import CheckpointError
 
-#: Exit status of a run that was asked to end.
+#: Exit status of a run that was asked to end by SIGTERM.
 INTERRUPTED = 128 + signal.SIGTERM
 
 
@@ -20,26 +23,74 @@ class DataNotPreparedError(FileNotFoundError):
 
 
 class InterruptedRunError(RuntimeError):
-  """A run was asked to end, and can be resumed where it stopped."""
+  """A run was asked to end, and can be resumed where it stopped.
+
+  Args:
+    message: where it stopped.
+    number: of the signal that asked.
+  """
+
+  def __init__(self, message: str, number: int = signal.SIGTERM):
+    super().__init__(message)
+    self.status = 128 + number
 
 
 class DivergedError(RuntimeError):
   """A run came to numbers that are not finite."""
 
 
+def command_line() -> str:
+  """Returns the command that runs, as a shell takes it."""
+  return shlex.join(["python", *sys.orig_argv[1:]])
+
+
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
   """Ends the process with a message, not a traceback, where a user can help."""
+  with _interruptible():
+    try:
+      yield
+    except (
+      UsageError,
+      DataNotPreparedError,
+      CheckpointError,
+      DivergedError,
+    ) as error:
+      _end(f"error: {error}", 2)
+    except InterruptedRunError as interruption:
+      _end(str(interruption), interruption.status)
+    except KeyboardInterrupt:
+      text = "SIGINT: ended before it was done; to go on: "
+      _end(text + command_line(), 128 + signal.SIGINT)
+    except BrokenPipeError:
+      # Whoever read the output has seen enough.
+      terminal.say("")
+      sys.exit(1)
+    except OSError as error:
+      # Disks that are full, read-only or gone.
+      what = error.strerror or error
+      where = f"{error.filename}: " if error.filename else ""
+      text = f"error: {where}{what}. Once that is mended, to go on: "
+      _end(text + command_line(), 2)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+  """Lets Ctrl-C raise a KeyboardInterrupt, where it is not ignored."""
+  before = signal.getsignal(signal.SIGINT)
+  if (
+    before in (signal.SIG_IGN, None)
+    or threading.current_thread() is not threading.main_thread()
+  ):
+    yield
+    return
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
     yield
-  except (
-    UsageError,
-    DataNotPreparedError,
-    CheckpointError,
-    DivergedError,
-  ) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except InterruptedRunError as interruption:
-    print(interruption, file=sys.stderr)
-    sys.exit(INTERRUPTED)
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
+def _end(text: str, status: int) -> None:
+  terminal.say(text, sys.stderr)
+  sys.exit(status)

@@ -1,0 +1,121 @@
+"""One writer of a directory at a time."""
+
+import contextlib
+import fcntl
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from experiments.common import files, terminal
+from experiments.common.errors import UsageError
+from tern_jax.checkpoint import Place
+
+#: The file that is locked. It tells who holds it.
+NAME = ".lock"
+
+#: Runs that begin and end beside this one may take a directory away so often.
+_ATTEMPTS = 100
+
+
+@contextlib.contextmanager
+def held(
+  directory: Place, wait: Callable[[str], None] | None = None
+) -> Iterator[None]:
+  """Makes this process the only writer of a directory, which is made.
+
+  The system releases the lock when the process ends, in whatever way: what a
+  killed process leaves, on this host or another, locks nothing. A directory in
+  which nothing was written is gone afterwards. A bucket has no locks.
+
+  Args:
+    directory: to write to.
+    wait: called with who holds it before this one waits; None never waits.
+
+  Raises:
+    UsageError: another process holds it, or it cannot be written to.
+  """
+  if not isinstance(directory, Path):
+    yield
+    return
+  made = [x for x in (directory, *directory.parents) if not x.exists()]
+  number = None
+  try:
+    number = _take(directory, wait)
+    files.remove_parts(directory)
+    yield
+  finally:
+    if number is not None:
+      # First the name, then the lock: who opened the file before sees that.
+      with contextlib.suppress(OSError):
+        (directory / NAME).unlink()
+      os.close(number)
+    with contextlib.suppress(OSError):  # They are in use.
+      for folder in made:
+        folder.rmdir()
+
+
+def _take(directory: Path, wait: Callable[[str], None] | None) -> int:
+  """Returns the number of the open file, locked."""
+  path = directory / NAME
+  for _ in range(_ATTEMPTS):
+    number = _open(path)
+    try:
+      if not _locked(number, directory):
+        holder = os.pread(number, 200, 0).decode(errors="replace").strip()
+        if wait is None:
+          raise UsageError(
+            f"{directory} is in use by {holder or 'another process'}: wait"
+            " until that has ended, or write to another directory."
+          )
+        wait(holder or "another process")
+        fcntl.flock(number, fcntl.LOCK_EX)
+      if path.exists() and os.path.samestat(os.fstat(number), os.stat(path)):
+        _sign(number)
+        return number
+    except BaseException:
+      os.close(number)
+      raise
+    os.close(number)  # Its holder has removed it.
+  raise UsageError(f"{path} changes all the time: remove it.")
+
+
+def _open(path: Path) -> int:
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+      return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    # Who made the directory has just taken it away.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+  except OSError as error:
+    raise UsageError(
+      f"{path.parent} cannot be written to ({error.strerror}): give another"
+      " directory."
+    ) from error
+
+
+def _locked(number: int, directory: Path) -> bool:
+  try:
+    fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  except OSError as error:
+    # Such as a network's file system that was mounted without locks.
+    terminal.say(
+      f"{directory} cannot be locked ({error.strerror}): start nothing else"
+      " that writes there.",
+      sys.stderr,
+    )
+  return True
+
+
+def _sign(number: int) -> None:
+  since = time.strftime("%Y-%m-%d %H:%M:%S")
+  text = f"pid {os.getpid()} on {socket.gethostname()} since {since}\n"
+  # On a full disk nobody is told, but the lock holds.
+  with contextlib.suppress(OSError):
+    os.ftruncate(number, 0)
+    os.pwrite(number, text.encode(), 0)
