@@ -44,7 +44,7 @@ class Stage:
     found = {"learning_rate": jnp.asarray(self.rate(count))}
     if self.strength is not None:
       # A late WDR is held back where codes still improve.
-      share = optax.tree_utils.tree_get(state.opt_state, "share", 1.0)
+      share = optax.tree.get(state.opt_state, "share", 1.0)
       found["wdr_strength"] = share * jnp.asarray(self.strength(count))
     return found
 

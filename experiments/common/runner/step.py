@@ -52,7 +52,7 @@ def make_step(
 
   def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     # Of the very gradient that is used: another pass would cost a step.
-    norms.append(optax.global_norm(updates))
+    norms.append(optax.tree.norm(updates))
     return stage.tx.update(updates, state, params)
 
   plain = training.make_step(
