@@ -1,6 +1,8 @@
 """Errors that a user can do something about."""
 
 import contextlib
+import logging
+import os
 import shlex
 import signal
 import sys
@@ -47,6 +49,8 @@ def command_line() -> str:
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
   """Ends the process with a message, not a traceback, where a user can help."""
+  # Orbax logs a traceback of what it then raises.
+  logging.getLogger("absl").addFilter(_is_no_echo)
   with _interruptible():
     try:
       yield
@@ -72,6 +76,11 @@ def explained() -> Iterator[None]:
       where = f"{error.filename}: " if error.filename else ""
       text = f"error: {where}{what}. Once that is mended, to go on: "
       _end(text + command_line(), 2)
+
+
+def _is_no_echo(record: logging.LogRecord) -> bool:
+  of_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
+  return not (of_orbax and record.levelno >= logging.ERROR)
 
 
 @contextlib.contextmanager

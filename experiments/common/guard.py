@@ -115,13 +115,14 @@ def _watched() -> Iterator[None]:
 
 def _watch(reader: socket.socket) -> None:
   """Reads the numbers of signals until the other end is closed."""
-  begun = False
+  # The terminal may be in the middle of a line.
+  begin, begun = "\n" if sys.stderr.isatty() else "", False
   while True:
     try:
       received = reader.recv(1)
     except TimeoutError:
       text = "SIGINT: ends with a checkpoint after this step; again: at once"
-      terminal.say(f"\n{text}", sys.stderr)
+      terminal.say(begin + text, sys.stderr)
       reader.settimeout(None)
       continue
     if not received:
@@ -130,7 +131,7 @@ def _watch(reader: socket.socket) -> None:
       continue
     if begun:
       text = "SIGINT: ended at once; to go on from the last checkpoint: "
-      terminal.say(f"\n{text}{command_line()}", sys.stderr)
+      terminal.say(begin + text + command_line(), sys.stderr)
       os._exit(128 + signal.SIGINT)
     begun = True
     reader.settimeout(PATIENCE)

@@ -237,11 +237,8 @@ class Log:
       step: that was done last.
       loss: of the step, 0-d; it is waited for only if it is shown.
     """
-    if self._writes:
-      if self._pace.seconds is None:
-        self._pace(step)
-      if self._progress.is_due(step):
-        self._progress.show(step, {**self._shown, "loss": float(loss)})
+    if self._writes and self._progress.is_due(step):
+      self._progress.show(step, {**self._shown, "loss": float(loss)})
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
     """Writes the metrics of a step; those by layer have a slash."""
@@ -249,7 +246,10 @@ class Log:
       return
     # The time of day: that since the start would begin anew in a resumed run.
     clock = {"wall_time": round(time.time(), 3)}
-    if (rate := self._pace(step)) is not None:
+    if (rate := self._pace(step)) is None:
+      # What judges the net was compiled for the first line.
+      self._progress.restart(step)
+    else:
       clock["steps_per_second"] = round(rate, 4)
     self._append({"phase": self.phase, "step": step, **metrics, **clock})
     # Events have times of their own.

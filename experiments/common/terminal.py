@@ -94,6 +94,10 @@ class Progress:
     pause = self._every if self._shown else self._first
     return step == self._steps or seconds >= pause
 
+  def restart(self, step: int) -> None:
+    """Forgets the time that has passed, in which something was compiled."""
+    self._pace(step)
+
   def show(self, step: int, figures: Mapping[str, float]) -> None:
     """Says how far it is.
 
@@ -125,6 +129,7 @@ class Progress:
     parts["percent"] = f"{100 * step // self._steps}%"
     if self._rate:
       parts["rate"] = f"{_figure(self._rate)}/s"
+    if self._rate and step < self._steps:
       parts["left"] = f"{self._left(step)} left"
     for name, key, form in (
       ("loss", "loss", ".4f"),
@@ -145,6 +150,7 @@ class Progress:
     parts = [f"{self._phase} {step}/{self._steps} ({share}%)"]
     if self._rate:
       parts.append(f"{_figure(self._rate)} steps/s")
+    if self._rate and step < self._steps:
       parts.append(f"{self._left(step)} left")
     for name, key, form in (
       ("loss", "loss", ".4f"),
