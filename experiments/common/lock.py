@@ -40,10 +40,10 @@ def held(
   if not isinstance(directory, Path):
     yield
     return
-  made = [x for x in (directory, *directory.parents) if not x.exists()]
+  made: list[Path] = []
   number = None
   try:
-    number = _take(directory, wait)
+    number = _take(directory, wait, made)
     files.remove_parts(directory)
     yield
   finally:
@@ -57,11 +57,15 @@ def held(
         folder.rmdir()
 
 
-def _take(directory: Path, wait: Callable[[str], None] | None) -> int:
-  """Returns the number of the open file, locked."""
+def _take(
+  directory: Path, wait: Callable[[str], None] | None, made: list[Path]
+) -> int:
+  """Returns the number of the open file, locked; adds the folders it made."""
   path = directory / NAME
   for _ in range(_ATTEMPTS):
-    number = _open(path)
+    made[:] = [x for x in (directory, *directory.parents) if not x.exists()]
+    if (number := _open(path)) is None:
+      continue
     try:
       if not _locked(number, directory):
         holder = os.pread(number, 200, 0).decode(errors="replace").strip()
@@ -82,14 +86,12 @@ def _take(directory: Path, wait: Callable[[str], None] | None) -> int:
   raise UsageError(f"{path} changes all the time: remove it.")
 
 
-def _open(path: Path) -> int:
+def _open(path: Path) -> int | None:
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-      return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    # Who made the directory has just taken it away.
-    path.parent.mkdir(parents=True, exist_ok=True)
     return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+  except FileNotFoundError:
+    return None  # Who made the directory has just taken it away.
   except OSError as error:
     raise UsageError(
       f"{path.parent} cannot be written to ({error.strerror}): give another"
