@@ -533,8 +533,8 @@ class TestSignals:
     # In a call that no handler in Python could interrupt.
     code = """
 import hashlib
-from experiments.common import guard
-guard.PATIENCE = 0.2
+from experiments.common import errors, guard
+errors.PATIENCE = 0.2
 with guard.termination():
   print("ready", flush=True)
   hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
@@ -547,7 +547,7 @@ with guard.termination():
       told = process.stderr.read()
     assert told.startswith(
       "SIGINT: ends with a checkpoint after this step; again: at once\n"
-      "SIGINT: ended at once; to go on from the last checkpoint: python -c"
+      "SIGINT: ended at once; to go on: python -c"
     )
 
   @pytest.mark.parametrize(

@@ -1,9 +1,7 @@
 """Long runs that end before their end: by a signal, or by a NaN."""
 
 import contextlib
-import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +13,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from experiments.common import processes, terminal
-from experiments.common.errors import InterruptedRunError, command_line
+from experiments.common.errors import (
+  InterruptedRunError,
+  command_line,
+  watched,
+)
 from tern_jax.checkpoint import Place
 from tern_jax.core.paths import path_str
 
@@ -25,9 +27,6 @@ COMPARED_EVERY = 8
 
 #: A machine that is taken away, Ctrl-C, and a terminal that is closed.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-#: Seconds after which Ctrl-C gets an answer, should a step take longer.
-PATIENCE = 2.0
 
 
 @contextlib.contextmanager
@@ -57,7 +56,7 @@ def termination() -> Iterator[Callable[[int], int]]:
     return int(multihost_utils.process_allgather(np.int32(mine)).max())
 
   every = 1 if processes.count() == 1 else COMPARED_EVERY
-  with _handled(came.append), _watched():
+  with _handled(came.append), watched(_tell):
     yield lambda step: came_to_any() if step % every == 0 else 0
     if number := came_to_any():
       raise stopped("between two phases", number)
@@ -73,6 +72,11 @@ def stopped(where: str, number: int) -> InterruptedRunError:
   name = signal.Signals(number).name
   text = f"{name}: stopped {where}; to go on: {command_line()}"
   return InterruptedRunError(text, number)
+
+
+def _tell() -> None:
+  text = "SIGINT: ends with a checkpoint after this step; again: at once"
+  terminal.say(text, sys.stderr)
 
 
 @contextlib.contextmanager
@@ -91,50 +95,6 @@ def _handled(handle: Callable[[int], None]) -> Iterator[None]:
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _watched() -> Iterator[None]:
-  """Answers Ctrl-C also while the main thread compiles or waits for a step.
-
-  A handler in Python has to wait until that is done.
-  """
-  reader, writer = socket.socketpair()
-  writer.setblocking(False)
-  before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-  thread = threading.Thread(target=_watch, args=(reader,), daemon=True)
-  thread.start()
-  try:
-    yield
-  finally:
-    signal.set_wakeup_fd(before)
-    writer.close()
-    thread.join()
-    reader.close()
-
-
-def _watch(reader: socket.socket) -> None:
-  """Reads the numbers of signals until the other end is closed."""
-  # The terminal may be in the middle of a line.
-  begin, begun = "\n" if sys.stderr.isatty() else "", False
-  while True:
-    try:
-      received = reader.recv(1)
-    except TimeoutError:
-      text = "SIGINT: ends with a checkpoint after this step; again: at once"
-      terminal.say(begin + text, sys.stderr)
-      reader.settimeout(None)
-      continue
-    if not received:
-      return
-    if received[0] != signal.SIGINT:
-      continue
-    if begun:
-      text = "SIGINT: ended at once; to go on from the last checkpoint: "
-      terminal.say(begin + text + command_line(), sys.stderr)
-      os._exit(128 + signal.SIGINT)
-    begun = True
-    reader.settimeout(PATIENCE)
 
 
 def not_finite(tree: Any) -> list[str]:
