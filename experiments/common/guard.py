@@ -24,7 +24,6 @@ from tern_jax.core.paths import path_str
 #: Steps from one question of all processes for the signals of all to the next.
 COMPARED_EVERY = 8
 
-
 #: A machine that is taken away, Ctrl-C, and a terminal that is closed.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

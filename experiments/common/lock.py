@@ -68,13 +68,13 @@ def _take(
       continue
     try:
       if not _locked(number, directory):
-        holder = os.pread(number, 200, 0).decode(errors="replace").strip()
+        holder = _holder(number)
         if wait is None:
           raise UsageError(
-            f"{directory} is in use by {holder or 'another process'}: wait"
-            " until that has ended, or write to another directory."
+            f"{directory} is in use by {holder}: wait until that has ended, or"
+            " write to another directory."
           )
-        wait(holder or "another process")
+        wait(holder)
         fcntl.flock(number, fcntl.LOCK_EX)
       if path.exists() and os.path.samestat(os.fstat(number), os.stat(path)):
         _sign(number)
@@ -112,6 +112,13 @@ def _locked(number: int, directory: Path) -> bool:
       sys.stderr,
     )
   return True
+
+
+def _holder(number: int) -> str:
+  """Returns who holds the lock, as that has written it."""
+  text = os.pread(number, 200, 0).decode(errors="replace").strip()
+  # Whoever may write there may have written anything.
+  return text if text and text.isprintable() else "another process"
 
 
 def _sign(number: int) -> None:

@@ -51,7 +51,7 @@ def joined(distributed: bool) -> Iterator[None]:
     # A proper exit waits for the others, who may wait for this process.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code if isinstance(code, int) and code else 1)
 
 
 def on_loopback(count: int, devices: int) -> list[dict[str, str]]:
