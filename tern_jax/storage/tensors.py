@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import tensorstore
 from orbax.checkpoint import v1
 
 from tern_jax.core.types import PyTree
-from tern_jax.storage import codecs, leaves, limits
+from tern_jax.storage import codecs, leaves, limits, ocdbt
 from tern_jax.storage.codecs import Codec
 from tern_jax.storage.leaves import CheckpointError, Json, Path, printable
 from tern_jax.storage.places import Place, in_bucket
@@ -120,6 +121,13 @@ def index_of(path: Place, part: str) -> Json:
       names.append((number, name))
       if entry["value_metadata"]["value_type"] != "np.ndarray":
         raise ValueError(f"{number}.{name} is no array")
+    # How much it takes, for which TensorStore would take its word.
+    sizes: Counter[str] = Counter()
+    for key, size in ocdbt.sizes(path / part).items():
+      array, _, rest = key.partition("/")
+      if rest == "zarr.json" and size > _FACTS:
+        raise ValueError(f"{key} has {size:,} bytes")
+      sizes[array] += size
     store = _store(path / part)
     reads = [store.read(f"{number}.{name}/zarr.json") for number, name in names]
     found = [read.result() for read in reads]
@@ -130,7 +138,8 @@ def index_of(path: Place, part: str) -> Json:
     ) from e
   index: Json = {}
   for (number, name), read in zip(names, found, strict=True):
-    index.setdefault(number, {})[name] = _facts(read.value)
+    stored = sizes[f"{number}.{name}"]
+    index.setdefault(number, {})[name] = _facts(name, read.value, stored)
   return index
 
 
@@ -147,43 +156,40 @@ def _store(folder: Place) -> Any:
   return tensorstore.KvStore.open(spec, context=cache).result()
 
 
-def _facts(text: bytes) -> Json:
+def _facts(name: str, text: bytes, stored: int) -> Json:
   """Returns what zarr says of an array, or what is wrong with its layout."""
   try:
-    if len(text) > _FACTS:
-      raise ValueError(f"its description has {len(text):,} bytes")
     facts = json.loads(text)
     shape, dtype = facts["shape"], facts["data_type"]
     described = {"dtype": dtype, "shape": shape}
     size = leaves.size_of(described)
-    chunks = max(_CHUNKS, size // _WORTH_A_CHUNK)
-    if (facts["zarr_format"], facts["chunk_grid"]["name"]) != (3, "regular"):
-      raise ValueError("it is no array of zarr 3 in regular chunks")
-    if facts.get("storage_transformers"):
-      raise ValueError("it has transformers")
-    _check_chunks(shape, facts["chunk_grid"]["configuration"], chunks)
-    (shard,) = facts["codecs"]
-    if shard["name"] != "sharding_indexed":
-      raise ValueError(f"it has the codec {shard['name']}")
+    most = max(_CHUNKS, size // _WORTH_A_CHUNK)
+    if stored > size + size // _CHUNKS + _FACTS:
+      raise ValueError(f"it has {stored:,} bytes on disk for {size:,}")
+    grid, (shard,) = facts["chunk_grid"], facts["codecs"]
     inner = shard["configuration"]
-    _check_chunks(shape, inner, chunks)
-    for codec in inner["codecs"] + inner["index_codecs"]:
-      if codec["name"] not in ("bytes", "zstd", "crc32c"):
-        raise ValueError(f"it has the codec {codec['name']}")
+    kinds = facts["zarr_format"], grid["name"], shard["name"]
+    if kinds != (3, "regular", "sharding_indexed"):
+      raise ValueError(f"it has the layout {kinds}")
+    used = {codec["name"] for codec in inner["codecs"] + inner["index_codecs"]}
+    used |= {x["name"] for x in facts.get("storage_transformers", ())}
+    if other := used - {"bytes", "zstd", "crc32c"}:
+      raise ValueError(f"it has the codecs {other}")
+    for chunks in (grid["configuration"], inner):
+      _check_chunks(shape, chunks["chunk_shape"], most)
   except Exception as e:
-    return {"fault": f"{type(e).__name__}: {printable(e)}"}
+    return {"fault": f"{name} is no array of ours: {type(e).__name__}: {e}"}
   return described
 
 
-def _check_chunks(shape: list[int], facts: Json, most: int) -> None:
+def _check_chunks(shape: list[int], chunk: list[int], most: int) -> None:
   """Raises a ValueError if chunks are larger than an array, or too many."""
-  chunk = facts["chunk_shape"]
-  if not leaves.is_shape(chunk) or len(chunk) != len(shape):
-    raise ValueError(f"it has chunks of shape {chunk}")
-  pairs = list(zip(shape, chunk, strict=True))
-  fits = all(0 < n <= max(size, 1) for size, n in pairs)
-  if not fits or math.prod(-(-size // n) for size, n in pairs) > most:
-    raise ValueError(f"it has chunks of shape {chunk} for {shape}")
+  if leaves.is_shape(chunk) and len(chunk) == len(shape):
+    pairs = list(zip(shape, chunk, strict=True))
+    counts = [-(-size // n) if 0 < n <= size else most + 1 for size, n in pairs]
+    if math.prod(counts) <= most:
+      return
+  raise ValueError(f"it has chunks of shape {chunk} for {shape}")
 
 
 def read(
@@ -195,9 +201,12 @@ def read(
   for e in entries.values():
     described, found = _described(e), index.get(e["number"], {})
     if found != described:
-      fault = f"its arrays are not those of the spec, {described}, but {found}"
+      fault = f"its arrays are not those of the spec, {described}"
+      for facts in found.values():
+        fault = facts.get("fault", fault)
       name = leaves.name_of(e["path"])
-      raise CheckpointError(f"{path}: {name} is damaged: {printable(fault)}.")
+      fault = printable(fault, 1000)
+      raise CheckpointError(f"{path}: {name} is damaged: {fault}.")
     if described:
       wanted[e["number"]] = dict.fromkeys(described, np.ndarray)
   if not wanted:
