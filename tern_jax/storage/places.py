@@ -45,7 +45,7 @@ def absolute(path: PathLike) -> Place:
     path: of a folder or a file, file:///path, or gs://bucket/path.
 
   Raises:
-    ValueError: another scheme, or no bucket is named.
+    ValueError: another scheme, no bucket is named, or no UTF-8.
 
   >>> absolute("gs://bucket/runs/7")
   PosixGPath('gs://bucket/runs/7')
@@ -56,7 +56,14 @@ def absolute(path: PathLike) -> Place:
   """
   name = os.fspath(path)
   if not name.startswith("gs://"):
-    return local(path).resolve()
+    found = local(path).resolve()
+    try:
+      str(found).encode()
+    except UnicodeEncodeError:
+      # TensorStore would find nothing there, as if arrays were damaged.
+      hint = "set PYTHONUTF8=1, or rename it"
+      raise ValueError(f"{printable(found)} is no UTF-8: {hint}.") from None
+    return found
   if not name.removeprefix("gs://").partition("/")[0]:
     raise ValueError(f"{name} names no bucket: give gs://bucket/path.")
   # TensorStore and other hosts write there, too: no listing stays true.
@@ -72,9 +79,11 @@ def local(path: PathLike) -> Path:
       home of the user, as shells have it.
 
   Raises:
-    ValueError: a place elsewhere.
+    ValueError: a place elsewhere, or an empty path.
   """
   name = os.fspath(path)
+  if not name:
+    raise ValueError("the path is empty: give one, such as . or runs/net.")
   scheme, separator, rest = name.partition("://")
   if not separator or os.sep in scheme:
     home = name == "~" or name.startswith("~/")
