@@ -1,5 +1,6 @@
 """The command `python -m tern_jax`: files of all kinds, and mishaps."""
 
+import errno
 import json
 import os
 import pickle
@@ -262,6 +263,17 @@ def test_a_folder_with_one_checkpoint_in_it(call, tmp_path):
   assert f"is a part of a checkpoint: give {work}/packed" in err
 
 
+def test_a_damaged_step_is_not_passed_over(call, tmp_path):
+  with Checkpointer(tmp_path / "checkpoints" / "ternary") as run:
+    for step in (1, 2):
+      run.save(step, {"w": jnp.arange(3)}, net())
+  shutil.rmtree(tmp_path / "checkpoints" / "ternary" / "2" / "spec")
+  for given in (".", "checkpoints", "checkpoints/ternary"):
+    status, out, err = call("verify", tmp_path / given)
+    assert (status, out) == (2, "")
+    assert "holds no checkpoint: its spec is missing" in err
+
+
 def _zip(path, *names):
   with zipfile.ZipFile(path, "w") as archive:
     for name in names:
@@ -389,7 +401,11 @@ def test_file_urls_are_taken_wherever_a_path_is(tmp_path):
     Checkpointer("http://host/run")
 
 
-def test_where_a_file_cannot_be_exported(call, saved, tmp_path):
+def _full(_):
+  raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_where_a_file_cannot_be_exported(call, saved, tmp_path, monkeypatch):
   (tmp_path / "folder").mkdir()
   os.mkfifo(tmp_path / "fifo")
   (tmp_path / "file").touch()
@@ -414,6 +430,16 @@ def test_where_a_file_cannot_be_exported(call, saved, tmp_path):
   )
   assert status == 2
   assert "copy the file" in err
+  # Writers of other packages do not say which file it was.
+  monkeypatch.setattr(os, "fsync", _full)
+  status, _, err = call(
+    *("export", saved / "net", tmp_path / "x", "--to", "safetensors")
+  )
+  assert (status, err) == (
+    2,
+    f"tern_jax export: cannot write {tmp_path}/x: [Errno 28] No space left on"
+    " device.\n",
+  )
   assert sorted(tmp_path.rglob("*")) == before
   assert not files.unfinished
 

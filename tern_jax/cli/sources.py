@@ -183,7 +183,9 @@ def _inside(folder: Place) -> list[Place]:
   for _ in range(_DEPTH):
     children = itertools.chain.from_iterable(map(_children, level))
     level = list(itertools.islice(children, _BREADTH))
-    if found := [x for x in level if _is_taken(x)]:
+    # An older step must not stand in for the damaged latest one of its run.
+    named = (x for x in level if not x.name.isdecimal())
+    if found := [x for x in named if _is_taken(x)]:
       return found
   return []
 

@@ -111,6 +111,10 @@ def fresh_file(path: PathLike, overwrite: bool) -> Iterator[Path]:
       if os.path.lexists(path):
         raise _taken(path) from None
       fresh.rename(path)
+  except (ValueError, TypeError, FileExistsError):
+    raise
+  except Exception as e:  # Writers name no path, or the file beside it.
+    raise OSError(f"cannot write {path}: {e}.") from e
   finally:
     fresh.unlink(missing_ok=True)
     unfinished.discard(fresh)
