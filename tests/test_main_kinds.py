@@ -272,6 +272,9 @@ def test_a_damaged_step_is_not_passed_over(call, tmp_path):
     status, out, err = call("verify", tmp_path / given)
     assert (status, out) == (2, "")
     assert "holds no checkpoint: its spec is missing" in err
+  status, _, err = call("verify", tmp_path / "checkpoints" / "ternary" / "2")
+  assert status == 2
+  assert "It is what is left of a checkpoint of tern_jax." in err
 
 
 def _zip(path, *names):

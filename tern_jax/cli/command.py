@@ -107,12 +107,15 @@ def _parser() -> argparse.ArgumentParser:
 
   def add(run: Callable, about: str, *paths: str) -> Any:
     name = run.__name__.lstrip("_")
+    first, _, _ = about.partition(". ")
     command = commands.add_parser(
-      name, help=about.partition(". ")[0], description=about, epilog=_STATUS
+      name, help=first.rstrip("."), description=about, epilog=_STATUS
     )
     command.set_defaults(run=run)
     for path in paths:
-      command.add_argument(path, help="like a" if path == "b" else _PATHS)
+      command.add_argument(
+        path, help="what to compare it with" if path == "b" else _PATHS
+      )
     if run is not _export:
       command.add_argument(
         "--json", action="store_true", help="print JSON, for programs"

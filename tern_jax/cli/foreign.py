@@ -93,6 +93,8 @@ def of_folder(path: Path) -> str:
   names = set(os.listdir(path))
   if not names:
     return "an empty folder"
+  if "_CHECKPOINT_METADATA" in names and "packed" in names:
+    return "what is left of a checkpoint of tern_jax"
   return next((what for name, what in _IN_FOLDER.items() if name in names), "")
 
 
