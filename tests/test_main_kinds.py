@@ -22,7 +22,7 @@ from tern_jax.checkpoint import Checkpointer, load_packed, save_packed
 from tern_jax.cli import output
 from tern_jax.core.containers import Ternary
 from tern_jax.export import files, gguf_file
-from tern_jax.storage.packed import pack, to_ternary
+from tern_jax.storage.packed import pack, to_ternary, validate
 from tests.helpers import assert_same
 
 
@@ -132,6 +132,18 @@ def test_any_blocks_are_read_as_ggml_reads_them(name):
   decode = {"TQ1_0": gguf_file._tq1_0, "TQ2_0": gguf_file._tq2_0}[name]
   expected = gguf.dequantize(blocks, kind)
   np.testing.assert_array_equal(decode(blocks[:, :-2]), expected)
+
+
+@pytest.mark.parametrize("shape", [(768,), (12, 256), (20, 512), (3, 5, 256)])
+def test_a_tensor_is_read_in_parts(tmp_path, monkeypatch, shape):
+  codes = np.random.default_rng(0).integers(-1, 2, shape)
+  rows = codes if len(shape) == 1 else np.moveaxis(codes, -1, -2)
+  monkeypatch.setattr(gguf_file, "_PART", 2000)
+  export.to_gguf(tmp_path / "x.gguf", {"x": layer(rows)})
+  ((_, found),) = gguf_file.examine(tmp_path / "x.gguf")
+  validate(found)
+  np.testing.assert_array_equal(to_ternary(found).codes, codes)
+  np.testing.assert_array_equal(found.dequantize(), 0.5 * codes)
 
 
 def _changed(data, at, value):

@@ -32,6 +32,8 @@ _DENSE = {
 # The name, and the bytes of a block.
 _TERNARY = {34: ("TQ1_0", 54), 35: ("TQ2_0", 66)}
 _BLOCK = 256
+# Weights that are decoded at a time.
+_PART = 1 << 20
 # struct's letters of the types of metadata; 8 is a string, 9 an array.
 _VALUES = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -216,25 +218,36 @@ def _decode(file: BinaryIO, x: Tensor) -> np.ndarray | PackedTernary:
     if not np.all(np.isfinite(dense)):
       raise ValueError("it has values that are not finite")
     return dense
-  name, width = _TERNARY[x.type]
+  width = _TERNARY[x.type][1]
   blocks = np.frombuffer(data, np.uint8).reshape(-1, width)
-  codes = (_tq1_0 if name == "TQ1_0" else _tq2_0)(blocks[:, :-2])
-  if np.any(codes > 1):
-    raise ValueError("it has a code that is not -1, 0 or 1")
   # The last two bytes of a block are its scale.
   scales = blocks[:, -2:].copy().view("<f2").astype(np.float32)
   if not np.all(np.isfinite(scales)):
     raise ValueError("it has scales that are not finite")
-  codes = codes.reshape(x.shape)
   scales = scales.reshape(*x.shape[:-1], -1)
-  axis = packed_axis(x.shape, 0)
-  arrays: dict[str, Any] = {
-    "nonzero": np.packbits(codes != 0, axis, bitorder="little"),
-    "sign": np.packbits(codes < 0, axis, bitorder="little"),
-    "w_p": scales,
-    "w_n": scales,
-  }
-  return PackedTernary(**arrays, shape=x.shape, axis=axis)
+  planes = _planes(x, blocks[:, :-2])
+  arrays: dict[str, Any] = planes | {"w_p": scales, "w_n": scales}
+  return PackedTernary(**arrays, shape=x.shape, axis=packed_axis(x.shape, 0))
+
+
+def _planes(x: Tensor, blocks: np.ndarray) -> dict[str, np.ndarray]:
+  """Returns bit-planes, made part by part: codes take four times as much."""
+  name, axis = _TERNARY[x.type][0], packed_axis(x.shape, 0)
+  decode = _tq1_0 if name == "TQ1_0" else _tq2_0
+  inner = math.prod(x.shape[1:])
+  # Along the first axis, in whole blocks and whole bytes.
+  whole = 8 if len(x.shape) > 1 else _BLOCK
+  step = max(1, _PART // (whole * inner)) * whole
+  nonzero, sign = [], []
+  for start in range(0, x.shape[0], step):
+    n = min(step, x.shape[0] - start)
+    part = slice(start * inner // _BLOCK, (start + n) * inner // _BLOCK)
+    codes = decode(blocks[part]).reshape(n, *x.shape[1:])
+    if np.any(codes > 1):
+      raise ValueError("it has a code that is not -1, 0 or 1")
+    nonzero.append(np.packbits(codes != 0, axis, bitorder="little"))
+    sign.append(np.packbits(codes < 0, axis, bitorder="little"))
+  return {"nonzero": np.concatenate(nonzero), "sign": np.concatenate(sign)}
 
 
 def _tq1_0(blocks: np.ndarray) -> np.ndarray:
