@@ -4,7 +4,10 @@ Each takes an empty folder and returns the path to load. None takes long, or
 much memory or disk, whatever its file claims.
 """
 
+import copy
 import json
+import os
+import socket
 import struct
 import zlib
 from pathlib import Path
@@ -12,6 +15,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import tensorstore
+from safetensors.numpy import save_file
 
 from tern_jax import codec
 from tern_jax.checkpoint import save_packed
@@ -82,7 +86,7 @@ def crc32c(data: bytes) -> int:
   for byte in data:
     crc ^= byte
     for _ in range(8):
-      crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+      crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
   return crc ^ 0xFFFFFFFF
 
 
@@ -155,10 +159,8 @@ def zeros_in_entropy_code(folder):
   return forge(folder / "net.safetensors", tensors, [n * chunk])
 
 
-def forge(path: Path, tensors, shape, **more) -> Path:
+def forge(path: Path, tensors, shape, /, **more) -> Path:
   """A safetensors file of one coded leaf, its checksums right."""
-  from safetensors.numpy import save_file
-
   crc = 0
   for name in sorted(tensors):
     crc = zlib.crc32(tensors[name].tobytes(), crc)
@@ -208,8 +210,8 @@ def put_node(path: Path, node: bytes, keys: int) -> Path:
 
 
 def long_keys(folder):
-  """9 MB that are a million keys of 65 kB."""
-  n, prefix = 1 << 20, 65_000
+  """160 kB that are 20,000 keys of 65 kB."""
+  n, prefix = 20_000, 65_000
   suffixes = (bytes([i >> 14, i >> 7 & 127, i & 127]) for i in range(n - 1))
   body = b"\0" + varint(0, n)
   body += varint(0) + varint(prefix) * (n - 2)
@@ -246,3 +248,174 @@ def value_beyond_its_file(folder):
 def value_outside(folder):
   (folder / "secret").write_bytes(bytes(100))
   return put_reference(saved(folder), b"../../secret", 0, 50)
+
+
+def node_in_itself(folder):
+  path, name, key = saved(folder), b"d/node", b"0000.nonzero/zarr.json"
+  body = b"\1" + varint(1, len(name), 0) + name + varint(1, len(key), 0) + key
+  # The length of the node is known once it is written.
+  for size in (0, 18 + len(body) + 6):
+    put_node(path, body + varint(0, 0, size, 1, size, 0), 1)
+  return path
+
+
+# Other layouts.
+
+
+def described(folder, change):
+  """What zarr says of an array of a valid checkpoint, changed."""
+  path = saved(folder)
+  key, arrays = "0000.nonzero/zarr.json", store(path)
+  facts = json.loads(arrays.read(key).result().value)
+  arrays.write(key, json.dumps(change(facts) or facts)).result()
+  return path
+
+
+LAYOUTS = {
+  "gzip": lambda x: inner(x)["codecs"].append(
+    {"name": "gzip", "configuration": {"level": 1}}
+  ),
+  "nested shards": lambda x: inner(x).update(codecs=copy.deepcopy(x["codecs"])),
+  "no shard": lambda x: x.update(codecs=[{"name": "bytes"}]),
+  "two shards": lambda x: x["codecs"].append(x["codecs"][0]),
+  "a transformer": lambda x: x.update(storage_transformers=[{"name": "x"}]),
+  "another grid": lambda x: x["chunk_grid"].update(name="rectangular"),
+  "another rank": lambda x: inner(x).update(chunk_shape=[2]),
+  "a negative chunk": lambda x: inner(x).update(chunk_shape=[-2, 8]),
+  "an empty chunk": lambda x: inner(x).update(chunk_shape=[0, 8]),
+  "a negative shape": lambda x: x.update(shape=[-2, 8]),
+  "an endless shape": lambda x: x.update(shape=[2**63, 8]),
+  "a shape of text": lambda x: x.update(shape=["2", 8]),
+  "a shape that multiplies": lambda x: x.update(shape=[10**9, "a"]),
+  "a wide dtype": lambda x: x.update(data_type="r8000000"),
+  "an unknown dtype": lambda x: x.update(data_type="S1000000"),
+  "a list for a dtype": lambda x: x.update(data_type=["uint8"]),
+  "zarr 2": lambda x: x.update(zarr_format=2),
+  "a list": lambda x: [x],
+  "much text": lambda x: x.update(attributes={"x": "y" * 100_000}),
+}
+
+
+def inner(facts):
+  return facts["codecs"][0]["configuration"]
+
+
+def trees(folder, change):
+  """What orbax says of the tree of a valid checkpoint, changed."""
+  file = saved(folder) / "packed" / "_METADATA"
+  tree = json.loads(file.read_text())
+  file.write_text(json.dumps(change(tree) or tree))
+  return folder / "net"
+
+
+def first(tree):
+  return next(iter(tree["tree_metadata"].values()))
+
+
+TREES = {
+  "zarr 2": lambda x: x.update(use_zarr3=False),
+  "no database": lambda x: x.update(use_ocdbt=False),
+  "a flag of text": lambda x: x.update(use_ocdbt="yes"),
+  "a string": lambda x: first(x)["value_metadata"].update(value_type="string"),
+  "a jax.Array": lambda x: first(x)["value_metadata"].update(
+    value_type="jax.Array"
+  ),
+  "one key": lambda x: first(x)["key_metadata"].pop(),
+  "a key that is no text": lambda x: first(x)["key_metadata"][0].update(
+    key=[1]
+  ),
+  "no tree": lambda x: x.update(tree_metadata=None),
+  "a list": lambda x: [x],
+}
+
+
+# Specs.
+
+
+def specs(folder, change):
+  """The spec of a valid checkpoint, changed, its checksum right."""
+  path = saved(folder)
+  reseal(path, change)
+  return path
+
+
+def leaf(spec):
+  return spec["leaves"]["packed"][0]
+
+
+def arrays(spec):
+  return leaf(spec)["arrays"]["nonzero"]
+
+
+SPECS = {
+  "many leaves": lambda s: s["leaves"].update(
+    packed=[leaf(s) | {"path": [str(i)]} for i in range(20_000)]
+  ),
+  "a shape that multiplies": lambda s: arrays(s).update(shape=[10**9, "a"]),
+  "a shape of lists": lambda s: arrays(s).update(shape=[10**9, [0]]),
+  "a long shape": lambda s: arrays(s).update(shape=[2] * 1000),
+  "a wide dtype": lambda s: arrays(s).update(dtype="S1000000"),
+  "a structured dtype": lambda s: arrays(s).update(dtype="f8,f8"),
+  "objects": lambda s: arrays(s).update(dtype="object"),
+  "dates": lambda s: arrays(s).update(dtype="datetime64[s]"),
+  "an alias of a dtype": lambda s: arrays(s).update(dtype="u1"),
+  "a dict for a dtype": lambda s: arrays(s).update(dtype={"names": []}),
+  "a path of numbers": lambda s: leaf(s).update(path=[1]),
+  "a path of lists": lambda s: leaf(s).update(path=[["x"]]),
+  "no arrays": lambda s: leaf(s).update(arrays=None),
+  "a codec that is no text": lambda s: s.update(codec=["planes"]),
+  "a kind of key": lambda s: leaf(s).update(kind="key", impl="x\x1b\n"),
+  "an axis of text": lambda s: leaf(s).update(axis="\x1b[31m\nfine"),
+}
+
+
+# Files that are none.
+
+
+def _socket(path: Path) -> None:
+  # The path of a socket is short.
+  where = os.getcwd()
+  os.chdir(path.parent)
+  try:
+    with socket.socket(socket.AF_UNIX) as s:
+      s.bind(path.name)
+  finally:
+    os.chdir(where)
+
+
+def _link_out(path: Path) -> None:
+  outside = path.parents[1] / "outside"
+  outside.write_text("{}")
+  path.symlink_to(outside)
+
+
+#: What they are, and how each is made.
+KINDS = {
+  "a FIFO": os.mkfifo,
+  "a socket": _socket,
+  "a symbolic link": _link_out,
+}
+LINKS = {
+  "to a device": lambda path: path.symlink_to("/dev/zero"),
+  "to nothing": lambda path: path.symlink_to("nothing"),
+  "to itself": lambda path: path.symlink_to(path.name),
+  "to a folder": lambda path: path.symlink_to("/", target_is_directory=True),
+  "inside": lambda path: path.symlink_to(path.parent / "manifest.ocdbt"),
+}
+#: Where they lie.
+PLACES = (
+  "spec/data.json",
+  "packed/_METADATA",
+  "packed/manifest.ocdbt",
+  "packed/d/more",
+  "_CHECKPOINT_METADATA",
+  "more",
+)
+
+
+def special(folder: Path, make, place: str) -> Path:
+  """A checkpoint with something else in place of a file."""
+  path = saved(folder)
+  (path / place).unlink(missing_ok=True)
+  make(path / place)
+  return path

@@ -5,6 +5,7 @@ and the crc32 of its bytes.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import zlib
@@ -217,13 +218,22 @@ def describe(arrays: Mapping[str, Array | np.ndarray]) -> Json:
 
 def size_of(described: Json) -> int:
   """Returns the bytes of an array that a file describes; trusts nothing."""
-  shape, name = described["shape"], described["dtype"]
+  shape, dtype = described["shape"], described["dtype"]
   if not is_shape(shape):
-    raise ValueError(f"{shape} is no shape of an array")
-  dtype = jnp.dtype(name) if isinstance(name, str) else None
-  if dtype is None or dtype.name != name or not is_dense(dtype):
-    raise ValueError(f"{name} is no dtype of an array")
-  return math.prod(shape) * dtype.itemsize
+    raise ValueError(f"{printable(shape)} is no shape of an array")
+  if not isinstance(dtype, str) or not (size := _itemsize(dtype)):
+    raise ValueError(f"{printable(dtype)} is no dtype of an array")
+  return math.prod(shape) * size
+
+
+@functools.lru_cache(256)
+def _itemsize(name: str) -> int:
+  """Returns the bytes of an element, 0 if arrays of a dtype are not stored."""
+  try:
+    dtype = jnp.dtype(name)
+  except TypeError:
+    return 0
+  return dtype.itemsize if dtype.name == name and is_dense(dtype) else 0
 
 
 def bytes_of(x: np.ndarray) -> memoryview:

@@ -38,7 +38,7 @@ RATIO = 1024
 #: Bytes of arrays that any file may claim.
 FLOOR = 64 << 20
 #: Most bytes of a JSON file, or of a header.
-JSON_BYTES = 32 << 20
+JSON_BYTES = 16 << 20
 # The estimate of what zstd leaves is off by less than this factor.
 _MARGIN = 8
 # How much of an array it is made from: so many samples of so many bytes.

@@ -82,6 +82,8 @@ def _values(
   if at in seen:
     raise ValueError("two nodes of it are one")
   seen.add(at)
+  if {".", "..", ""} & {*name.split("/")}:
+    raise ValueError("a node of it lies outside")
   reader = _Reader(_body(folder / name, offset, length, _NODE))
   height = reader.take(1)[0]
   files = reader.files()
@@ -182,7 +184,7 @@ class _Reader:
     left = np.frombuffer(self._data, np.uint8, offset=self._at)
     ends = np.flatnonzero(left < 128)[:n] + 1
     sizes = np.diff(ends, prepend=0)
-    if len(ends) < n or max(sizes) > 9:
+    if len(ends) < n or max(sizes) > 10:
       raise ValueError("a node of it has no numbers where some must be")
     starts = ends - sizes
     shifts = 7 * (np.arange(ends[-1]) - np.repeat(starts, sizes))
@@ -198,7 +200,7 @@ class _Reader:
       raise ValueError("the names in it take too much")
 
   def files(self) -> list[str]:
-    """Returns the names of files of a table, none outside of its folder."""
+    """Returns the names of files in a table."""
     (n,) = self.numbers(1)
     shared, more = [0, *self.numbers(n - 1)][:n], self.numbers(n)
     self.numbers(n)
@@ -207,6 +209,4 @@ class _Reader:
     for i, j in zip(shared, more, strict=True):
       name = name[:i] + self.take(j)
       names.append(name.decode())
-    if any({".", "..", ""} & {*name.split("/")} for name in names):
-      raise ValueError("it has files outside of its folder")
     return names

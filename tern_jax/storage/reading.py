@@ -108,24 +108,26 @@ def read(
       together = tensors.read(path, part, {keys: entry}, index)
     return _leaf(path, codec, entry, together)
 
+  def claims(index: Json) -> dict[Path, int]:
+    pairs = entries.items()
+    return {k: tensors.claimed_bytes(e, index, codec) for k, e in pairs}
+
   index = attempt(tensors.index_of, path, part)
-  groups = attempt(lambda: list(tensors.groups(entries)))
-  for failed in (index, groups):
-    if isinstance(failed, CheckpointError):
-      yield from dict.fromkeys(entries, failed).items()
-      return
-  sizes = [
-    sum(tensors.claimed_bytes(e, index, codec) for e in group.values())
-    for group in groups
-  ]
+  failed = isinstance(index, CheckpointError)
+  sizes = index if failed else attempt(claims, index)
+  if isinstance(sizes, CheckpointError):
+    yield from dict.fromkeys(entries, sizes).items()
+    return
+  groups = list(tensors.groups(entries, sizes))
   # What goes to an accelerator leaves the memory of the host.
   leaves_host = placed and jax.default_backend() != "cpu"
+  largest = max((sum(map(sizes.get, group)) for group in groups), default=0)
   limits.check(
     path,
-    sum(sizes),
+    sum(sizes.values()),
     lambda: places.disk_bytes(path),
     max_bytes,
-    held=max(sizes, default=0) if leaves_host else None,
+    held=largest if leaves_host else None,
   )
   for group in groups:
     # One damaged chunk fails the read of all: then each is read alone.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tern_jax.core.types import PyTree
-from tern_jax.storage import checkpoint, codecs, places
+from tern_jax.storage import checkpoint, codecs, limits, places
 from tern_jax.storage.leaves import CheckpointError, PathLike
 from tern_jax.storage.tensors import context, lent, ocp
 from tern_jax.storage.tensors import saving as saving_as
@@ -70,6 +70,9 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
       preservation_policy=policies.AnyPreservationPolicy(keeping),
     )
     with places.explained("open", self.directory):
+      if not places.in_bucket(self.directory):
+        for step in places.steps(self.directory):
+          limits.size_of_folder(self.directory / str(step))
       self._run = self._open()
     #: The step that is being saved, and what waits for it.
     self._saving: tuple[places.Place, Any] | None = None

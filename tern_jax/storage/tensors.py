@@ -84,19 +84,18 @@ def planes_bytes(entry: Json, codec: Codec) -> int:
   return codecs.decoded_bytes(codec, tuple(entry["shape"])) if packed else 0
 
 
-def groups(entries: Entries) -> Iterator[Entries]:
+def groups(entries: Entries, sizes: dict[Path, int]) -> Iterator[Entries]:
   """Divides leaves into groups of about as many bytes.
 
   They are read group by group, so that there is never a second copy of all
   leaves: memory that the threads of a read have freed is for such threads, not
   for this one.
   """
-  whole = sum(map(stored_bytes, entries.values()))
-  enough = max(_WORTH_A_READ, whole / _READS)
+  enough = max(_WORTH_A_READ, sum(sizes.values()) / _READS)
   group, size = {}, 0
   for keys, e in entries.items():
     group[keys] = e
-    size += stored_bytes(e)
+    size += sizes[keys]
     if size >= enough:
       yield group
       group, size = {}, 0
@@ -130,16 +129,16 @@ def index_of(path: Place, part: str) -> Json:
       sizes[array] += size
     store = _store(path / part)
     reads = [store.read(f"{number}.{name}/zarr.json") for number, name in names]
-    found = [read.result() for read in reads]
+    index: Json = {}
+    for (number, name), read in zip(names, reads, strict=True):
+      stored = sizes[f"{number}.{name}"]
+      facts = _facts(name, read.result().value, stored)
+      index.setdefault(number, {})[name] = facts
   except Exception as e:
     fault = f"the index of {part} cannot be read"
     raise CheckpointError(
       f"{path}: {fault}: any of its leaves may be damaged."
     ) from e
-  index: Json = {}
-  for (number, name), read in zip(names, found, strict=True):
-    stored = sizes[f"{number}.{name}"]
-    index.setdefault(number, {})[name] = _facts(name, read.value, stored)
   return index
 
 
