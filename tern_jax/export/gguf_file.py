@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from tern_jax.export import files
-from tern_jax.storage.layout import packed_axis
+from tern_jax.storage.layout import packed_axis, plane_shape
 from tern_jax.storage.leaves import CheckpointError, Json, PathLike
 from tern_jax.storage.packed import PackedTernary
 
@@ -238,16 +238,19 @@ def _planes(x: Tensor, blocks: np.ndarray) -> dict[str, np.ndarray]:
   # Along the first axis, in whole blocks and whole bytes.
   whole = 8 if len(x.shape) > 1 else _BLOCK
   step = max(1, _PART // (whole * inner)) * whole
-  nonzero, sign = [], []
+  shape = plane_shape(x.shape)
+  nonzero, sign = np.empty(shape, np.uint8), np.empty(shape, np.uint8)
   for start in range(0, x.shape[0], step):
     n = min(step, x.shape[0] - start)
     part = slice(start * inner // _BLOCK, (start + n) * inner // _BLOCK)
     codes = decode(blocks[part]).reshape(n, *x.shape[1:])
     if np.any(codes > 1):
       raise ValueError("it has a code that is not -1, 0 or 1")
-    nonzero.append(np.packbits(codes != 0, axis, bitorder="little"))
-    sign.append(np.packbits(codes < 0, axis, bitorder="little"))
-  return {"nonzero": np.concatenate(nonzero), "sign": np.concatenate(sign)}
+    first = start // 8 if axis == 0 else start
+    for plane, bits in ((nonzero, codes != 0), (sign, codes < 0)):
+      packed = np.packbits(bits, axis, bitorder="little")
+      plane[first : first + len(packed)] = packed
+  return {"nonzero": nonzero, "sign": sign}
 
 
 def _tq1_0(blocks: np.ndarray) -> np.ndarray:
