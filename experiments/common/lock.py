@@ -76,9 +76,10 @@ def _take(
           )
         wait(holder)
         fcntl.flock(number, fcntl.LOCK_EX)
-      if path.exists() and os.path.samestat(os.fstat(number), os.stat(path)):
-        _sign(number)
-        return number
+      with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(number), os.stat(path)):
+          _sign(number)
+          return number
     except BaseException:
       os.close(number)
       raise
