@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from tern_jax.core.types import PyTree
-from tern_jax.storage import checkpoint, codecs, places
+from tern_jax.storage import checkpoint, codecs, limits, places
 from tern_jax.storage.leaves import CheckpointError, PathLike
 from tern_jax.storage.tensors import context, lent, ocp
+from tern_jax.storage.tensors import saving as saving_as
 
 
 class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
@@ -69,6 +70,9 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
       preservation_policy=policies.AnyPreservationPolicy(keeping),
     )
     with places.explained("open", self.directory):
+      if not places.in_bucket(self.directory):
+        for step in places.steps(self.directory):
+          limits.size_of_folder(self.directory / str(step))
       self._run = self._open()
     #: The step that is being saved, and what waits for it.
     self._saving: tuple[places.Place, Any] | None = None
@@ -122,7 +126,8 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
       places.lead(lambda: self._prepare(path))
       if places.in_bucket(path):
         self._run.reload()  # Forget the incomplete step that was removed.
-    with self._cleaned(path):
+    compress = checkpoint.compressible(parts, codecs.PLANES)
+    with self._cleaned(path), saving_as(compress):
       parts = lent(parts) if wait else parts
       saving = self._run.save_checkpointables_async(step, parts, force=True)
     self._saving = path, saving
@@ -147,7 +152,12 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
         self._run.close()
 
   def restore(
-    self, like: PyTree, step: int | None = None, *, partial: bool = False
+    self,
+    like: PyTree,
+    step: int | None = None,
+    *,
+    partial: bool = False,
+    max_bytes: int | None = None,
   ) -> tuple[PyTree, Any, int]:
     """Restores a step, or a part of its state, as (state, extra, step).
 
@@ -157,6 +167,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
       step: number of the step, None for the latest.
       partial: `like` has only some of the leaves, at their paths in the state,
         such as `{"params": params}`; no others are read.
+      max_bytes: as in `load_packed`.
 
     Raises:
       CheckpointError: no such step, damaged, or of other paths, shapes or
@@ -168,7 +179,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
       raise CheckpointError(f"{self.directory} holds no checkpoint: save one.")
     path = places.locate(self.directory / str(step))
     spec = checkpoint.read_spec(path)
-    state = checkpoint.load(path, "state", spec, like, partial)
+    state = checkpoint.load(path, "state", spec, like, partial, max_bytes)
     return state, spec["extra"], step
 
   def latest_step(self) -> int | None:
