@@ -46,7 +46,7 @@ from pathlib import Path
 import jax
 import tyro
 
-from experiments.common import guard
+from experiments.common import errors
 from experiments.common.faults.damages import flips
 from experiments.common.faults.fuzz import fuzz
 from experiments.common.faults.hostile import hostile
@@ -97,4 +97,5 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
   jax.config.update("jax_platforms", "cpu")
-  main(tyro.cli(Options, description=__doc__))
+  with errors.explained():
+    main(tyro.cli(Options, description=__doc__))

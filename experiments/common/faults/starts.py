@@ -21,7 +21,7 @@ _OWN = ("seconds", "command", "commit")
 
 def start(workdir: Path) -> subprocess.Popen[str]:
   """Starts a short training."""
-  options = "--epochs 4 --float-epochs 2 --log-every 20".split()
+  options = ["--epochs", "4", "--float-epochs", "2", "--log-every", "20"]
   command = [sys.executable, "-m", "experiments.digits", *options]
   return subprocess.Popen(
     [*command, "--workdir", str(workdir)],
