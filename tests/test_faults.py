@@ -6,9 +6,9 @@ import pytest
 
 from experiments.benchmarks import checkpoint_scale
 from experiments.common.faults.damages import flips
-from experiments.common.fuzz import fuzz
+from experiments.common.faults.fuzz import fuzz
 from experiments.common.faults.hostile import hostile
-from experiments.common.kills import kills
+from experiments.common.faults.kills import kills
 from experiments.common.faults.names import names
 from experiments.common.faults.power import power
 from experiments.common.faults.readers import readers
