@@ -18,13 +18,21 @@ which in memory are packed one by one.
 A codec stores other arrays in place of the planes of a leaf, "entropy" for
 instance one array, `coded`; the crc32 stays that of the planes.
 
+The spec of a step of a run has four facts that others have not: "step", its
+number; "run", 16 hexadecimal digits that are drawn at the first save of a run
+and taken over by all that go on with it; "metric", a number or null; and
+"describe", {name: text} of what the run is made of. Steps that older versions
+wrote have none of them. A step is a folder whose name is its number, and is
+written in `<number>.orbax-checkpoint-tmp`.
+
+What is written is on the disk, and found readable, before it appears at its
+path and what it replaces goes: a power cut leaves the old or the new.
+
 A path may be a directory or, with `pip install '.[bucket]'`, a place in a
 bucket, such as gs://bucket/net.
 """
 
 import functools
-import json
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -32,17 +40,26 @@ import jax
 import numpy as np
 
 from tern_jax.core.types import PyTree
-from tern_jax.storage import codecs, leaves, places, tensors
+from tern_jax.storage import codecs, leaves, staging, tensors
 from tern_jax.storage.codecs import Codec
-from tern_jax.storage.leaves import CheckpointError, Json, Leaf, Path, PathLike
+from tern_jax.storage.leaves import (
+  CheckpointError,
+  Json,
+  Leaf,
+  MisfitError,
+  Path,
+  PathLike,
+)
 from tern_jax.storage.packed import PackedTernary, check_is_ternary, validate
-from tern_jax.storage.places import Place, explained, locate
+from tern_jax.storage.parts import (
+  check_readable,
+  compressible,
+  contents_of,
+  parts_of,
+)
+from tern_jax.storage.places import Place, absolute, again, explained
+from tern_jax.storage.steps import opened
 from tern_jax.storage.tensors import Entries
-from tern_jax.version import version_of
-
-#: Version of the layout that this module writes, and the newest that it reads.
-FORMAT = 1
-_text = functools.partial(json.dumps, sort_keys=True)
 
 
 def save_packed(
@@ -56,7 +73,8 @@ def save_packed(
   """Saves packed weights, and the dense leaves beside them, to a directory.
 
   The directory appears whole or not at all. An old one that is overwritten
-  stays until then: if the process is killed, loads find the one or the other.
+  stays until the new one has been found readable and is on the disk: if the
+  process is killed, or the power fails, loads find the one or the other.
   In a bucket nothing keeps another process from saving to the same path.
 
   Args:
@@ -74,7 +92,7 @@ def save_packed(
     TypeError: latents are given, or a leaf is neither packed nor an array.
     ImportError: codec="entropy" without constriction.
     CheckpointError: the path is taken, or another process is saving there, or
-      it cannot be written.
+      it cannot be written, or has a name that orbax could not read.
 
   >>> import tempfile, jax.numpy as jnp
   >>> from tern_jax import Ternary, pack
@@ -87,11 +105,13 @@ def save_packed(
   """
   check_is_ternary("save_packed", tree)
   stored_by = codecs.named(codec)
-  path = places.absolute(path)
+  path = absolute(path)
   parts = parts_of({"packed": tree}, stored_by, method)
   saving = tensors.context()
-  saving.array.saving.use_compression = _compressible(parts, stored_by)
-  with explained("save", path), places.staged(path, overwrite) as fresh, saving:
+  saving.array.saving.use_compression = compressible(parts, stored_by)
+  check = functools.partial(check_readable, contents=contents_of(parts))
+  staged = staging.staged(path, overwrite, check)
+  with explained("save", path), staged as fresh, saving:
     tensors.ocp.save_checkpointables(fresh, tensors.lent(parts))
 
 
@@ -99,6 +119,8 @@ def load_packed(
   path: PathLike, like: PyTree = None, *, partial: bool = False
 ) -> PyTree:
   """Loads and verifies what `save_packed` or a `Checkpointer` saved.
+
+  If another process replaces it meanwhile, it is loaded again.
 
   Args:
     path: a checkpoint, a step of a training run, or a run: its latest step.
@@ -115,11 +137,16 @@ def load_packed(
 
   Raises:
     CheckpointError: nothing there, damaged, from a newer version of the
-      format, or of other paths, shapes or dtypes than `like`.
+      format, or of other paths, shapes or dtypes than `like`; or the latest
+      step of a run was renamed, or is of another run.
     ImportError: its codec is "entropy", and constriction is missing.
   """
-  path = locate(path)
-  return load(path, "packed", read_spec(path), like, partial)
+
+  def attempt() -> PyTree:
+    folder, spec = opened(path)
+    return load(folder, "packed", spec, like, partial)
+
+  return again(absolute(path), attempt)
 
 
 def examine(
@@ -144,18 +171,38 @@ def examine(
       version, or there is no such part.
     ImportError: its codec is "entropy", and constriction is missing.
   """
-  path = locate(path)
-  spec = read_spec(path)
+
+  def attempt() -> dict[Path, Leaf | CheckpointError]:
+    folder, spec = opened(path)
+    return dict(_examined(folder, part, spec))
+
+  def is_damaged(found: dict[Path, Leaf | CheckpointError]) -> bool:
+    return any(isinstance(x, CheckpointError) for x in found.values())
+
+  return again(absolute(path), attempt, is_damaged)
+
+
+def verify(path: Place, spec: Json, part: str) -> None:
+  """Raises the first CheckpointError of a part, all of which is read."""
+  for _, x in _examined(path, part, spec):
+    if isinstance(x, CheckpointError):
+      raise x
+
+
+def _examined(
+  path: Place, part: str, spec: Json
+) -> Iterator[tuple[Path, Leaf | CheckpointError]]:
   with explained("read", path):
     entries = _entries_of(path, part, spec)
-  return dict(_read(path, part, spec, entries))
+  return _read(path, part, spec, entries)
 
 
 def read_spec(path: PathLike) -> Json:
   """Returns the verified spec of a checkpoint, without loading its arrays.
 
   It has "format", "versions", "codec", "method", "selected" (the paths of the
-  packed leaves), "extra", and "leaves", a list for each part.
+  packed leaves), "extra", and "leaves", a list for each part; for a step of a
+  run also "step", "run", "metric" and "describe".
 
   Args:
     path: a checkpoint, a step of a training run, or a run: its latest step.
@@ -163,87 +210,7 @@ def read_spec(path: PathLike) -> Json:
   Raises:
     CheckpointError: nothing there, damaged, or from a newer version.
   """
-  path = locate(path)
-  with explained("read the spec of", path):
-    sealed = json.loads((path / places.SPEC).read_text("utf-8"))
-    spec = sealed["spec"]
-    if sealed["crc32"] != zlib.crc32(_text(spec).encode()):
-      raise CheckpointError(f"{path}: the spec is damaged: crc32 differs.")
-    if type(spec["format"]) is not int or spec["format"] < 1:
-      raise CheckpointError(
-        f"{path} has format {spec['format']!r}, but formats are numbers from "
-        f"1 to {FORMAT}: it was not written by tern_jax."
-      )
-    if spec["format"] > FORMAT:
-      reads = f"this tern_jax reads up to {FORMAT}: upgrade tern_jax"
-      raise CheckpointError(f"{path} has format {spec['format']}, but {reads}.")
-    if spec["codec"] not in codecs.CODECS:
-      reads = f"this tern_jax reads {tuple(codecs.CODECS)}: upgrade tern_jax"
-      raise CheckpointError(f"{path} has codec {spec['codec']!r}, but {reads}.")
-    return spec
-
-
-def parts_of(
-  trees: dict[str, PyTree], codec: Codec, method: object, extra: object = None
-) -> dict[str, Json]:
-  """Returns {part: arrays by number}, of trees, and the sealed spec."""
-  parts: dict[str, Json] = {}
-  entries: dict[str, list[Json]] = {}
-  for part, tree in trees.items():
-    entries[part], stored, boxes = [], {}, leaves.boxes(tree)
-    for i, (path, x) in enumerate(leaves.flatten(tree)[0].items()):
-      entry, arrays = _encode(path, x, codec)
-      entries[part].append(entry | boxes.get(path, {}))
-      # Orbax cannot store what has no elements; the spec knows all about it.
-      if arrays := {k: a for k, a in arrays.items() if a.size}:
-        stored[f"{i:04d}"] = arrays
-    if stored:
-      parts[part] = stored
-  packages = ("tern_jax", "jax", "orbax-checkpoint")
-  ternary = (e["path"] for e in entries["packed"] if e["kind"] == "ternary")
-  spec = {
-    "format": FORMAT,
-    "versions": {name: version_of(name) for name in packages},
-    "codec": codec.name,
-    "method": method if isinstance(method, str | None) else repr(method),
-    "selected": list(map(leaves.name_of, ternary)),
-    "extra": extra,
-    "leaves": entries,
-  }
-  try:
-    spec = json.loads(_text(spec))  # what a reader will see
-  except TypeError as e:
-    raise TypeError(f"extra must be a JSON value: {e}.") from e
-  sealed = {"crc32": zlib.crc32(_text(spec).encode()), "spec": spec}
-  return parts | {"spec": sealed}
-
-
-def _encode(path: Path, x: PyTree, codec: Codec) -> tuple[Json, codecs.Arrays]:
-  """Returns a leaf's entry in the spec, and its arrays on the host."""
-  name, extra = leaves.name_of(path), {}
-  kind = leaves.kind_of(name, x, keys=True)
-  if kind == "ternary":
-    x = leaves.host_packed(x)
-    validate({name: x})
-    x, extra = codecs.stored(x)
-    checked = {k: getattr(x, k) for k in leaves.FIELDS}
-    arrays = codecs.encode(codec, x)
-  else:
-    if kind == "key":
-      extra = {"impl": str(jax.random.key_impl(x))}
-    data = jax.random.key_data(x) if kind == "key" else x
-    checked = arrays = {"value": leaves.host(data)}
-  entry = {"path": path, "kind": kind, "shape": x.shape, "dtype": x.dtype.name}
-  entry |= {"crc32": leaves.crc_of(checked), "arrays": leaves.describe(arrays)}
-  return entry | extra, arrays
-
-
-def _compressible(parts: dict[str, Json], codec: Codec) -> bool:
-  """Whether at least half of the bytes can be compressed at all."""
-  packed = parts.get("packed", {}).values()
-  sizes = [(name, x.nbytes) for leaf in packed for name, x in leaf.items()]
-  coded = sum(size for name, size in sizes if name in codec.arrays)
-  return not codec.incompressible or 2 * coded <= sum(n for _, n in sizes)
+  return again(absolute(path), lambda: opened(path)[1])
 
 
 def load(
@@ -273,7 +240,7 @@ def load(
 def _entries_of(path: Place, part: str, spec: Json) -> Entries:
   """Returns the entries of a part, with the numbers of their arrays."""
   if part not in spec["leaves"]:
-    raise CheckpointError(f"{path} has packed weights only, no {part}.")
+    raise MisfitError(f"{path} has packed weights only, no {part}.")
   entries, depth = spec["leaves"][part], leaves.DEPTH
   for e in entries:
     if not isinstance(e["path"], list) or len(e["path"]) > depth:
@@ -304,7 +271,7 @@ def _check_fit(
       what = f"stored as {has}, but in the tree it is {wants}"
       wrong.append(f"{named[k]} is {what}")
   if wrong:
-    raise CheckpointError(f"{path} does not fit the tree: {'; '.join(wrong)}.")
+    raise MisfitError(f"{path} does not fit the tree: {'; '.join(wrong)}.")
 
 
 def _read(
