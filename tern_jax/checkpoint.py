@@ -5,6 +5,7 @@ from tern_jax.storage.checkpoint import examine as examine
 from tern_jax.storage.checkpoint import load_packed as load_packed
 from tern_jax.storage.checkpoint import read_spec as read_spec
 from tern_jax.storage.checkpoint import save_packed as save_packed
+from tern_jax.storage.checkpoint import sha256_of as sha256_of
 from tern_jax.storage.leaves import CheckpointError as CheckpointError
 from tern_jax.storage.places import Place as Place
 from tern_jax.storage.places import absolute as absolute

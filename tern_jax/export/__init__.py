@@ -21,6 +21,7 @@ from tern_jax.export.gguf import to_gguf as to_gguf
 from tern_jax.export.safetensors import CODECS as CODECS
 from tern_jax.export.safetensors import SAFETENSORS
 from tern_jax.export.safetensors import from_safetensors as from_safetensors
+from tern_jax.export.safetensors import sha256_of as sha256_of
 from tern_jax.export.safetensors import to_safetensors as to_safetensors
 from tern_jax.export.stablehlo import STABLEHLO
 from tern_jax.export.stablehlo import to_stablehlo as to_stablehlo

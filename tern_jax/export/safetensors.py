@@ -1,13 +1,17 @@
 """Safetensors: planes and scales, checksummed; nothing is lost."""
 
+import contextlib
 import json
 import os
 import zlib
+from collections.abc import Iterator
 from typing import Any
+
+import jax
 
 from tern_jax.core.types import PyTree
 from tern_jax.export import files
-from tern_jax.storage import codecs, leaves
+from tern_jax.storage import codecs, digest, leaves, limits
 from tern_jax.storage.leaves import Json, PathLike
 from tern_jax.storage.packed import PackedTernary, validate
 from tern_jax.version import __version__
@@ -69,7 +73,9 @@ def to_safetensors(
     tree: any pytree of arrays and `PackedTernary`; bfloat16 is welcome.
     codec: "planes", two bits a weight, read by NumPy alone; "entropy", their
       entropy, for which constriction is needed, to load them too; or a codec
-      of your own, by its name in `tern_jax.storage.codecs.CODECS`.
+      of your own, by its name in `tern_jax.storage.codecs.CODECS`. What a codec
+      makes too small to be loaded by default, such as a billion zeros and
+      nothing else, is stored as planes.
     overwrite: replace the file at `path`, once the new one is written.
 
   Raises:
@@ -91,24 +97,33 @@ def to_safetensors(
   """
   numpy_api = files.require("safetensors.numpy", "to_safetensors")
   stored_by = codecs.named(codec)
-  entries, tensors, boxes = [], {}, leaves.boxes(tree)
-  for keys, x in files.checked_leaves(tree).items():
-    entry, arrays = _encode(keys, x, stored_by)
-    entries.append(entry | boxes.get(keys, {}))
-    tensors |= arrays
+  entries, tensors = _encode_all(tree, stored_by)
+  stored, claims = _claims(entries)
+  if not limits.within(sum(claims), stored):
+    entries, tensors = _encode_all(tree, codecs.PLANES)
   facts = {"format": files.FORMAT, "version": __version__, "leaves": entries}
   text = json.dumps(facts)
+  limits.check_saved("the header", text)
   _check_facts(json.loads(text))
   metadata = {"tern_jax": text, "crc32": str(zlib.crc32(text.encode()))}
   with files.fresh_file(path, overwrite) as fresh:
     numpy_api.save_file(tensors, fresh, metadata)
 
 
-def from_safetensors(path: PathLike) -> PyTree:
+def from_safetensors(
+  path: PathLike, *, max_bytes: int | None = None, sha256: str | None = None
+) -> PyTree:
   """Loads and verifies what `to_safetensors` saved.
 
   Nothing in the file is trusted: memory is bounded by its size, names are
   keys and never paths of files.
+
+  Args:
+    path: a file, or a link to one.
+    max_bytes: most bytes of arrays to load. None: what fits into the free
+      memory, and 1,024 times the bytes on disk or 64 MB, whichever is more.
+    sha256: what `sha256_of` returned when the weights were published, for this
+      file or for a checkpoint of the same tree.
 
   Returns:
     Nested dicts by the components of the paths, with `PackedTernary` leaves
@@ -116,30 +131,105 @@ def from_safetensors(path: PathLike) -> PyTree:
 
   Raises:
     ValueError: damaged, not written by `to_safetensors`, from a newer version
-      of the format, or of 64-bit dtypes while JAX is restricted to 32 bits.
+      of the format, of 64-bit dtypes while JAX is restricted to 32 bits, larger
+      than it may be, or of another digest; or `sha256` is no digest.
     OSError: the file cannot be read.
     ImportError: safetensors is missing, or constriction for coded weights.
   """
-  safetensors = files.require("safetensors", "from_safetensors")
+  digest.checked(sha256)
+  with _opened(path, "from_safetensors", max_bytes) as (file, entries):
+    found, content = {}, digest.Digest(entries)
+    for keys, entry in entries.items():
+      x = _decode(file, entry)
+      if sha256 is not None:
+        content.add(keys, x)
+      if isinstance(x, PackedTernary):
+        x = codecs.restored(x, entry)
+      found[keys] = leaves.place(x)
+    content.check("it", sha256)
+    return leaves.nest(found, entries)
+
+
+def sha256_of(path: PathLike, *, max_bytes: int | None = None) -> str:
+  """Returns a digest over what a file holds, one leaf at a time in memory.
+
+  It is that of `tern_jax.checkpoint.sha256_of` for a checkpoint of the same
+  tree, in any codec; see `tern_jax.storage.digest` for the bytes.
+
+  Args:
+    path: a file, or a link to one.
+    max_bytes: as in `from_safetensors`.
+
+  Raises:
+    ValueError: as in `from_safetensors`.
+    OSError: the file cannot be read.
+    ImportError: safetensors is missing, or constriction for coded weights.
+  """
+  with _opened(path, "sha256_of", max_bytes) as (file, entries):
+    content = digest.Digest(entries)
+    for keys, entry in entries.items():
+      content.add(keys, _decode(file, entry))
+    return content.hexdigest()
+
+
+@contextlib.contextmanager
+def _opened(
+  path: PathLike, task: str, max_bytes: int | None
+) -> Iterator[tuple[Any, dict[leaves.Path, Json]]]:
+  """Yields an open file and its leaves by path; says what fails of which."""
+  safetensors = files.require("safetensors", task)
   try:
+    size = limits.size_of_file(path)
+    with open(path, "rb") as start:
+      header = int.from_bytes(start.read(8), "little")
+    if header <= size:  # else the package says so
+      limits.check_json(path, "the header.json", header)
     with safetensors.safe_open(path, "numpy") as file:
       entries = _read_facts(file.metadata() or {})
       described = {k: t for e in entries for k, t in e["tensors"].items()}
       shapes = {k: file.get_slice(k).get_shape() for k in file.offset_keys()}
       if shapes != {k: t["shape"] for k, t in described.items()}:
         raise ValueError("its tensors are not those of its metadata")
-      found = {tuple(e["path"]): _decode(file, e) for e in entries}
-      return leaves.nest(found, entries)
+      _, claims = _claims(entries)
+      # What goes to an accelerator leaves the memory of the host.
+      on_host = jax.default_backend() == "cpu"
+      held = None if on_host else max(claims, default=0)
+      limits.check("it", sum(claims), lambda: size, max_bytes, held)
+      yield file, {tuple(e["path"]): e for e in entries}
   except (OSError, ImportError):
     raise
   # The package raises errors of its own, and of NumPy on shapes of size 0.
   except Exception as e:
-    raise ValueError(f"cannot load {os.fspath(path)}: {e}.") from e
+    reason = leaves.printable(e, 2000).removesuffix(".")
+    raise ValueError(f"cannot load {os.fspath(path)}: {reason}.") from e
+
+
+def _claims(entries: list[Json]) -> tuple[int, list[int]]:
+  """Returns the bytes of all tensors, and those of each leaf and its planes."""
+  sizes, claims = [], []
+  for e in entries:
+    sizes.append(sum(map(leaves.size_of, e["tensors"].values())))
+    claims.append(sizes[-1])
+    if codec := codecs.by_kind().get(e["kind"]):
+      claims[-1] += codecs.decoded_bytes(codec, tuple(e["shape"]))
+  return sum(sizes), claims
 
 
 SAFETENSORS = files.Writer(
   to_safetensors, {"codec": {"choices": codecs.CODECS, "default": "planes"}}
 )
+
+
+def _encode_all(
+  tree: PyTree, codec: codecs.Codec
+) -> tuple[list[Json], codecs.Arrays]:
+  """Returns what the metadata says of all leaves, and their tensors."""
+  entries, tensors, boxes = [], {}, leaves.boxes(tree)
+  for keys, x in files.checked_leaves(tree).items():
+    entry, arrays = _encode(keys, x, codec)
+    entries.append(entry | boxes.get(keys, {}))
+    tensors |= arrays
+  return entries, tensors
 
 
 def _encode(
@@ -217,34 +307,28 @@ def _check_leaf(leaf: Json) -> None:
     case _:
       raise ValueError("its metadata has a leaf that lacks a field")
   depth = leaves.DEPTH
-  if len(path) > depth or not all(isinstance(key, str) for key in path):
+  if not leaves.is_path(path):
     raise ValueError(f"{name}: a path is up to {depth} strings, got {path}")
   names = list(_names(name, kind).values())
   if set(tensors) != set(names):
     raise ValueError(f"{name}: the tensors must be {names}")
   for tensor in tensors.values():
     match tensor:
-      case {"dtype": str(), "shape": found} if _is_shape(found):
+      case {"dtype": str(), "shape": found} if leaves.is_shape(found):
         pass
       case _:
         raise ValueError(f"{name}: a tensor lacks its dtype or shape")
   match leaf:
     case {"kind": "dense"}:
       pass
-    case {"shape": shape, "axis": None | int()} if _is_shape(shape):
+    case {"shape": shape, "axis": None | int()} if leaves.is_shape(shape):
       codecs.check_lead(leaf)
     case _:
       raise ValueError(f"{name}: the weights lack their shape or axis")
 
 
-def _is_shape(x: object) -> bool:
-  """Whether a JSON value is a shape that NumPy could have."""
-  sizes = x if isinstance(x, list) and len(x) <= 32 else [None]
-  return all(type(n) is int and 0 <= n < 2**63 for n in sizes)
-
-
 def _decode(file: Any, leaf: Json) -> leaves.Leaf:
-  """Returns a verified leaf."""
+  """Returns a verified leaf on the host, its planes those of the whole."""
   name, kind = leaf["name"], leaf["kind"]
   tensors = {k: file.get_tensor(k) for k in leaf["tensors"]}
   if leaves.describe(tensors) != leaf["tensors"]:
@@ -252,8 +336,8 @@ def _decode(file: Any, leaf: Json) -> leaves.Leaf:
   if leaves.crc_of(tensors) != leaf["crc32"]:
     raise ValueError(f"{name} is damaged: its crc32 differs")
   if kind == "dense":
-    return leaves.place(tensors[name])
+    return tensors[name]
   arrays = {part: tensors[k] for part, k in _names(name, kind).items()}
   x = codecs.decode(codecs.by_kind()[kind], arrays, leaf)
   validate({name: x})
-  return leaves.place(codecs.restored(x, leaf))
+  return x

@@ -10,7 +10,9 @@ The arrays of leaf 7 of a part are stored as `{"0007": {name: array}}`, so that
 a path may hold any key. Orbax does not checksum data, hence the spec has the
 crc32 of every leaf: over the bytes of its arrays, sorted by name, each in C
 order and little-endian. The crc32 of the spec itself is over its JSON text with
-sorted keys, ", " and ": " as separators.
+sorted keys, ", " and ": " as separators. A crc32 finds damage, not forgery:
+whoever changes a file can change that, too. `sha256_of` returns a digest to
+publish, and `load_packed(path, sha256=...)` compares it.
 
 The planes in a file are those of a whole array, also of a stack of layers,
 which in memory are packed one by one.
@@ -33,33 +35,22 @@ bucket, such as gs://bucket/net.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
-
-import jax
-import numpy as np
+from collections.abc import Iterator
 
 from tern_jax.core.types import PyTree
-from tern_jax.storage import codecs, leaves, staging, tensors
-from tern_jax.storage.codecs import Codec
-from tern_jax.storage.leaves import (
-  CheckpointError,
-  Json,
-  Leaf,
-  MisfitError,
-  Path,
-  PathLike,
-)
-from tern_jax.storage.packed import PackedTernary, check_is_ternary, validate
+from tern_jax.storage import codecs, digest, limits, reading, staging, tensors
+from tern_jax.storage.leaves import CheckpointError, Json, Leaf, Path, PathLike
+from tern_jax.storage.packed import check_is_ternary
 from tern_jax.storage.parts import (
   check_readable,
+  claims,
   compressible,
   contents_of,
   parts_of,
 )
 from tern_jax.storage.places import Place, absolute, again, explained
+from tern_jax.storage.reading import load
 from tern_jax.storage.steps import opened
-from tern_jax.storage.tensors import Entries
 
 
 def save_packed(
@@ -82,7 +73,9 @@ def save_packed(
     tree: any pytree of arrays and `PackedTernary`.
     codec: how the planes are stored: "planes", two bits a weight; "entropy",
       their entropy, for which constriction is needed, to load them too; or a
-      codec of your own, by its name in `tern_jax.storage.codecs.CODECS`.
+      codec of your own, by its name in `tern_jax.storage.codecs.CODECS`. What
+      a codec makes too small to be loaded by default, such as a billion zeros
+      and nothing else, is stored as planes.
     method: what made the weights; its repr is kept in the spec.
     overwrite: replace the checkpoint at `path`, once the new one is written.
 
@@ -107,8 +100,11 @@ def save_packed(
   stored_by = codecs.named(codec)
   path = absolute(path)
   parts = parts_of({"packed": tree}, stored_by, method)
-  saving = tensors.context()
-  saving.array.saving.use_compression = compressible(parts, stored_by)
+  stored, claimed = claims(parts, stored_by)
+  if not limits.within(claimed, stored):
+    stored_by = codecs.PLANES
+    parts = parts_of({"packed": tree}, stored_by, method)
+  saving = tensors.saving(compressible(parts, stored_by))
   check = functools.partial(check_readable, contents=contents_of(parts))
   staged = staging.staged(path, overwrite, check)
   with explained("save", path), staged as fresh, saving:
@@ -116,11 +112,17 @@ def save_packed(
 
 
 def load_packed(
-  path: PathLike, like: PyTree = None, *, partial: bool = False
+  path: PathLike,
+  like: PyTree = None,
+  *,
+  partial: bool = False,
+  max_bytes: int | None = None,
+  sha256: str | None = None,
 ) -> PyTree:
   """Loads and verifies what `save_packed` or a `Checkpointer` saved.
 
-  If another process replaces it meanwhile, it is loaded again.
+  Nothing in the files is trusted; see `tern_jax.storage.limits`. If another
+  process replaces them meanwhile, they are loaded again.
 
   Args:
     path: a checkpoint, a step of a training run, or a run: its latest step.
@@ -130,27 +132,68 @@ def load_packed(
       key: what is returned goes back by `nnx.replace_by_pure_dict`, or into
       `apply` of Linen.
     partial: `like` has only some of the leaves, and no others are read.
+    max_bytes: most bytes of arrays to load. None: what fits into the free
+      memory, and 1,024 times the bytes on disk or 64 MB, whichever is more.
+    sha256: what `sha256_of` returned when the weights were published.
 
   Returns:
     The saved tree, of the structure of `like`, with `PackedTernary` leaves
     where it was packed. Leaves of `like` that are not arrays stay as they are.
 
   Raises:
+    ValueError: `sha256` is no digest, or is given with `partial`.
     CheckpointError: nothing there, damaged, from a newer version of the
-      format, or of other paths, shapes or dtypes than `like`; or the latest
-      step of a run was renamed, or is of another run.
+      format, of other paths, shapes or dtypes than `like`, larger than it may
+      be, or of another digest; or the latest step of a run was renamed, or is
+      of another run.
     ImportError: its codec is "entropy", and constriction is missing.
   """
+  if digest.checked(sha256) and partial:
+    raise ValueError("sha256 is that of all leaves: it needs partial=False.")
 
   def attempt() -> PyTree:
     folder, spec = opened(path)
-    return load(folder, "packed", spec, like, partial)
+    return load(folder, "packed", spec, like, partial, max_bytes, sha256)
+
+  return again(absolute(path), attempt)
+
+
+def sha256_of(path: PathLike, *, max_bytes: int | None = None) -> str:
+  """Returns a digest over the packed weights and the dense leaves beside them.
+
+  It is the same for equal content in any codec, and in a safetensors file; see
+  `tern_jax.storage.digest` for the bytes. A few leaves at a time are in memory.
+
+  Args:
+    path: a checkpoint, a step of a training run, or a run: its latest step.
+    max_bytes: as in `load_packed`.
+
+  Raises:
+    CheckpointError: as in `load_packed`.
+    ImportError: its codec is "entropy", and constriction is missing.
+
+  >>> import tempfile, jax.numpy as jnp
+  >>> with tempfile.TemporaryDirectory() as directory:
+  ...   save_packed(directory + "/net", {"bias": jnp.zeros(3)})
+  ...   sha256_of(directory + "/net")[:16]
+  'c6a2e14d28f52afb'
+  """
+
+  def attempt() -> str:
+    folder, spec = opened(path)
+    with explained("read", folder):
+      found = digest.Digest(reading.entries_of(folder, "packed", spec))
+    for keys, x in _examined(folder, "packed", spec, max_bytes):
+      if isinstance(x, CheckpointError):
+        raise x
+      found.add(keys, x)
+    return found.hexdigest()
 
   return again(absolute(path), attempt)
 
 
 def examine(
-  path: PathLike, part: str = "packed"
+  path: PathLike, part: str = "packed", *, max_bytes: int | None = None
 ) -> dict[Path, Leaf | CheckpointError]:
   """Loads and verifies each leaf alone, whatever is wrong with the others.
 
@@ -162,19 +205,20 @@ def examine(
   Args:
     path: a checkpoint, a step of a training run, or a run: its latest step.
     part: "packed" or, of a training run, "state".
+    max_bytes: as in `load_packed`.
 
   Returns:
     {keys: the leaf, on the host, or the CheckpointError of what is wrong}.
 
   Raises:
     CheckpointError: nothing there, or its spec is damaged, or from a newer
-      version, or there is no such part.
+      version, or there is no such part, or it is larger than it may be.
     ImportError: its codec is "entropy", and constriction is missing.
   """
 
   def attempt() -> dict[Path, Leaf | CheckpointError]:
     folder, spec = opened(path)
-    return dict(_examined(folder, part, spec))
+    return dict(_examined(folder, part, spec, max_bytes))
 
   def is_damaged(found: dict[Path, Leaf | CheckpointError]) -> bool:
     return any(isinstance(x, CheckpointError) for x in found.values())
@@ -182,19 +226,20 @@ def examine(
   return again(absolute(path), attempt, is_damaged)
 
 
-def verify(path: Place, spec: Json, part: str) -> None:
+def verify(path: Place, spec: Json, part: str, max_bytes: int | None) -> None:
   """Raises the first CheckpointError of a part, all of which is read."""
-  for _, x in _examined(path, part, spec):
+  for _, x in _examined(path, part, spec, max_bytes):
     if isinstance(x, CheckpointError):
       raise x
 
 
 def _examined(
-  path: Place, part: str, spec: Json
+  path: Place, part: str, spec: Json, max_bytes: int | None
 ) -> Iterator[tuple[Path, Leaf | CheckpointError]]:
+  """Yields the leaves of a part, verified, or what is wrong with each."""
   with explained("read", path):
-    entries = _entries_of(path, part, spec)
-  return _read(path, part, spec, entries)
+    entries = reading.entries_of(path, part, spec)
+    yield from reading.read(path, part, spec, entries, max_bytes)
 
 
 def read_spec(path: PathLike) -> Json:
@@ -211,117 +256,3 @@ def read_spec(path: PathLike) -> Json:
     CheckpointError: nothing there, damaged, or from a newer version.
   """
   return again(absolute(path), lambda: opened(path)[1])
-
-
-def load(
-  path: Place, part: str, spec: Json, like: PyTree, partial: bool
-) -> PyTree:
-  """Returns a part of a checkpoint, verified, in the structure of `like`."""
-  with explained("read", path):
-    entries = _entries_of(path, part, spec)
-    wanted, structure = ({}, None) if like is None else leaves.flatten(like)
-    if structure is not None:
-      if partial:
-        entries = {k: e for k, e in entries.items() if k in wanted}
-      _check_fit(path, entries, wanted)
-    found = {}
-    for keys, x in _read(path, part, spec, entries):
-      if isinstance(x, CheckpointError):
-        raise x
-      entry, own = entries[keys], wanted.get(keys)
-      if isinstance(x, PackedTernary):
-        x = codecs.restored(x, entry, own)
-      found[keys] = leaves.place(x, own, "the checkpoint")
-    if structure is None:
-      return leaves.nest(found, entries.values())
-    return jax.tree.unflatten(structure, (wanted | found).values())
-
-
-def _entries_of(path: Place, part: str, spec: Json) -> Entries:
-  """Returns the entries of a part, with the numbers of their arrays."""
-  if part not in spec["leaves"]:
-    raise MisfitError(f"{path} has packed weights only, no {part}.")
-  entries, depth = spec["leaves"][part], leaves.DEPTH
-  for e in entries:
-    if not isinstance(e["path"], list) or len(e["path"]) > depth:
-      raise CheckpointError(f"{path}: a path is a list of up to {depth} keys.")
-  paths = [tuple(e["path"]) for e in entries]
-  if leaves.clash(paths):
-    raise CheckpointError(f"{path}: two leaves have one path.")
-  numbered = (e | {"number": f"{i:04d}"} for i, e in enumerate(entries))
-  return dict(zip(paths, numbered, strict=True))
-
-
-def _check_fit(
-  path: Place, entries: Entries, wanted: Mapping[Path, PyTree]
-) -> None:
-  """Raises unless the wanted leaves are the stored ones, shapes and all."""
-  arrays = {k: x for k, x in wanted.items() if hasattr(x, "dtype")}
-  named = {k: leaves.name_of(k) for k in (*arrays, *entries)}
-  wrong = [f"{named[k]} is not stored" for k in arrays if k not in entries]
-  for k, e in entries.items():
-    x = arrays.get(k)
-    if x is None:
-      wrong.append(f"{named[k]} is stored, but not in the tree")
-      continue
-    # Packed weights may take the place of the dense ones that they stand for.
-    kind = "ternary" if leaves.is_whole(x) else e["kind"]
-    wants = f"{kind} {x.dtype.name}{list(x.shape)}"
-    if (has := f"{e['kind']} {e['dtype']}{e['shape']}") != wants:
-      what = f"stored as {has}, but in the tree it is {wants}"
-      wrong.append(f"{named[k]} is {what}")
-  if wrong:
-    raise MisfitError(f"{path} does not fit the tree: {'; '.join(wrong)}.")
-
-
-def _read(
-  path: Place, part: str, spec: Json, entries: Entries
-) -> Iterator[tuple[Path, Leaf | CheckpointError]]:
-  """Yields each leaf, verified, or the CheckpointError of what is wrong."""
-  codec = codecs.named(spec["codec"])
-
-  def attempt(task: Callable, *args: object) -> Any:
-    try:
-      with explained("read", path):
-        return task(*args)
-    except CheckpointError as e:
-      return e
-
-  def leaf(keys: Path, entry: Json, together: Json | CheckpointError) -> Leaf:
-    if isinstance(together, CheckpointError):
-      together = tensors.read(path, part, {keys: entry}, index)
-    return _leaf(path, codec, entry, together)
-
-  index = attempt(tensors.index_of, path, part)
-  groups = attempt(lambda: list(tensors.groups(entries)))
-  for failed in (index, groups):
-    if isinstance(failed, CheckpointError):
-      yield from dict.fromkeys(entries, failed).items()
-      return
-  for group in groups:
-    # One damaged chunk fails the read of all: then each is read alone.
-    together = attempt(tensors.read, path, part, group, index)
-    for keys, entry in group.items():
-      yield keys, attempt(leaf, keys, entry, together)
-
-
-def _leaf(path: Place, codec: Codec, entry: Json, stored: Json) -> Leaf:
-  """Returns a verified leaf, on the host; its arrays leave `stored`."""
-  name, data = leaves.name_of(entry["path"]), stored.pop(entry["number"], {})
-  arrays: codecs.Arrays = {
-    k: data[k] if k in data else np.zeros(a["shape"], a["dtype"])
-    for k, a in entry["arrays"].items()
-  }
-  x: Any = None
-  if entry["kind"] == "ternary":
-    try:
-      x = codecs.decode(codec, arrays, entry)
-    except ValueError as e:
-      raise CheckpointError(f"{path}: {name} is damaged: {e}") from e
-    arrays = {k: getattr(x, k) for k in leaves.FIELDS}
-  if leaves.crc_of(arrays) != entry["crc32"]:
-    raise CheckpointError(f"{path}: {name} is damaged: its crc32 differs.")
-  validate({name: x})
-  if entry["kind"] == "key":
-    return jax.random.wrap_key_data(arrays["value"], impl=entry["impl"])
-  return arrays["value"] if x is None else x

@@ -6,6 +6,7 @@ before files of it are written or read.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -109,6 +110,11 @@ def check_lead(entry: Json) -> int | None:
   if "lead" in entry and not (type(lead) is int and 0 <= lead <= ndim):
     raise ValueError(f"lead must be from 0 to {ndim}, got {lead!r}.")
   return lead
+
+
+def decoded_bytes(codec: Codec, shape: tuple[int, ...]) -> int:
+  """Returns the bytes of the planes that a codec makes of other arrays."""
+  return 0 if codec is PLANES else 2 * math.prod(layout.plane_shape(shape))
 
 
 def encode(codec: Codec, x: PackedTernary) -> Arrays:

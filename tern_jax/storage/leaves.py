@@ -5,6 +5,8 @@ and the crc32 of its bytes.
 """
 
 import dataclasses
+import functools
+import math
 import os
 import zlib
 from collections import Counter
@@ -87,20 +89,27 @@ def _only_values(paths: Iterable[Path]) -> list[Path]:
   return [p for p in paths if p[1:] and p[-1] == BOX and beside[p[:-1]] == 1]
 
 
-def nest(leaves: Mapping[Path, PyTree], entries: Iterable[Json]) -> PyTree:
+def unboxed(entries: Mapping[Path, Json]) -> dict[Path, Path]:
+  """Returns the paths of leaves without the boxes that they were in.
+
+  Args:
+    entries: of the leaves. Where an old file does not say whether `value` was
+      that of a box, it was.
+  """
+  boxed = {p for p in _only_values(entries) if entries[p].get("boxed", True)}
+  return {path: path[:-1] if path in boxed else path for path in entries}
+
+
+def nest(leaves: Mapping[Path, PyTree], entries: Mapping[Path, Json]) -> PyTree:
   """Returns nested dicts of leaves, without the boxes that they were in.
 
   Args:
     leaves: by path. One without a path is the whole tree.
-    entries: of the leaves. Where an old file does not say whether `value` was
-      that of a box, it was.
+    entries: of the leaves, by path.
   """
-  facts = {tuple(e["path"]): e for e in entries}
-  boxed = {p for p in _only_values(leaves) if facts[p].get("boxed", True)}
-  root: dict[str, PyTree] = {}
-  for path, x in leaves.items():
-    if path in boxed:
-      path = path[:-1]
+  paths, root = unboxed(entries), {}
+  for keys, x in leaves.items():
+    path = paths[keys]
     if not path:
       return x
     node = root
@@ -110,9 +119,26 @@ def nest(leaves: Mapping[Path, PyTree], entries: Iterable[Json]) -> PyTree:
   return root
 
 
+def printable(text: object, most: int = 200) -> str:
+  r"""Returns text of a file as messages print it: on one line, and not long.
+
+  Control characters, line ends, marks that change the direction of text and
+  whatever else is not seen are escaped.
+
+  >>> printable("a\x1b[2J\nb"), printable("βάρος/权重"), printable("x" * 9, 5)
+  ('a\\x1b[2J\\nb', 'βάρος/权重', 'xxxxx... (9 characters)')
+  """
+  text = str(text)
+  shown = "".join(
+    c if c.isprintable() else c.encode("unicode_escape").decode()
+    for c in text[:most]
+  )
+  return shown + f"... ({len(text)} characters)" * (len(text) > most)
+
+
 def name_of(path: Iterable[str]) -> str:
   """Returns a path as errors print it."""
-  return "/".join(path) or "the leaf"
+  return printable("/".join(path)) or "the leaf"
 
 
 def clash(paths: list[Path]) -> bool:
@@ -134,9 +160,26 @@ def kind_of(name: str, x: object, *, keys: bool = False) -> str:
     raise TypeError(f"{name}: {wanted}, got {got}.")
   if keys and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
     return "key"
-  if x.dtype == bool or jnp.issubdtype(x.dtype, jnp.number):
+  if is_dense(x.dtype):
     return "dense"
   raise TypeError(f"{name}: cannot save an array of dtype {x.dtype}.")
+
+
+def is_dense(dtype: np.dtype) -> bool:
+  """Whether arrays of a dtype can be stored as they are."""
+  return any(jnp.issubdtype(dtype, x) for x in (bool, jnp.number))
+
+
+def is_path(x: object) -> bool:
+  """Whether a JSON value is the path of a leaf."""
+  keys = x if isinstance(x, list) and len(x) <= DEPTH else [None]
+  return all(isinstance(key, str) for key in keys)
+
+
+def is_shape(x: object) -> bool:
+  """Whether a JSON value is a shape that NumPy could have."""
+  sizes = x if isinstance(x, list) and len(x) <= 32 else [None]
+  return all(type(n) is int and 0 <= n < 2**63 for n in sizes)
 
 
 def host(x: Array | np.ndarray | np.generic) -> np.ndarray:
@@ -177,10 +220,34 @@ def describe(arrays: Mapping[str, Array | np.ndarray]) -> Json:
   return {k: {"dtype": dtype, "shape": shape} for k, dtype, shape in facts}
 
 
+def size_of(described: Json) -> int:
+  """Returns the bytes of an array that a file describes; trusts nothing."""
+  shape, dtype = described["shape"], described["dtype"]
+  if not is_shape(shape):
+    raise ValueError(f"{printable(shape)} is no shape of an array")
+  if not isinstance(dtype, str) or not (size := _itemsize(dtype)):
+    raise ValueError(f"{printable(dtype)} is no dtype of an array")
+  return math.prod(shape) * size
+
+
+@functools.lru_cache(256)
+def _itemsize(name: str) -> int:
+  """Returns the bytes of an element, 0 if arrays of a dtype are not stored."""
+  try:
+    dtype = jnp.dtype(name)
+  except TypeError:
+    return 0
+  return dtype.itemsize if dtype.name == name and is_dense(dtype) else 0
+
+
+def bytes_of(x: np.ndarray) -> memoryview:
+  """Returns the bytes of an array on the host, in C order, little-endian."""
+  return np.ascontiguousarray(x).reshape(-1).view(np.uint8).data
+
+
 def crc_of(arrays: Mapping[str, np.ndarray]) -> int:
   """Returns the crc32 of the bytes of arrays, sorted by name, in C order."""
   crc = 0
   for name in sorted(arrays):
-    flat = np.ascontiguousarray(arrays[name]).reshape(-1)
-    crc = zlib.crc32(flat.view(np.uint8).data, crc)
+    crc = zlib.crc32(bytes_of(arrays[name]), crc)
   return crc

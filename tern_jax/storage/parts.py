@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from tern_jax.core.types import PyTree
-from tern_jax.storage import codecs, leaves, tensors
+from tern_jax.storage import codecs, leaves, limits, tensors
 from tern_jax.storage.codecs import Codec
 from tern_jax.storage.leaves import CheckpointError, Json, Path
 from tern_jax.storage.packed import validate
@@ -48,7 +48,7 @@ def parts_of(
       "versions": {name: version_of(name) for name in packages},
       "codec": codec.name,
       "method": method if isinstance(method, str | None) else repr(method),
-      "selected": list(map(leaves.name_of, ternary)),
+      "selected": ["/".join(path) or "the leaf" for path in ternary],
       "extra": None,
       "leaves": entries,
     }
@@ -77,12 +77,30 @@ def _encode(path: Path, x: PyTree, codec: Codec) -> tuple[Json, codecs.Arrays]:
   return entry | extra, arrays
 
 
+def claims(parts: dict[str, Json], codec: Codec) -> tuple[int, int]:
+  """Returns the bytes of all arrays, and those with the codec's planes."""
+  entries = parts["spec"]["spec"]["leaves"]
+  stored = sum(
+    tensors.stored_bytes(e) for part in entries.values() for e in part
+  )
+  planes = sum(
+    codecs.decoded_bytes(codec, tuple(e["shape"]))
+    for e in entries["packed"]
+    if e["kind"] == "ternary"
+  )
+  return stored, stored + planes
+
+
 def compressible(parts: dict[str, Json], codec: Codec) -> bool:
-  """Whether at least half of the bytes can be compressed at all."""
+  """Whether at least half of the bytes can be compressed, and should be."""
   packed = parts.get("packed", {}).values()
   sizes = [(name, x.nbytes) for leaf in packed for name, x in leaf.items()]
   coded = sum(size for name, size in sizes if name in codec.arrays)
-  return not codec.incompressible or 2 * coded <= sum(n for _, n in sizes)
+  if codec.incompressible and 2 * coded > sum(n for _, n in sizes):
+    return False
+  stored = {k: leaf for k, leaf in parts.items() if k != "spec"}
+  arrays = jax.tree.leaves(stored)
+  return limits.worth_compressing(arrays, claims(parts, codec)[1])
 
 
 def contents_of(parts: dict[str, Json]) -> Contents:
@@ -101,7 +119,7 @@ def check_readable(path: Place, contents: Contents) -> None:
   if read(path) != spec:
     raise CheckpointError(f"{fault}: its spec is another.")
   for part, arrays in parts.items():
-    if _described(tensors.index_of(path, part)) != arrays:
+    if tensors.index_of(path, part) != arrays:
       raise CheckpointError(f"{fault}: the index of {part} is not complete.")
 
 

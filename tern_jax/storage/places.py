@@ -20,7 +20,12 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from tern_jax.storage.leaves import CheckpointError, MisfitError, PathLike
+from tern_jax.storage.leaves import (
+  CheckpointError,
+  MisfitError,
+  PathLike,
+  printable,
+)
 
 T = TypeVar("T")
 
@@ -102,8 +107,8 @@ def explained(task: str, path: Place) -> Iterator[None]:
   except (CheckpointError, ImportError):
     raise
   except Exception as e:  # orbax and TensorStore raise errors of many kinds
-    reason = type(e).__name__, str(e).partition("\n")[0]
-    raise CheckpointError(f"cannot {task} {path}: {': '.join(reason)}") from e
+    reason = printable(f"{type(e).__name__}: {e}".partition("\n")[0], 2000)
+    raise CheckpointError(f"cannot {task} {path}: {reason}") from e
 
 
 def lead(task: Callable[[], None]) -> None:

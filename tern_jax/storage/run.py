@@ -21,11 +21,13 @@ from tern_jax.storage.leaves import (
 from tern_jax.storage.parts import (
   Contents,
   check_readable,
+  compressible,
   contents_of,
   parts_of,
 )
+from tern_jax.storage.reading import load
 from tern_jax.storage.spec import json_value, number
-from tern_jax.storage.tensors import context, lent, ocp
+from tern_jax.storage.tensors import lent, ocp, saving
 
 _MODES = ("max", "min")
 
@@ -192,7 +194,12 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
       self.wait()
 
   def restore(
-    self, like: PyTree, step: int | None = None, *, partial: bool = False
+    self,
+    like: PyTree,
+    step: int | None = None,
+    *,
+    partial: bool = False,
+    max_bytes: int | None = None,
   ) -> tuple[PyTree, Any, int]:
     """Restores a step, or a part of its state, as (state, extra, step).
 
@@ -206,6 +213,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
       step: number of the step, None for the latest.
       partial: `like` has only some of the leaves, at their paths in the state,
         such as `{"params": params}`; no others are read.
+      max_bytes: as in `load_packed`.
 
     Raises:
       CheckpointError: no such step, damaged, or of other paths, shapes or
@@ -214,19 +222,20 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     self.wait()
     faults: steps.Faults = {}
 
-    def load(step: int) -> tuple[PyTree, Json]:
+    def loaded(step: int) -> tuple[PyTree, Json]:
       folder, spec = self._steps.opened(step, self._id)
-      return checkpoint.load(folder, "state", spec, like, partial), spec
+      state = load(folder, "state", spec, like, partial, max_bytes)
+      return state, spec
 
     if step is None and jax.process_count() > 1:
-      step, faults = self._agreed()
+      step, faults = self._agreed(max_bytes)
     if step is None:
-      step, (state, spec), faults = self._steps.latest(load)
+      step, (state, spec), faults = self._steps.latest(loaded)
       self._refused = {*faults}
     else:
       chosen = operator.index(step)
       place = self.directory / str(chosen)
-      state, spec = places.again(place, lambda: load(chosen))
+      state, spec = places.again(place, lambda: loaded(chosen))
     self._id = (self._steps.facts(step) or {}).get("run")
     self._method = spec.get("method")
     for later, fault in faults.items():
@@ -300,17 +309,18 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
   ) -> Callable[[], None]:
     """Begins to save; returns what ends it, on every process."""
     contents, fresh = contents_of(parts), path
-    with self._cleaned(path), context(), contextlib.ExitStack() as stack:
+    compress = saving(compressible(parts, codecs.PLANES))
+    with self._cleaned(path), compress, contextlib.ExitStack() as stack:
       if not places.in_bucket(path):
         folder = stack.enter_context(staging.plain(staging.stage_of(path)))
         fresh = folder / "new"
       parts = lent(parts) if wait else parts
-      saving = ocp.save_checkpointables_async(fresh, parts)
+      begun = ocp.save_checkpointables_async(fresh, parts)
       writing = stack.pop_all()
 
     def finish() -> None:
       with writing:
-        saving.result()
+        begun.result()
       if jax.process_index() == 0:
         self._publish(path, contents)
 
@@ -335,7 +345,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
           staging.remove(leftover)
       raise
 
-  def _agreed(self) -> tuple[int, steps.Faults]:
+  def _agreed(self, max_bytes: int | None) -> tuple[int, steps.Faults]:
     """Returns the latest step that is whole for every process.
 
     All of it is read before: a process that finds damage while the others have
@@ -346,7 +356,9 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     def look() -> None:
       nonlocal step, faults
       step, _, faults = self._steps.latest(
-        lambda n: checkpoint.verify(*self._steps.opened(n, self._id), "state")
+        lambda n: checkpoint.verify(
+          *self._steps.opened(n, self._id), "state", max_bytes
+        )
       )
 
     places.together(look)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tern_jax.storage import codecs, places
+from tern_jax.storage import codecs, leaves, limits, places
 from tern_jax.storage.leaves import CheckpointError, Json, MisfitError
 from tern_jax.storage.places import Place, explained
 
@@ -21,7 +21,9 @@ _text = functools.partial(json.dumps, sort_keys=True)
 def seal(spec: Json) -> Json:
   """Returns what is written: the spec, as a reader sees it, and its crc32."""
   spec = json.loads(_text(spec))
-  return {"crc32": zlib.crc32(_text(spec).encode()), "spec": spec}
+  text = _text(spec)
+  limits.check_saved("the spec", text)
+  return {"crc32": zlib.crc32(text.encode()), "spec": spec}
 
 
 def read(path: Place) -> Json:
@@ -31,22 +33,30 @@ def read(path: Place) -> Json:
     CheckpointError: damaged, or from a newer version.
   """
   with explained("read the spec of", path):
-    sealed = json.loads((path / places.SPEC).read_text("utf-8"))
+    if not places.in_bucket(path):
+      limits.size_of_folder(path)
+    sealed = limits.read_json(path / places.SPEC)
     spec = sealed["spec"]
     if sealed["crc32"] != zlib.crc32(_text(spec).encode()):
       raise CheckpointError(f"{path}: the spec is damaged: crc32 differs.")
     if type(spec["format"]) is not int or spec["format"] < 1:
       raise CheckpointError(
-        f"{path} has format {spec['format']!r}, but formats are numbers from "
-        f"1 to {FORMAT}: it was not written by tern_jax."
+        f"{path} has format {_shown(spec['format'])}, but formats are numbers"
+        f" from 1 to {FORMAT}: it was not written by tern_jax."
       )
     if spec["format"] > FORMAT:
       reads = f"this tern_jax reads up to {FORMAT}: upgrade tern_jax"
       raise MisfitError(f"{path} has format {spec['format']}, but {reads}.")
     if spec["codec"] not in codecs.CODECS:
       reads = f"this tern_jax reads {tuple(codecs.CODECS)}: upgrade tern_jax"
-      raise MisfitError(f"{path} has codec {spec['codec']!r}, but {reads}.")
+      codec = _shown(spec["codec"])
+      raise MisfitError(f"{path} has codec {codec}, but {reads}.")
     return spec
+
+
+def _shown(value: object) -> str:
+  """Returns a value of a spec as messages print it."""
+  return leaves.printable(repr(value))
 
 
 def json_value(x: object, name: str) -> Any:
