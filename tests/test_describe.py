@@ -389,5 +389,7 @@ def test_changes_are_told_by_name():
     "the a of the restored step was 0, now it is 1.",
     "the b of the restored step was 1, now it is 2.",
   ]
+  (told,) = changes({"a": "\033[2J\nall is well"}, now)
+  assert told.isprintable()
   for was in (None, [], "a", {"a": 1}, {"a": None}, {}, now):
     assert [*changes(was, now)] == []

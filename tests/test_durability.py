@@ -27,6 +27,7 @@ from tern_jax.checkpoint import (
   save_packed,
 )
 from tern_jax.storage import durable, places, tensors
+from tests.helpers import long
 
 
 def net(x, n=3):
@@ -218,7 +219,11 @@ def test_a_disk_that_fails_costs_only_the_new(
 
 @pytest.mark.parametrize(
   "name",
-  ["lr[0.1]", "what?", "*", "[", "**", "a b", "{a,b}", "%41", "~", "a:b"],
+  [
+    "lr[0.1]",
+    "what?",
+    *map(long, ("*", "[", "**", "a b", "{a,b}", "%41", "~", "a:b")),
+  ],
 )
 def test_any_name_of_a_folder_will_do(tmp_path, name):
   for path in (tmp_path / name, tmp_path / name / "net"):
@@ -334,6 +339,7 @@ def replacing(monkeypatch, task, times):
   monkeypatch.setattr(tensors.ocp, "load", replaced)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
   "read",
   [

@@ -81,6 +81,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_the_latest_whole_step_is_restored(tmp_path, damage):
   do, why = DAMAGES[damage]
@@ -276,6 +277,7 @@ def test_steps_of_older_versions_are_believed(tmp_path):
   assert restored(tmp_path) == (3, [])
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("value", [None, 7, [], {}, "x", "x" * 16, True, 1e9])
 def test_hostile_facts_are_no_traceback(tmp_path, value):
   save(tmp_path, 1, 2)
@@ -340,6 +342,7 @@ def test_a_best_step_that_is_damaged_is_none(tmp_path):
   assert Checkpointer(tmp_path, best_mode="min").best_step() == 2
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("metric", ["0.9", True, np.ones(1), 1j, [0.5], b"1"])
 def test_a_metric_is_a_number(tmp_path, metric):
   with (
@@ -390,6 +393,7 @@ def extras():
   }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", extras())
 def test_extra_comes_back(tmp_path, name):
   extra, wanted = extras()[name]

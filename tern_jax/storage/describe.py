@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from tern_jax.storage.leaves import printable
+
 # The repr of a function, or of an object that has none of its own.
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+")
 # What is told as Python writes it.
@@ -59,7 +61,8 @@ def changes(was: object, now: Mapping[str, str]) -> Iterator[str]:
     return  # An older version saved it, which described nothing.
   for name in sorted(now.keys() & was.keys()):
     if isinstance(was[name], str) and was[name] != now[name]:
-      before, after = difference(was[name], now[name])
+      pair = difference(was[name], now[name])
+      before, after = (printable(x, 2 * _SHORT) for x in pair)
       yield f"the {name} of the restored step was {before}, now it is {after}."
 
 

@@ -13,7 +13,13 @@ from collections.abc import Callable
 from typing import Literal, TypeVar
 
 from tern_jax.storage import places, spec
-from tern_jax.storage.leaves import CheckpointError, Json, MisfitError, PathLike
+from tern_jax.storage.leaves import (
+  CheckpointError,
+  Json,
+  MisfitError,
+  PathLike,
+  printable,
+)
 from tern_jax.storage.places import Place
 
 T = TypeVar("T")
@@ -50,10 +56,10 @@ def check(folder: Place, facts: Json, run: str | None) -> None:
   """Raises unless a step is the one that its folder says, of this run."""
   step = places.step_of(folder)
   if facts.get("step", step) != step:
-    named = facts["step"]
+    named = printable(facts["step"])
     fault = f"it is step {named}, renamed or copied: name it {named} again"
   elif run is not None and facts.get("run", run) != run:
-    other = facts["run"]
+    other = printable(facts["run"])
     fault = f"it is of run {other}, not of {run} as others: move it away"
   else:
     return
