@@ -3,7 +3,11 @@
 A kill is played by taking away what the process would not have written yet.
 """
 
+import http.server
 import json
+import socket
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +15,11 @@ import numpy as np
 import pytest
 from tensorboardX import record_writer
 
-from experiments.common import cli, data, evaluate
+from experiments.common import cli, data, evaluate, log
 from experiments.common.runner import run
-from tern_jax import checkpoint
+from tern_jax import __main__, checkpoint
 from tern_jax.core.containers import Ternary
-from tern_jax.storage import tensors
+from tern_jax.storage import bucket, tensors
 from tern_jax.storage.packed import pack
 from tests import gcs
 
@@ -172,6 +176,16 @@ def test_a_damaged_step_is_passed_over_and_set_aside(place, objects):
     checkpoint.load_packed(place)
 
 
+def test_patterns_are_refused(place, objects):
+  for save in (
+    lambda: checkpoint.save_packed(f"{place}/lr[0.1]/net", net(1)),
+    lambda: checkpoint.Checkpointer(f"{place}/lr[0.1]/run"),
+  ):
+    with pytest.raises(checkpoint.CheckpointError, match="pattern in a bucket"):
+      save()
+  assert not under(objects, place)
+
+
 def test_what_is_replaced_while_it_is_read_is_read_again(
   place, objects, monkeypatch
 ):
@@ -215,9 +229,12 @@ def test_a_run_goes_on_where_it_was_killed(
   for name in ("seconds", "disk_bytes"):
     del here[name], there[name]
   assert there == here
-  metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+  # All but the clock.
+  metrics = log.read_metrics(tmp_path / "run")
+  assert [line["step"] for line in metrics] == [10, 18]
+  bucket = checkpoint.absolute(f"{place}/run")
   name = place.removeprefix("gs://bucket/") + "/run"
-  assert objects["bucket", f"{name}/metrics.jsonl"][1] == metrics
+  assert log.read_metrics(bucket) == metrics
   assert objects["bucket", f"{name}/curves.png"][1].startswith(b"\x89PNG")
   assert any("tensorboard/ternary" in n for n in under(objects, f"{place}/run"))
 
@@ -234,8 +251,130 @@ def test_a_run_goes_on_where_it_was_killed(
   for key in ("seconds", "disk_bytes"):
     del again[key]
   assert again == here
-  assert objects["bucket", f"{name}/metrics.jsonl"][1] == metrics
+  assert log.read_metrics(bucket) == metrics
   assert json.loads(objects["bucket", f"{name}/result.json"][1])["seed"] == 0
+
+
+def test_the_command_looks_into_buckets(place, objects, capsys):
+  def call(*args):
+    return __main__.main([*args]), *capsys.readouterr()
+
+  checkpoint.save_packed(f"{place}/runs/a/packed", net(1))
+  status, out, _ = call("verify", f"{place}/runs/a")
+  assert status == 0
+  assert out.startswith(f"{place}/runs/a/packed: all leaves are as they were")
+  checkpoint.save_packed(f"{place}/runs/b", net(1))
+  status, out, _ = call("diff", f"{place}/runs/a", f"{place}/runs/b")
+  assert status == 0
+  name = place.removeprefix("gs://bucket/")
+  objects["bucket", f"{name}/notes.txt"] = 1, b"mine"
+  for path, reason in (
+    (f"{place}/runs/c", "does not exist"),
+    (f"{place}/notes.txt", "is a file"),
+    ("gs://bucket", "holds no checkpoint"),
+  ):
+    status, _, err = call("inspect", path)
+    assert status == 2
+    assert err.count("\n") == 1
+    assert reason in err
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+  """A server that wants to know who asks, or knows nothing."""
+
+  def log_message(self, *_):
+    pass
+
+  def do_GET(self):
+    self.send_response(404 if "unknown" in self.path else 401)
+    self.send_header("Content-Length", "0")
+    self.end_headers()
+
+
+@pytest.fixture(scope="module")
+def refusing():
+  server = http.server.HTTPServer(("127.0.0.1", 0), Refusing)
+  thread = threading.Thread(target=server.serve_forever, daemon=True)
+  thread.start()
+  yield f"http://127.0.0.1:{server.server_port}"
+  server.shutdown()
+  server.server_close()
+  thread.join()
+
+
+@pytest.fixture
+def silent():
+  """A server that takes a connection, and then says nothing."""
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("host", ["closed", "nowhere", "silent", "no address"])
+def test_a_bucket_out_of_reach(host, silent, monkeypatch, capsys):
+  monkeypatch.setattr(bucket, "_ANSWER", 0.1)
+  hosts = {
+    "closed": "http://127.0.0.1:1",
+    "nowhere": "nothing.invalid",
+    "silent": silent,
+    "no address": "http://a b",
+  }
+  monkeypatch.setenv("STORAGE_EMULATOR_HOST", hosts[host])
+  start = time.monotonic()
+  for args in (["inspect"], ["verify"], ["export", "x", "--to", "safetensors"]):
+    status = __main__.main([args[0], "gs://afar/net", *args[1:]])
+    err = capsys.readouterr().err
+    assert status == 2
+    assert "cannot reach gs://afar/net at http://" in err
+    assert err.endswith(
+      "check the network, proxies and STORAGE_EMULATOR_HOST.\n"
+    )
+    assert err.count("\n") == 1
+  for task in (
+    lambda: checkpoint.save_packed("gs://afar/net", net(1)),
+    lambda: checkpoint.Checkpointer("gs://afar/run"),
+  ):
+    with pytest.raises(checkpoint.CheckpointError, match="cannot reach"):
+      task()
+  assert time.monotonic() - start < 10
+
+
+def test_an_answer_that_never_comes_is_not_waited_for(monkeypatch):
+  monkeypatch.setattr(bucket, "_TOGETHER", 0.1)
+  # The system looks for the address of a host as long as it likes.
+  monkeypatch.setattr(bucket, "_status", lambda _: time.sleep(1))
+  with pytest.raises(checkpoint.CheckpointError, match=r"no answer in 0\.1 s"):
+    checkpoint.load_packed("gs://afar/net")
+
+
+@pytest.mark.parametrize("found", ["none", "broken"])
+def test_a_bucket_that_needs_credentials(
+  found, refusing, monkeypatch, tmp_path, capsys
+):
+  monkeypatch.setenv("STORAGE_EMULATOR_HOST", refusing)
+  key = {"type": "authorized_user", "client_id": "", "client_secret": ""}
+  if found == "broken":
+    key |= {"refresh_token": "x", "token_uri": f"{refusing}/token"}
+    (tmp_path / "key.json").write_text(json.dumps(key))
+  variable = "GOOGLE_APPLICATION_CREDENTIALS"
+  monkeypatch.setenv(variable, str(tmp_path / "key.json"))
+  assert __main__.main(["verify", "gs://private/net"]) == 2
+  err = capsys.readouterr().err
+  said = {"none": "needs credentials", "broken": "credentials are not accepted"}
+  assert said[found] in err
+  assert f"auth application-default login`, or set {variable}" in err
+  assert err.count("\n") == 1
+
+
+def test_a_bucket_that_does_not_exist(refusing, monkeypatch):
+  monkeypatch.setenv("STORAGE_EMULATOR_HOST", refusing)
+  with pytest.raises(checkpoint.CheckpointError, match="has no bucket of this"):
+    checkpoint.load_packed("gs://unknown/net")
+
+
+def test_the_package_for_buckets_may_be_missing(monkeypatch):
+  monkeypatch.setattr(bucket.importlib.util, "find_spec", lambda _: None)
+  with pytest.raises(ImportError, match=r"gcsfs: pip install 'tern_jax\[buck"):
+    checkpoint.load_packed("gs://afar/net")
 
 
 def test_data_sets_in_a_bucket_are_refused():

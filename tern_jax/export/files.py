@@ -13,7 +13,7 @@ from typing import Any
 
 from tern_jax.core.paths import path_str
 from tern_jax.core.types import PyTree
-from tern_jax.storage import leaves
+from tern_jax.storage import leaves, limits, places
 from tern_jax.storage.leaves import PathLike
 from tern_jax.storage.packed import validate
 
@@ -21,6 +21,8 @@ from tern_jax.storage.packed import validate
 FORMAT = 1
 #: {keyword: arguments of `argparse.add_argument`}.
 Options = Mapping[str, Mapping[str, Any]]
+#: Files that are being written: what to remove if the process must end at once.
+unfinished: set[Path] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +52,49 @@ def require(package: str, task: str) -> Any:
     raise ImportError(f"{task} needs the package {hint}.") from e
 
 
+def local_file(path: PathLike) -> Path:
+  """Returns the path of a file, which other packages read or write here."""
+  if os.fspath(path).startswith("gs://"):
+    hint = "give a path on this machine, and copy the file"
+    raise ValueError(f"{os.fspath(path)} is a place in a bucket: {hint}.")
+  return places.local(path)
+
+
+def free_file(path: PathLike, overwrite: bool) -> Path:
+  """Returns the path of a file, which can be written.
+
+  Raises:
+    FileExistsError: it exists, and must not be overwritten.
+    IsADirectoryError: it is a folder.
+    ValueError: it is not on this machine, or a device.
+  """
+  given, path = os.fspath(path), local_file(path)
+  if path.is_dir() or given.endswith("/"):
+    raise IsADirectoryError(f"{given} is a folder: give the path of a file.")
+  if os.path.lexists(path) and not overwrite:
+    raise _taken(path)
+  if path.exists():
+    limits.size_of_file(path)  # A device would be replaced by a file.
+  return path
+
+
+def _taken(path: Path) -> FileExistsError:
+  return FileExistsError(f"{path} already exists: pass overwrite=True.")
+
+
 @contextlib.contextmanager
 def fresh_file(path: PathLike, overwrite: bool) -> Iterator[Path]:
   """Yields a path to write to, which becomes the real one if all went well."""
-  path = Path(path).absolute()
-  taken = f"{path} already exists: pass overwrite=True."
-  if os.path.lexists(path) and not overwrite:
-    raise FileExistsError(taken)
-  path.parent.mkdir(parents=True, exist_ok=True)
+  path = free_file(path, overwrite)
   fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
   try:
+    path.parent.mkdir(parents=True, exist_ok=True)
     fresh.touch()
+  except OSError as e:  # which names the file beside it
+    fault = f"cannot write to the folder {path.parent}: {e.strerror}."
+    raise type(e)(fault) from e
+  unfinished.add(fresh)
+  try:
     mode = fresh.stat().st_mode
     yield fresh
     # Some writers replace the file by one that only its owner may read.
@@ -75,10 +109,15 @@ def fresh_file(path: PathLike, overwrite: bool) -> Iterator[Path]:
       path.hardlink_to(fresh)
     except OSError:  # it is taken, or the file system has no links
       if os.path.lexists(path):
-        raise FileExistsError(taken) from None
+        raise _taken(path) from None
       fresh.rename(path)
+  except (ValueError, TypeError, FileExistsError):
+    raise
+  except Exception as e:  # Writers name no path, or the file beside it.
+    raise OSError(f"cannot write {path}: {e}.") from e
   finally:
     fresh.unlink(missing_ok=True)
+    unfinished.discard(fresh)
 
 
 def checked_leaves(tree: PyTree) -> dict[leaves.Path, Any]:

@@ -140,7 +140,7 @@ def to_gguf(
 
 _OPTIONS = {
   "type": {"choices": GGUF_TYPES, "default": "TQ2_0"},
-  "channel_axis": {"type": int, "default": -1},
+  "channel_axis": {"type": int, "choices": (-1, 0), "default": -1},
 }
 GGUF = files.Writer(to_gguf, _OPTIONS)
 _decode = jax.jit(lambda x: (to_ternary(x).codes, x.dequantize()))

@@ -172,12 +172,43 @@ def sha256_of(path: PathLike, *, max_bytes: int | None = None) -> str:
     return content.hexdigest()
 
 
+def examine(
+  path: PathLike,
+) -> list[tuple[Json, leaves.Leaf | leaves.CheckpointError]]:
+  """Loads and verifies each leaf alone, whatever is wrong with the others.
+
+  Returns:
+    What the file says of each leaf, and the leaf, on the host, or the
+    CheckpointError of what is wrong.
+
+  Raises:
+    ValueError: as in `from_safetensors`, if no leaf can be told.
+    OSError: the file cannot be read.
+    ImportError: safetensors is missing, or constriction for coded weights.
+  """
+  with _opened(path, "examine", None) as (file, entries):
+    return [(e, _examined(path, file, e)) for e in entries.values()]
+
+
+def _examined(
+  path: PathLike, file: Any, entry: Json
+) -> leaves.Leaf | leaves.CheckpointError:
+  try:
+    return _decode(file, entry)
+  except (OSError, ImportError):
+    raise
+  except Exception as e:  # also of the package, and of NumPy
+    reason = leaves.printable(e, 2000).removesuffix(".")
+    return leaves.CheckpointError(f"{os.fspath(path)}: {reason}.")
+
+
 @contextlib.contextmanager
 def _opened(
   path: PathLike, task: str, max_bytes: int | None
 ) -> Iterator[tuple[Any, dict[leaves.Path, Json]]]:
   """Yields an open file and its leaves by path; says what fails of which."""
   safetensors = files.require("safetensors", task)
+  path = files.local_file(path)
   try:
     size = limits.size_of_file(path)
     with open(path, "rb") as start:

@@ -10,6 +10,7 @@ deleted when the new one has been found readable, and is on the disk.
 import contextlib
 import os
 import re
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +21,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from tern_jax.storage import bucket
 from tern_jax.storage.leaves import (
   CheckpointError,
   MisfitError,
@@ -49,17 +51,60 @@ _ATTEMPTS = 50
 def absolute(path: PathLike) -> Place:
   """Returns a path that means the same in every working directory.
 
+  Args:
+    path: of a folder or a file, file:///path, or gs://bucket/path.
+
+  Raises:
+    ValueError: another scheme, no bucket is named, or no UTF-8.
+
   >>> absolute("gs://bucket/runs/7")
   PosixGPath('gs://bucket/runs/7')
+  >>> absolute("file:///runs/7")
+  PosixPath('/runs/7')
   >>> absolute("runs").is_absolute()
   True
   """
   name = os.fspath(path)
-  if "://" not in name:
-    return Path(name).resolve()
+  if not name.startswith("gs://"):
+    found = local(path).resolve()
+    try:
+      str(found).encode()
+    except UnicodeEncodeError:
+      # TensorStore would find nothing there, as if arrays were damaged.
+      hint = "set PYTHONUTF8=1, or rename it"
+      raise ValueError(f"{printable(found)} is no UTF-8: {hint}.") from None
+    return found
+  if not name.removeprefix("gs://").partition("/")[0]:
+    raise ValueError(f"{name} names no bucket: give gs://bucket/path.")
   # TensorStore and other hosts write there, too: no listing stays true.
   fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
   return epath.Path(name)
+
+
+def local(path: PathLike) -> Path:
+  """Returns a path on this machine, of which links are left as they are.
+
+  Args:
+    path: of a folder or a file, or file:///path. A first component ~ is the
+      home of the user, as shells have it.
+
+  Raises:
+    ValueError: a place elsewhere, or an empty path.
+  """
+  name = os.fspath(path)
+  if not name:
+    raise ValueError("the path is empty: give one, such as . or runs/net.")
+  scheme, separator, rest = name.partition("://")
+  if not separator or os.sep in scheme:
+    home = name == "~" or name.startswith("~/")
+    return (Path(name).expanduser() if home else Path(name)).absolute()
+  host, slash, rest = rest.partition("/")
+  if scheme.lower() != "file":
+    wanted = "a path, file:///path or, for checkpoints, gs://bucket/path"
+    raise ValueError(f"{name}: {scheme}:// is not supported: give {wanted}.")
+  if host not in ("", "localhost") or not slash:
+    raise ValueError(f"{name} is on another machine: give file:///path.")
+  return Path(urllib.request.url2pathname(slash + rest)).absolute()
 
 
 def locate(path: PathLike) -> Place:
@@ -103,6 +148,8 @@ def disk_bytes(path: PathLike) -> int:
 def explained(task: str, path: Place) -> Iterator[None]:
   """Turns whatever fails inside into a CheckpointError that names the path."""
   try:
+    if in_bucket(path):
+      bucket.reach(str(path))
     yield
   except (CheckpointError, ImportError):
     raise

@@ -1,0 +1,1 @@
+"""The command `python -m tern_jax`: what it reads, and what it says of it."""
