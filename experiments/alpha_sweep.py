@@ -47,14 +47,26 @@ alpha, .70 and .71 with --by sparsity.
 
 import csv
 import dataclasses
+import io
 import itertools
 import statistics
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from experiments.common import cli, data, errors, log, methods, sweep
+from experiments.common import (
+  cli,
+  data,
+  errors,
+  files,
+  lock,
+  log,
+  methods,
+  sweep,
+  terminal,
+)
 from experiments.common.plots import sweep as pictures
 from experiments.common.tables import Table
 from tern_jax.checkpoint import Place, absolute
@@ -129,23 +141,34 @@ class SweepOptions(sweep.SmallNet):
 
 def main(options: SweepOptions) -> None:
   """Runs the sweep, or prints the table of one that is finished."""
-  runs = options.sweep()
-  dataset = data.load_dataset(options.data, options.data_dir)
+  runs, directory = options.sweep(), options.directory
   if options.compare:
+    dataset = data.load_dataset(options.data, options.data_dir)
     measured = sweep.compare(runs, dataset)
     print(f"{len(runs.grid)} runs, median seconds")
     for name, value in measured.items():
       print(f"  {name:<12} {value:7.3f}")
     return
-  directory = options.directory
-  log.claim(directory, options.to_json())
   path = directory / "sweep.csv"
-  if not path.exists():
-    rows = sweep.run_sweep(runs, dataset)
-    pictures.sparsity(rows, options.by, directory / "sparsity.png")
-    pictures.accuracy(rows, directory / "accuracy.png")
-    write(path, rows)
+  if not (log.check(directory, options.to_json()) and path.exists()):
+    with lock.held(directory):
+      train(options)
   print(f"{table(read(path), options.by).text()}\n\n{directory}")
+
+
+def train(options: SweepOptions) -> None:
+  """Runs the sweep in its directory, which is locked."""
+  runs, directory = options.sweep(), options.directory
+  dataset = data.load_dataset(options.data, options.data_dir)
+  log.claim(directory, options.to_json())
+  terminal.say(
+    f"{len(runs.grid)} trainings in one program, in {directory}", sys.stderr
+  )
+  rows = sweep.run_sweep(runs, dataset)
+  pictures.sparsity(rows, options.by, directory / "sparsity.png")
+  pictures.accuracy(rows, directory / "accuracy.png")
+  # The last, because it tells that all is done.
+  write(directory / "sweep.csv", rows)
 
 
 def table(rows: list[sweep.SweepRow], by: str) -> Table:
@@ -169,10 +192,11 @@ def read(path: Place) -> list[sweep.SweepRow]:
 
 def write(path: Place, rows: list[sweep.SweepRow]) -> None:
   """Writes one line a run, after a line of names."""
-  with path.open("w") as file:
-    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+  text = io.StringIO()
+  writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+  writer.writeheader()
+  writer.writerows(rows)
+  files.write(path, text.getvalue())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 import tyro
 
-from experiments.common import data
+from experiments.common import data, errors
 
 
 def prepare(
@@ -67,4 +67,5 @@ def _download(name: str, data_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-  tyro.cli(prepare)
+  with errors.explained():
+    tyro.cli(prepare)

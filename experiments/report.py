@@ -18,7 +18,7 @@ from typing import Any
 
 import tyro
 
-from experiments.common import bench, errors, page
+from experiments.common import bench, errors, files, lock, page
 from experiments.common.build import title_of
 from experiments.common.plots import compare
 from experiments.common.tables import Column, Table, summary
@@ -99,13 +99,14 @@ def main(options: ReportOptions) -> None:
   """Writes the report, and prints its tables."""
   with errors.explained():
     records = read(options.results)
-  options.out.mkdir(parents=True, exist_ok=True)
-  sections = build(records, options.results, options.out)
-  text = page.markdown(TITLE, INTRODUCTION, sections)
-  whole = page.html_page(TITLE, INTRODUCTION, sections, options.out)
-  (options.out / "report.md").write_text(text, encoding="utf-8")
-  (options.out / "index.html").write_text(whole, encoding="utf-8")
-  print(f"{text}\n{(options.out / 'index.html').resolve()}")
+    # Pictures are written, read, and put into the page.
+    with lock.held(options.out):
+      sections = build(records, options.results, options.out)
+      text = page.markdown(TITLE, INTRODUCTION, sections)
+      whole = page.html_page(TITLE, INTRODUCTION, sections, options.out)
+      files.write(options.out / "report.md", text)
+      files.write(options.out / "index.html", whole)
+    print(f"{text}\n{(options.out / 'index.html').resolve()}")
 
 
 def read(results: Path) -> dict[str, Any]:
@@ -213,7 +214,7 @@ def single_runs(
   for data in dict.fromkeys(group.split("-")[0] for group in groups):
     picture = f"{data}_histograms.png"
     if (results / picture).exists():
-      (out / picture).write_bytes((results / picture).read_bytes())
+      files.write(out / picture, (results / picture).read_bytes())
       text = f"{data}: weights of each layer on their way to -1, 0 and 1."
       section.pictures.append(page.Picture(picture, text, text))
   return section
@@ -400,4 +401,5 @@ def told(record: Any, key: str) -> list[str]:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(ReportOptions, description=__doc__))
+  with errors.explained():
+    main(tyro.cli(ReportOptions, description=__doc__))

@@ -138,6 +138,46 @@ def test_weights_are_watched_by_layer(config, result):
   )
 
 
+def test_lines_tell_rates_strengths_and_norms(config, result):
+  steps = np.arange(19, 191, 19)
+  # The rate of the last update, and kappa: from .1 at .7 to 30 at .95.
+  done = (steps - 1) / 190
+  cosine = 0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * done))
+  kappa = 0.1 * 300 ** np.clip((done - 0.7) / 0.25, 0, 1) * (done >= 0.7)
+  lines = log.read_metrics(config.directory)
+  series = {
+    name: np.array([line[name] for line in lines])
+    for name in ("learning_rate", "wdr_strength", "gradient_norm")
+  }
+  np.testing.assert_allclose(series["learning_rate"], 0.02 * cosine, rtol=1e-5)
+  share = series["wdr_strength"][-1] / kappa[-1]
+  assert 0 < share <= 1
+  np.testing.assert_allclose(series["wdr_strength"], share * kappa, rtol=1e-5)
+  assert (series["gradient_norm"] > 0).all()
+  floats = log.read_metrics(config.float_directory)
+  rates = [line["learning_rate"] for line in floats]
+  np.testing.assert_allclose(rates, 0.02 * cosine, rtol=1e-5)
+  assert all("wdr_strength" not in line for line in floats)
+
+
+def test_a_run_says_what_it_does(config, result, tmp_path, capsys, brief):
+  again = dataclasses.replace(config, workdir=str(tmp_path / "again"))
+  shutil.copytree(config.directory, again.directory)
+  shutil.copytree(config.float_directory, again.float_directory)
+  (again.directory / "result.json").write_text("")  # A power cut.
+  # Apart from the time, it is the same run.
+  assert essential(run.run(again)) == essential(result)
+  said = capsys.readouterr().out.splitlines()
+  assert said == [
+    "Sca on digits, mlp: 190 float and 190 ternary steps on 1 x cpu, in"
+    f" {again.directory}",
+    f"float net: all of its 190 steps are done, in {again.float_directory}",
+    f"ternary net: all of its 190 steps are done, in {again.directory}",
+    "packing, and evaluating on validation and test data",
+    "drawing",
+  ]
+
+
 def test_a_finished_run_is_not_repeated(config, result, monkeypatch):
   monkeypatch.setattr(loop, "train", None)
   assert run.run(config) == result
@@ -289,6 +329,7 @@ def test_a_dry_run_tells_what_a_run_would_be(tmp_path, monkeypatch, capsys):
   place = tmp_path / "run"
   monkeypatch.chdir(tmp_path)
   arguments = ["--dry-run", "--parallel", "jit", "--workdir", str(place)]
+  arguments += ["--data-dir", str(tmp_path / "tfds")]
   monkeypatch.setattr("sys.argv", ["digits", *arguments])
   command.main(cli.Config(hidden=(16,), batch_size=64, epochs=2), "Digits")
   told = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -300,7 +341,7 @@ def test_a_dry_run_tells_what_a_run_would_be(tmp_path, monkeypatch, capsys):
   assert ["ternary", "in", "all", "1,184", "ternary"] in told
   assert ["steps,", "float", "and", "ternary", "38", "+", "38"] in told
   assert any(line[:3] == ["steps", "a", "second"] for line in told)
-  assert not place.exists()
+  assert not list(tmp_path.iterdir())
 
 
 def test_other_options_do_not_overwrite_a_run(config, result):

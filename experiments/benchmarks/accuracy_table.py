@@ -11,7 +11,6 @@ be stopped and given again, and `table.md` there holds what is done so far.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +22,10 @@ from experiments.common import (
   cli,
   configs,
   data,
+  errors,
   evaluate,
+  files,
+  lock,
   log,
   methods,
 )
@@ -99,6 +101,20 @@ def main(options: AccuracyOptions) -> None:
   dataset = data.load_dataset(config.data, config.data_dir)
   place = options.root / f"{config.data}-{config.model}"
   table: dict[str, list[Record]] = {label: [] for label in ("float", *rows)}
+  with lock.held(place):
+    train(options, config, dataset, place, table)
+  print(shown(table).markdown())
+
+
+def train(
+  options: AccuracyOptions,
+  config: cli.Config,
+  dataset: data.Dataset,
+  place: Path,
+  table: dict[str, list[Record]],
+) -> None:
+  """Adds to a table what is done, and what it then does."""
+  rows, _ = EXPERIMENTS[options.experiment]
   for seed in options.seeds:
     # The directory is that of no run: it only tells where the float net lies.
     seeded = dataclasses.replace(config, seed=seed, workdir=str(place / "none"))
@@ -110,13 +126,11 @@ def main(options: AccuracyOptions) -> None:
       write(table, place)
     table["float"].append(float_record(seeded, dataset))
     write(table, place)
-  print(shown(table).markdown())
 
 
 def write(table: dict[str, list[Record]], place: Path) -> None:
   """Writes what is done so far."""
-  (place / "table.md").write_text(shown(table).markdown() + "\n")
-  (place / "table.json").write_text(json.dumps(table, indent=2) + "\n")
+  files.write_table(place, shown(table).markdown(), table)
 
 
 def shown(table: dict[str, list[Record]]) -> Table:
@@ -147,4 +161,5 @@ def float_record(config: cli.Config, dataset: data.Dataset) -> Record:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(AccuracyOptions, description=__doc__))
+  with errors.explained():
+    main(tyro.cli(AccuracyOptions, description=__doc__))

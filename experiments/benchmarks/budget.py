@@ -11,13 +11,12 @@ under --root: the command can be stopped and given again.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from experiments.common import bench, configs, methods
+from experiments.common import bench, configs, errors, files, lock, methods
 from experiments.common.runner import run
 from experiments.common.tables import summary
 
@@ -52,17 +51,19 @@ def main(options: BudgetOptions) -> None:
     record["bytes"] = result["entropy_bytes"]
     table.setdefault(label, []).append(record)
     text = summary(table, bench.BUDGET).markdown()
-    (place / "table.md").write_text(text + "\n")
-    (place / "table.json").write_text(json.dumps(table, indent=2) + "\n")
+    files.write_table(place, text, table)
     return result
 
-  for seed in options.seeds:
-    for sparsity in options.sparsities:
-      alike = methods.Sca(sparsity=sparsity)
-      size = int(train(f"{sparsity:g} in all", seed, alike)["entropy_bytes"])
-      train(f"{sparsity:g}, shared", seed, methods.Sca(bytes=size))
+  with lock.held(place):
+    for seed in options.seeds:
+      for sparsity in options.sparsities:
+        alike = methods.Sca(sparsity=sparsity)
+        whole = train(f"{sparsity:g} in all", seed, alike)
+        shared = methods.Sca(bytes=int(whole["entropy_bytes"]))
+        train(f"{sparsity:g}, shared", seed, shared)
   print(summary(table, bench.BUDGET).markdown())
 
 
 if __name__ == "__main__":
-  main(tyro.cli(BudgetOptions, description=__doc__))
+  with errors.explained():
+    main(tyro.cli(BudgetOptions, description=__doc__))

@@ -54,6 +54,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from experiments.common import errors
 from tern_jax.checkpoint import CODECS, load_packed, save_packed
 from tern_jax.storage.packed import PackedTernary
 
@@ -163,4 +164,5 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
   jax.config.update("jax_platforms", "cpu")
-  main(tyro.cli(Options))
+  with errors.explained():
+    main(tyro.cli(Options))

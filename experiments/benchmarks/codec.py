@@ -85,6 +85,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from experiments.common import errors
 from tern_jax import checkpoint, codec, metrics
 from tern_jax.core.containers import Ternary
 from tern_jax.storage.packed import PackedTernary, pack, unpack
@@ -277,4 +278,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(Options))
+  with errors.explained():
+    main(tyro.cli(Options))

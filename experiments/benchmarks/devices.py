@@ -28,7 +28,7 @@ import jax
 import optax
 import tyro
 
-from experiments.common import build, cli, data, methods
+from experiments.common import build, cli, data, errors, methods
 from experiments.common import processes as joint
 from experiments.common.plots import compare
 from experiments.common.runner import stages
@@ -150,4 +150,5 @@ def train(options: DevicesOptions) -> tuple[list[float], float]:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(DevicesOptions, description=__doc__))
+  with errors.explained():
+    main(tyro.cli(DevicesOptions, description=__doc__))

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,18 @@ import optax
 import tyro
 
 import tern_jax
-from experiments.common import bench, cli, data, log, methods, sweep
+from experiments.common import (
+  bench,
+  cli,
+  data,
+  errors,
+  files,
+  lock,
+  log,
+  methods,
+  sweep,
+  terminal,
+)
 from experiments.common.errors import UsageError
 from experiments.common.methods import Plan
 
@@ -143,24 +155,32 @@ def main(options: EqualOptions) -> None:
     "epochs": options.epochs,
     "batch_size": options.batch_size,
   }
-  log.claim(options.place, record)
+  log.check(options.place, record)
   table: dict[str, Any] = {}
-  for label in options.racers:
-    racer = RACERS[label]
-    tried = {}
-    for rate in options.rates or racer.rates:
-      path = options.place / f"{racer.name}-{rate:g}.json"
-      if not path.exists():
-        rows = sweep.run_sweep(options.sweep(racer, rate), dataset)
-        done = {"rows": rows, **log.provenance()}
-        path.write_text(json.dumps(done, indent=2) + "\n")
-      tried[rate] = json.loads(path.read_text())
-    table[label] = {str(s): chosen(tried, s) for s in options.sparsities}
-    text = bench.equal_sparsity(table, options.sparsities).markdown()
-    (options.place / "table.md").write_text(text + "\n")
-    content = json.dumps(table, indent=2) + "\n"
-    (options.place / "table.json").write_text(content)
+  with lock.held(options.place):
+    log.claim(options.place, record)
+    for label in options.racers:
+      tried = trained(options, label, dataset)
+      table[label] = {str(s): chosen(tried, s) for s in options.sparsities}
+      text = bench.equal_sparsity(table, options.sparsities).markdown()
+      files.write_table(options.place, text, table)
   print(text)
+
+
+def trained(
+  options: EqualOptions, label: str, dataset: data.Dataset
+) -> dict[float, Any]:
+  """Returns the runs of a method at each rate; runs what is not done yet."""
+  racer, tried = RACERS[label], {}
+  for rate in options.rates or racer.rates:
+    path = options.place / f"{racer.name}-{rate:g}.json"
+    if (done := log.read_object(path)) is None:
+      rows = sweep.run_sweep(options.sweep(racer, rate), dataset)
+      done = {"rows": rows, **log.provenance()}
+      files.write(path, json.dumps(done, indent=2) + "\n")
+      terminal.say(f"{label} at a rate of {rate:g}: done", sys.stderr)
+    tried[rate] = done
+  return tried
 
 
 def chosen(tried: dict[float, Any], sparsity: float) -> dict[str, Any]:
@@ -194,4 +214,5 @@ def chosen(tried: dict[float, Any], sparsity: float) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(EqualOptions, default=DEFAULT, description=__doc__))
+  with errors.explained():
+    main(tyro.cli(EqualOptions, default=DEFAULT, description=__doc__))

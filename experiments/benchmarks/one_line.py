@@ -13,7 +13,6 @@ split is read once a run, at its end.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import optax
 import tyro
 
 import tern_jax
-from experiments.common import bench, data, log
+from experiments.common import bench, data, errors, files, lock, log
 from experiments.common.errors import UsageError
 from experiments.common.tables import summary
 
@@ -112,20 +111,18 @@ def main(options: LineOptions) -> None:
       ("test", digits.test),
     )
   }
-  options.root.mkdir(parents=True, exist_ok=True)
   table: dict[str, list[Any]] = {}
-  for row in options.rows:
-    for sparsity in options.sparsities:
-      tx = options.optimizer(row, sparsity)
-      train = jax.jit(trainer(options, tx, *splits["train"]))
-      for seed in range(options.seeds):
-        params, opt_state = train(seed)
-        record = judged(params, opt_state, tx, sparsity, splits)
-        table.setdefault(f"{row}, {sparsity:g}", []).append(record)
-  shown = summary(table, bench.ONE_LINE).markdown()
-  content = json.dumps(table, indent=2) + "\n"
-  (options.root / "table.md").write_text(shown + "\n")
-  (options.root / "table.json").write_text(content)
+  with lock.held(options.root):
+    for row in options.rows:
+      for sparsity in options.sparsities:
+        tx = options.optimizer(row, sparsity)
+        train = jax.jit(trainer(options, tx, *splits["train"]))
+        for seed in range(options.seeds):
+          params, opt_state = train(seed)
+          record = judged(params, opt_state, tx, sparsity, splits)
+          table.setdefault(f"{row}, {sparsity:g}", []).append(record)
+    shown = summary(table, bench.ONE_LINE).markdown()
+    files.write_table(options.root, shown, table)
   print(shown)
 
 
@@ -208,4 +205,5 @@ def accuracy(params: Any, x: Any, y: Any) -> float:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(LineOptions, description=__doc__))
+  with errors.explained():
+    main(tyro.cli(LineOptions, description=__doc__))

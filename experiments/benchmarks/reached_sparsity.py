@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.common import build, cli, data, methods
+from experiments.common import build, cli, data, errors, methods
 from experiments.common.runner import stages
 from experiments.common.runner.step import make_step
 from experiments.common.tables import Table
@@ -181,4 +181,5 @@ class Reach:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(ReachedOptions, description=__doc__))
+  with errors.explained():
+    main(tyro.cli(ReachedOptions, description=__doc__))

@@ -70,6 +70,7 @@ import tyro
 from flax import linen as nn
 
 import tern_jax
+from experiments.common import errors
 from experiments.common.models import LeNet5, ResNet
 from experiments.common.tables import Table
 from tern_jax import training
@@ -218,4 +219,5 @@ def main(options: OverheadOptions) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(OverheadOptions))
+  with errors.explained():
+    main(tyro.cli(OverheadOptions))

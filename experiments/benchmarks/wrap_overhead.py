@@ -27,6 +27,7 @@ import optax
 import tyro
 
 import tern_jax
+from experiments.common import errors
 from experiments.common.models import MLP, LeNet5, ResNet
 from experiments.common.tables import Table
 
@@ -132,4 +133,5 @@ def main(options: WrapOptions) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-  main(tyro.cli(WrapOptions))
+  with errors.explained():
+    main(tyro.cli(WrapOptions))

@@ -1,6 +1,6 @@
 """The command line that all experiments share."""
 
-from experiments.common import cli, errors, processes
+from experiments.common import cli, errors, processes, terminal
 from experiments.common.runner import record, rehearsal, run
 
 
@@ -15,9 +15,9 @@ def main(default: cli.Config, description: str) -> None:
     config = cli.parse(default, description)
   with processes.joined(config.distributed), errors.explained():
     if config.dry_run:
-      print(rehearsal.rehearse(config))
+      terminal.say(rehearsal.rehearse(config))
       return
     result = run.run(config)
   if processes.leads():
     text = record.text(result)
-    print(f"\n{text}\n\n{result['method']}\n{config.directory}")
+    terminal.say(f"\n{text}\n\n{result['method']}\n{config.directory}")

@@ -137,9 +137,9 @@ def main(workdir: tyro.conf.Positional[str]) -> None:
   Args:
     workdir: directory of the run.
   """
-  with errors.explained():
-    print(json.dumps(evaluate(absolute(workdir))))
+  print(json.dumps(evaluate(absolute(workdir))))
 
 
 if __name__ == "__main__":
-  tyro.cli(main)
+  with errors.explained():
+    tyro.cli(main)

@@ -2,54 +2,98 @@
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 
-from experiments.common.errors import InterruptedRunError
+from experiments.common import processes, terminal
+from experiments.common.errors import (
+  InterruptedRunError,
+  command_line,
+  watched,
+)
 from tern_jax.checkpoint import Place
 from tern_jax.core.paths import path_str
 
 #: Steps from one question of all processes for the signals of all to the next.
 COMPARED_EVERY = 8
 
+#: A machine that is taken away, Ctrl-C, and a terminal that is closed.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 @contextlib.contextmanager
-def termination() -> Iterator[Callable[[int], bool]]:
-  """Turns SIGTERM, as a preempted machine sends it, into a question.
+def termination() -> Iterator[Callable[[int], int]]:
+  """Turns signals that ask a process to end into a question.
+
+  A second Ctrl-C ends it at once.
 
   Yields:
-    `asked(step)`: whether the run shall end after this step. All processes get
-    the same answer at the same step, so several compare notes at some only.
+    `asked(step)`: the number of the signal for which the run shall end after
+    this step, else 0. All processes get the same answer at the same step, so
+    several compare notes at some only.
 
   Raises:
-    InterruptedRunError: on leaving, SIGTERM came too late for a question.
+    InterruptedRunError: on leaving, a signal came too late for a question.
   """
   if threading.current_thread() is not threading.main_thread():
     # Only a main thread may handle signals.
-    yield lambda _: False
+    yield lambda _: 0
     return
-  came = threading.Event()
+  came: list[int] = []
 
-  def came_to_any() -> bool:
-    if jax.process_count() == 1:
-      return came.is_set()
-    return bool(multihost_utils.process_allgather(came.is_set()).any())
+  def came_to_any() -> int:
+    mine = came[0] if came else 0
+    if processes.count() == 1:
+      return mine
+    return int(multihost_utils.process_allgather(np.int32(mine)).max())
 
-  every = 1 if jax.process_count() == 1 else COMPARED_EVERY
-  before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+  every = 1 if processes.count() == 1 else COMPARED_EVERY
+  with _handled(came.append), watched(_tell):
+    yield lambda step: came_to_any() if step % every == 0 else 0
+    if number := came_to_any():
+      raise stopped("between two phases", number)
+
+
+def stopped(where: str, number: int) -> InterruptedRunError:
+  """Returns the error that tells where a run stopped, and how it goes on.
+
+  Args:
+    where: the run is.
+    number: of the signal for which it ends.
+  """
+  name = signal.Signals(number).name
+  text = f"{name}: stopped {where}; to go on: {command_line()}"
+  return InterruptedRunError(text, number)
+
+
+def _tell() -> None:
+  text = "SIGINT: ends with a checkpoint after this step; again: at once"
+  terminal.say(text, sys.stderr)
+
+
+@contextlib.contextmanager
+def _handled(handle: Callable[[int], None]) -> Iterator[None]:
+  """Handles all signals of `SIGNALS`, but for those that are ignored."""
+  # Under nohup SIGHUP is, and in the background of a script SIGINT.
+  before = {
+    number: handler
+    for number in SIGNALS
+    if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None)
+  }
+  for number in before:
+    signal.signal(number, lambda number, _: handle(number))
   try:
-    yield lambda step: step % every == 0 and came_to_any()
-    if came_to_any():
-      raise InterruptedRunError(
-        "SIGTERM: stopped between two phases; the same command goes on there."
-      )
+    yield
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
 def not_finite(tree: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
@@ -32,6 +33,8 @@ class Plan(NamedTuple):
   """Transform of the latents' gradients, before Adam."""
   onset: int
   """Step at which codes start to settle."""
+  strength: Callable[[Any], Any] | None = None
+  """Of WDR by the step; None without WDR."""
 
 
 class Rates(NamedTuple):
@@ -158,6 +161,7 @@ class Sca(Targeted):
           sharp=self.sharp,
         ),
         round(kappa.onset * steps),
+        kappa,
       )
 
     alpha: Any = self.alpha
@@ -170,6 +174,7 @@ class Sca(Targeted):
       (PlannedStage(method, steps),),
       tern_jax.wdr_transform(alpha, strength),
       round(0.3 * steps),
+      strength,
     )
 
   def predict(self, path: str, theta: jax.Array) -> float | None:

@@ -71,16 +71,30 @@ def decayed(
   return lambda count: decay(count + first)
 
 
+def float_rate(config: cli.Config, steps: int) -> optax.Schedule:
+  """Returns the learning rate of the float net by its step."""
+  last = 0.05 if config.float_optimizer == "adam" else 0.0
+  return decayed(config, config.float_learning_rate, steps, last=last)
+
+
+def latent_rate(
+  config: cli.Config, steps: int, first: int = 0
+) -> optax.Schedule:
+  """Returns the learning rate of latents, as `decayed` does."""
+  rate = config.learning_rate
+  rate = config.method.rates.latent if rate is None else rate
+  return decayed(config, rate, steps, first)
+
+
 def of_float_net(
   config: cli.Config, steps: int
 ) -> optax.GradientTransformation:
   """Returns the optimizer of the float net."""
-  rate = config.float_learning_rate
+  rate = float_rate(config, steps)
   if config.float_optimizer == "adam":
-    tx = optax.adam(decayed(config, rate, steps))
+    tx = optax.adam(rate)
   else:
-    decay = decayed(config, rate, steps, last=0.0)
-    tx = optax.sgd(decay, momentum=0.9, nesterov=True)
+    tx = optax.sgd(rate, momentum=0.9, nesterov=True)
   if config.float_weight_decay:
     decay = optax.add_decayed_weights(config.float_weight_decay)
     tx = optax.chain(decay, tx)
@@ -103,17 +117,16 @@ def of_ternary_net(
     steps: of all stages.
     first: step at which this one starts.
   """
-  rates, rest = config.method.rates, config.rest_learning_rate
-  latent, scale = config.learning_rate, config.scale_learning_rate
-  latent = rates.latent if latent is None else latent
-  scale = rates.scale if scale is None else scale
+  scale, rest = config.scale_learning_rate, config.rest_learning_rate
+  scale = config.method.rates.scale if scale is None else scale
   rest = config.float_learning_rate if rest is None else rest
 
   def adam(rate: float) -> optax.GradientTransformation:
     return optax.adam(decayed(config, rate, steps, first))
 
+  latent = optax.adam(latent_rate(config, steps, first))
   transforms: Any = {
-    "latent": optax.chain(regularizer, adam(latent)),
+    "latent": optax.chain(regularizer, latent),
     "scale": adam(scale),
     "float": adam(rest),
   }

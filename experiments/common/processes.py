@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
-from experiments.common.errors import INTERRUPTED
+from experiments.common.errors import UsageError
 
 
 @contextlib.contextmanager
@@ -42,14 +43,15 @@ def joined(distributed: bool) -> Iterator[None]:
   try:
     yield
   except BaseException as error:
-    if isinstance(error, SystemExit) and error.code == INTERRUPTED:
-      raise  # So do all.
+    code = error.code if isinstance(error, SystemExit) else None
+    if isinstance(code, int) and code > 128:
+      raise  # It was asked to end, as were all.
     if not isinstance(error, SystemExit):
       traceback.print_exc()
     # A proper exit waits for the others, who may wait for this process.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code if isinstance(code, int) and code else 1)
 
 
 def on_loopback(count: int, devices: int) -> list[dict[str, str]]:
@@ -75,24 +77,39 @@ def on_loopback(count: int, devices: int) -> list[dict[str, str]]:
   ]
 
 
+def count() -> int:
+  """Returns the number of processes, without a look at devices for one."""
+  return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
 def leads() -> bool:
   """Whether this process is the one that writes."""
-  return jax.process_index() == 0
+  return count() == 1 or jax.process_index() == 0
 
 
 def wait_for_all(name: str) -> None:
   """Returns once all processes are here."""
-  if jax.process_count() > 1:
+  if count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager
-def leader_first(name: str) -> Iterator[None]:
-  """Lets the others in when the leader is through, be it by an error."""
-  if not leads():
-    wait_for_all(name)
-  try:
+def leader_first() -> Iterator[None]:
+  """Lets the others in when the leader is through; if it fails, all of them do.
+
+  Raises:
+    UsageError: the leader failed.
+  """
+  if count() == 1:
     yield
-  finally:
-    if leads():
-      wait_for_all(name)
+  elif leads():
+    fine = False
+    try:
+      yield
+      fine = True
+    finally:
+      multihost_utils.broadcast_one_to_all(np.array(fine))
+  else:
+    if not multihost_utils.broadcast_one_to_all(np.array(False)):
+      raise UsageError("the first process says what is wrong.")
+    yield

@@ -25,6 +25,7 @@ from experiments.common.data.dataset import (
 )
 from experiments.common.data.dataset import load_dataset as load_dataset
 from experiments.common.data.digits import Digits as Digits
+from experiments.common.data.directory import is_prepared as is_prepared
 from experiments.common.data.directory import (
   resolve_data_dir as resolve_data_dir,
 )

@@ -52,6 +52,11 @@ def find_version(name: str, data_dir: Path) -> Path | None:
   )
 
 
+def is_prepared(name: str, data_dir: str | os.PathLike | None = None) -> bool:
+  """Whether a data set is in a data directory, see `resolve_data_dir`."""
+  return find_version(name, resolve_data_dir(data_dir)) is not None
+
+
 def prepared(data_dir: Path) -> str:
   """Returns the names of the sets in a data directory, for a message."""
   paths = sorted(data_dir.iterdir()) if data_dir.is_dir() else []

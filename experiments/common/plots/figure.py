@@ -1,10 +1,12 @@
 """What all pictures share: colors, panels, and files."""
 
+import io
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from experiments.common import files
 from tern_jax.checkpoint import Place
 
 # Okabe and Ito's colors, told apart by all eyes.
@@ -30,5 +32,6 @@ def make_panels(
 def save(figure: Figure, path: Place) -> None:
   """Writes a picture in the format that its name ends with."""
   FigureCanvasAgg(figure)
-  with path.open("wb") as file:
-    figure.savefig(file, format=path.suffix[1:], dpi=120)
+  content = io.BytesIO()
+  figure.savefig(content, format=path.suffix[1:], dpi=120)
+  files.write(path, content.getvalue())

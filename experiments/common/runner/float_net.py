@@ -1,8 +1,6 @@
 """The float net of a run: given, or trained once for all runs."""
 
 import contextlib
-import fcntl
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,10 +9,12 @@ from experiments.common import (
   build,
   cli,
   data,
+  lock,
   log,
   optimizers,
   places,
   processes,
+  terminal,
 )
 from experiments.common.runner import checks, loop, pretrained
 from experiments.common.runner.stages import Phase, Stage
@@ -46,15 +46,17 @@ def train(config: cli.Config, dataset: data.Dataset) -> Any:
   tx = optimizers.of_float_net(config, steps)
   state = training.init_state(params, tx, None, model_state, config.seed)
   directory = config.float_directory
-  stage = Stage(None, tx, steps)
+  stage = Stage(None, tx, steps, rate=optimizers.float_rate(config, steps))
   phase = Phase("float", directory, state, (stage,))
+
+  def wait(holder: str) -> None:
+    terminal.say(f"waits for the float net in {directory}, held by {holder}")
+
   with contextlib.ExitStack() as stack:
-    if processes.leads() and isinstance(directory, Path):
-      # Runs that start together share one training: the first one does it.
-      directory.parent.mkdir(parents=True, exist_ok=True)
-      lock = directory.with_suffix(".lock").open("w")
-      fcntl.flock(stack.enter_context(lock), fcntl.LOCK_EX)
-    with processes.leader_first("claim of the float net"):
+    with processes.leader_first():
+      if processes.leads():
+        # Runs that start together share one training: the first one does it.
+        stack.enter_context(lock.held(directory, wait))
       log.claim(directory, places.float_record(config))
     state = loop.train(config, dataset, phase)
   return jax.device_get(stage.variables(state))

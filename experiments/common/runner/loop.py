@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from experiments.common import build, cli, data, evaluate, guard, log
-from experiments.common.errors import DivergedError, InterruptedRunError
+from experiments.common.errors import DivergedError
 from experiments.common.runner.stages import Phase, Stage
 from experiments.common.runner.step import make_step
 from experiments.common.runner.watch import Best, Watch
@@ -23,7 +23,7 @@ def train(
   """Runs a phase from its latest checkpoint to its last step.
 
   Raises:
-    InterruptedRunError: SIGTERM came; where the run was is kept.
+    InterruptedRunError: a signal came; where the run was is kept.
     DivergedError: the loss is not finite; the checkpoints before it are kept.
   """
   folder, steps = phase.directory / "checkpoints", phase.final.last
@@ -72,8 +72,8 @@ class Due(NamedTuple):
   """Keep a checkpoint."""
   leave: bool
   """End the stage."""
-  stop: bool
-  """End the process, which was asked to."""
+  stop: int
+  """End the process, which got this signal; 0 for none."""
 
 
 class Training:
@@ -116,7 +116,7 @@ class Training:
     stage: Stage,
     following: Stage | None,
     best: Best | None,
-    asked: Callable[[int], bool],
+    asked: Callable[[int], int],
     out: log.Log,
   ) -> None:
     """Trains to the last step of a stage, from wherever in it the phase is.
@@ -126,46 +126,50 @@ class Training:
       following: the one after it; None for the last.
       best: where its best state is kept; None for a stage that ends with its
         last state.
-      asked: from a step to whether the process shall end after it.
+      asked: from a step to the signal for which the process ends after it.
       out: takes the metrics.
     """
     step = make_step(self._config, stage, self._dataset.num_classes)
     watch = Watch(self._config, stage)
     while self.step < stage.last:
-      self._advance(step)
+      measured = self._advance(step)
       due = self._due(stage, asked)
       if due.line or due.checkpoint:
         self._check_losses(step)
       if due.line:
-        accuracy = self._write_line(stage, watch, out)
+        norm = float(measured["gradient_norm"])
+        accuracy = self._write_line(stage, watch, out, norm)
         if best is not None:
           best.offer(self.step, self.state, accuracy)
+      else:
+        out.tick(self.step, measured["loss"])
       if due.leave:
         self._leave(stage, following, best, watch)
       if due.checkpoint:
+        out.sync()
         self._keep(stage)
         out.write_histograms(self.step, watch.shown(self.state))
       if due.stop:
-        raise InterruptedRunError(
-          f"SIGTERM: stopped after step {self.step} of"
-          f" {self._phase.final.last} ({self._phase.name}); the same command"
-          " goes on there."
-        )
+        last, name = self._phase.final.last, self._phase.name
+        where = f"after step {self.step} of {last} ({name})"
+        raise guard.stopped(where, due.stop)
 
-  def _advance(self, step: Callable[[Any, Any], Any]) -> None:
+  def _advance(self, step: Callable[[Any, Any], Any]) -> dict[str, Any]:
+    """Takes a step; returns what it measured."""
     if self.step in self._phase.snapshots:
       self._phase.keep_latents(self.state)
     self.state, measured = step(self.state, next(self._batches))
     self._losses.append(measured["loss"])
     self.step += 1
+    return measured
 
-  def _due(self, stage: Stage, asked: Callable[[int], bool]) -> Due:
+  def _due(self, stage: Stage, asked: Callable[[int], int]) -> Due:
     n, config = self.step, self._config
     leave = n == stage.last
-    stop = n < self._phase.final.last and asked(n)
+    stop = asked(n) if n < self._phase.final.last else 0
     return Due(
       line=n % config.log_every == 0 or leave,
-      checkpoint=n % config.checkpoint_every == 0 or leave or stop,
+      checkpoint=n % config.checkpoint_every == 0 or leave or stop > 0,
       leave=leave,
       stop=stop,
     )
@@ -183,7 +187,9 @@ class Training:
       guard.where_it_arose(step, good.state, self._batches, repeated, path)
     )
 
-  def _write_line(self, stage: Stage, watch: Watch, out: log.Log) -> float:
+  def _write_line(
+    self, stage: Stage, watch: Watch, out: log.Log, norm: float
+  ) -> float:
     """Writes a line of metrics; returns the validation accuracy."""
     variables = stage.variables(self.state)
     found = self._score(variables, self._dataset.validation)
@@ -191,6 +197,8 @@ class Training:
       "loss": float(np.mean(self._losses)),
       "validation_loss": found.loss,
       "validation_accuracy": found.accuracy,
+      **watch.settings(self.state),
+      "gradient_norm": norm,
     }
     more, self._seen = watch(self.state, self._seen)
     out.write(self.step, line | more)

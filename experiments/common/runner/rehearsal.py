@@ -1,6 +1,8 @@
 """What a run would do, told before it does it."""
 
+import dataclasses
 import itertools
+import tempfile
 import time
 from typing import Any
 
@@ -32,7 +34,7 @@ def rehearse(config: cli.Config) -> str:
     UsageError: the options do not fit.
     DataNotPreparedError: the data set is not there.
   """
-  dataset = build.load_dataset(config)
+  dataset = _load_dataset(config)
   devices = checks.device_count(config)
   params, model_state = build.initial_variables(config, dataset)
   float_net.given(config, params, model_state)
@@ -62,6 +64,14 @@ def rehearse(config: cli.Config) -> str:
   )
   matrices = tern.where.describe(params)
   return f"{leaves.text()}\n\n{matrices}\n\n{facts.text()}"
+
+
+def _load_dataset(config: cli.Config) -> data.Dataset:
+  """Returns the data of a run; what it would prepare, it prepares elsewhere."""
+  if config.data != "digits" or data.is_prepared("digits", config.data_dir):
+    return build.load_dataset(config)
+  with tempfile.TemporaryDirectory() as place:
+    return build.load_dataset(dataclasses.replace(config, data_dir=place))
 
 
 def _leaves(params: Any, tern: tern_jax.ParamTransform) -> Table:

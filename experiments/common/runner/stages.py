@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import tern_jax
@@ -24,12 +25,28 @@ class Stage:
     tx: optimizer.
     last: last step.
     keep_best: end it with the state of the best validation accuracy.
+    rate: learning rate of all that is trained, or of the latents, by the step
+      of the run.
+    strength: that of WDR, before it is held back; None without WDR.
   """
 
   tern: tern_jax.ParamTransform | None
   tx: optax.GradientTransformation
   last: int
   keep_best: bool = False
+  _: dataclasses.KW_ONLY
+  rate: optax.Schedule
+  strength: Callable[[Any], Any] | None = None
+
+  def settings(self, state: training.TrainState) -> dict[str, jax.Array]:
+    """Returns the learning rate and the strength of WDR of the last step."""
+    count = state.step - 1
+    found = {"learning_rate": jnp.asarray(self.rate(count))}
+    if self.strength is not None:
+      # A late WDR is held back where codes still improve.
+      share = optax.tree.get(state.opt_state, "share", 1.0)
+      found["wdr_strength"] = share * jnp.asarray(self.strength(count))
+    return found
 
   def outcome(self, state: training.TrainState) -> training.TrainState:
     """Returns the state with the averaged parameters, where there are any."""
@@ -142,7 +159,16 @@ def ternary_phase(
     tx = optimizers.of_ternary_net(
       config, plan.regularizer, labels, steps, first
     )
-    stages.append(Stage(tern, tx, part.last, part.keep_best))
+    stages.append(
+      Stage(
+        tern,
+        tx,
+        part.last,
+        part.keep_best,
+        rate=optimizers.latent_rate(config, steps),
+        strength=plan.strength,
+      )
+    )
     first = part.last
   state = training.init_state(
     params, stages[0].tx, stages[0].tern, model_state, config.seed

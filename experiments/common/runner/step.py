@@ -20,7 +20,11 @@ from tern_jax import training
 def make_step(
   config: cli.Config, stage: Stage, classes: int
 ) -> Callable[[training.TrainState, data.Arrays], Any]:
-  """Makes the step of a stage, which takes this process's part of a batch."""
+  """Makes the step of a stage, which takes this process's part of a batch.
+
+  It measures the "loss", and the "gradient_norm" of all that is trained, before
+  WDR and the optimizer.
+  """
   axis = None if config.parallel == "jit" else "data"
   model = build.make_model(config, classes, axis)
 
@@ -44,9 +48,25 @@ def make_step(
     )
     return jnp.mean(losses), (model_state, {})
 
-  step = training.make_step(
-    loss, stage.tx, stage.tern, axis, micro_batches=config.micro_batches
+  norms: list[Array] = []
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    # Of the very gradient that is used: another pass would cost a step.
+    norms.append(optax.tree.norm(updates))
+    return stage.tx.update(updates, state, params)
+
+  plain = training.make_step(
+    loss,
+    optax.GradientTransformation(stage.tx.init, update),
+    stage.tern,
+    axis,
+    micro_batches=config.micro_batches,
   )
+
+  def step(state: training.TrainState, batch: Any) -> Any:
+    state, measured = plain(state, batch)
+    return state, {**measured, "gradient_norm": norms.pop()}
+
   return _spread(config, step)
 
 

@@ -32,10 +32,16 @@ class Watch:
     # Apart, so that codes of one state are the same wherever a run resumes.
     self._packed, self._judge = jax.jit(stage.packed), jax.jit(judge)
     self._shown = jax.jit(shown)
+    self._settings = jax.jit(stage.settings)
 
   def shown(self, state: training.TrainState) -> dict[str, np.ndarray]:
     """Returns {path: latents as histograms show them}; {} for a float net."""
     return jax.device_get(self._shown(state))
+
+  def settings(self, state: training.TrainState) -> dict[str, float]:
+    """Returns the learning rate and the strength of WDR of the last step."""
+    found = jax.device_get(self._settings(state))
+    return {name: float(value) for name, value in found.items()}
 
   def look(self, state: training.TrainState) -> Any:
     """Returns the packed weights, {} for a float net."""
