@@ -5,10 +5,13 @@ much memory or disk, whatever its file claims.
 """
 
 import copy
+import functools
 import json
 import os
+import shutil
 import socket
 import struct
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -27,15 +30,23 @@ from tests.helpers import reseal
 HUGE = 10**6
 
 
-def ternary(shape=(16, 8)):
-  codes = np.random.default_rng(0).integers(-1, 2, shape).astype(np.int8)
+@functools.cache
+def ternary():
+  codes = np.random.default_rng(0).integers(-1, 2, (16, 8)).astype(np.int8)
   return pack(Ternary(jnp.asarray(codes), jnp.float32(0.5), jnp.float32(0.3)))
 
 
-def saved(folder: Path, **tree) -> Path:
+@functools.cache
+def _template() -> tempfile.TemporaryDirectory:
+  folder = tempfile.TemporaryDirectory()
+  save_packed(Path(folder.name) / "net", {"kernel": ternary()})
+  return folder
+
+
+def saved(folder: Path) -> Path:
   """A checkpoint of a kernel; its planes are 0000.nonzero and 0000.sign."""
-  save_packed(folder / "net", tree or {"kernel": ternary()})
-  return folder / "net"
+  source = Path(_template().name) / "net"
+  return shutil.copytree(source, folder / "net")
 
 
 # What arrays claim.

@@ -209,17 +209,20 @@ def test_a_description_that_could_not_be_read_is_not_saved(tmp_path):
 # Layouts, trees and specs of other kinds.
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("case", hostile.LAYOUTS)
 def test_other_layouts_are_refused(tmp_path, case):
   path = hostile.described(tmp_path, hostile.LAYOUTS[case])
   refused(path, "kernel is damaged: nonzero is no array of ours|the index of")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("case", hostile.TREES)
 def test_other_trees_are_refused(tmp_path, case):
   refused(hostile.trees(tmp_path, hostile.TREES[case]), "the index of packed")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("case", hostile.SPECS)
 def test_other_specs_are_refused(tmp_path, case):
   path = hostile.specs(tmp_path, hostile.SPECS[case])
@@ -293,6 +296,7 @@ def test_an_index_of_thousands_of_arrays_is_read(tmp_path):
 # Files that are none.
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("place", hostile.PLACES)
 @pytest.mark.parametrize("kind", hostile.KINDS)
 def test_what_is_no_file_is_refused_by_name(tmp_path, kind, place):
@@ -447,6 +451,7 @@ STRINGS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("case", STRINGS)
 def test_no_text_of_a_spec_is_printed_as_it_is(tmp_path, case):
   path = hostile.saved(tmp_path)

@@ -68,6 +68,9 @@ def to_safetensors(
   along the axis, or is n / g for one for each g consecutive weights. NAME.coded
   is the bytes that `tern_jax.codec` makes of both planes.
 
+  The crc32s find damage, not forgery: whoever changes the file can change them,
+  too. `sha256_of` returns a digest to publish.
+
   Args:
     path: file to write; its folder is made.
     tree: any pytree of arrays and `PackedTernary`; bfloat16 is welcome.
