@@ -19,7 +19,7 @@ from experiments.common import cli, data, evaluate, log
 from experiments.common.runner import run
 from tern_jax import __main__, checkpoint
 from tern_jax.core.containers import Ternary
-from tern_jax.storage import bucket
+from tern_jax.storage import bucket, tensors
 from tern_jax.storage.packed import pack
 from tests import gcs
 
@@ -154,6 +154,55 @@ def test_steps_of_a_run(place, objects):
     assert saved.restore(like=state(0))[0]["w"].tolist() == [41, 42, 43]
   assert_same(checkpoint.load_packed(place), net(2))
   assert "2024/notes.txt" in under(objects, place)
+
+
+def test_a_damaged_step_is_passed_over_and_set_aside(place, objects):
+  state = {"w": jnp.arange(3.0)}
+  with checkpoint.Checkpointer(place, keep=1, keep_best=1) as saved:
+    for step, metric in ((1, 0.9), (2, 0.5), (3, 0.7)):
+      saved.save(step, state, {}, metric=metric, extra=step)
+    assert saved.best_step() == 1
+  assert {n.split("/")[0] for n in under(objects, place)} == {"1", "3"}
+  name = place.removeprefix("gs://bucket/")
+  objects["bucket", f"{name}/3/spec/data.json"] = 9, b"{}"
+  with checkpoint.Checkpointer(place, keep=2) as saved:
+    with pytest.warns(UserWarning, match="step 3 is passed over, step 1 is"):
+      assert saved.restore(state)[1:] == (1, 1)
+    saved.save(3, state, {})
+  steps = {n.split("/")[0] for n in under(objects, place)}
+  assert steps == {"1", "3", "3.refused"}
+  move(objects, f"{place}/1", f"{place}/8")
+  with pytest.raises(checkpoint.CheckpointError, match="it is step 1, renamed"):
+    checkpoint.load_packed(place)
+
+
+def test_patterns_are_refused(place, objects):
+  for save in (
+    lambda: checkpoint.save_packed(f"{place}/lr[0.1]/net", net(1)),
+    lambda: checkpoint.Checkpointer(f"{place}/lr[0.1]/run"),
+  ):
+    with pytest.raises(checkpoint.CheckpointError, match="pattern in a bucket"):
+      save()
+  assert not under(objects, place)
+
+
+def test_what_is_replaced_while_it_is_read_is_read_again(
+  place, objects, monkeypatch
+):
+  checkpoint.save_packed(place, net(1))
+  checkpoint.save_packed(f"{place}2", net(2))
+  read, left = tensors.read, [0]
+
+  def replaced(*args):
+    if left:
+      left.clear()
+      for name in under(objects, place):
+        del objects["bucket", f"{place.removeprefix('gs://bucket/')}/{name}"]
+      move(objects, f"{place}2", place)
+    return read(*args)
+
+  monkeypatch.setattr(tensors, "read", replaced)
+  assert_same(checkpoint.load_packed(place), net(2))
 
 
 @pytest.mark.long

@@ -849,8 +849,9 @@ def test_a_part_of_a_state(tmp_path):
 
 
 PROCESSES = """
-import sys
+import os, pathlib, sys, warnings
 import jax, numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tern_jax.core.containers import Ternary
 from tern_jax.checkpoint import *
@@ -894,6 +895,33 @@ with Checkpointer(folder + "/run", keep=1) as run:
     save_packed(folder + "/net", packed)
   except CheckpointError as error:
     print(error)
+
+with Checkpointer(folder + "/damaged") as run:
+  for step in range(3):
+    run.save(step, state, packed, extra=step)
+  assert len({read_spec(f"{folder}/damaged/{n}")["run"] for n in "012"}) == 1
+  multihost_utils.sync_global_devices("all is saved")
+  if i == "0":
+    for file in pathlib.Path(folder, "damaged", "2", "state").rglob("*"):
+      if file.is_file():
+        file.write_bytes(b"")
+  multihost_utils.sync_global_devices("all is damaged")
+  with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    restored, extra, step = run.restore(state)
+  same(restored, state)
+  assert (extra, step, run.latest_step()) == (1, 1, 1)
+  assert "step 2 is passed over, step 1 is" in str(told[-1].message)
+  assert run.save(2, state, packed, extra=2)
+  assert run.restore(state)[1:] == (2, 2)
+  assert os.path.isdir(folder + "/damaged/2.refused")
+for save in (save_packed, Checkpointer):
+  try:
+    save(folder + "/lr[0.1]", *[packed] * (save is save_packed))
+  except CheckpointError as error:
+    assert "for a pattern when several processes save" in str(error)
+  else:
+    raise AssertionError("it is saved")
 """
 
 
@@ -933,7 +961,8 @@ def test_two_processes_save_one_checkpoint(tmp_path):
     np.testing.assert_array_equal(
       load_packed(path)["k"].dequantize(), w % 3 - 1
     )
-  assert sorted(p.name for p in tmp_path.iterdir()) == ["net", "run"]
+  left = sorted(p.name for p in tmp_path.iterdir())
+  assert left == ["damaged", "net", "run"]
   assert [p.name for p in (tmp_path / "run").iterdir()] == ["2"]
 
 

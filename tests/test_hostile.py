@@ -360,7 +360,8 @@ def test_a_run_with_a_fifo_does_not_wait(tmp_path):
     (tmp_path / "run" / "0" / place).unlink()
     os.mkfifo(tmp_path / "run" / "0" / place)
     match = f"run/0: {place} is a FIFO"
-    refused(tmp_path / "run", match, Checkpointer)
+    run = Checkpointer(tmp_path / "run")
+    refused(state, match, run.restore)
     refused(tmp_path / "run", match)
     (tmp_path / "run" / "0" / place).unlink()
 

@@ -20,36 +20,37 @@ which in memory are packed one by one.
 A codec stores other arrays in place of the planes of a leaf, "entropy" for
 instance one array, `coded`; the crc32 stays that of the planes.
 
+The spec of a step of a run has four facts that others have not: "step", its
+number; "run", 16 hexadecimal digits that are drawn at the first save of a run
+and taken over by all that go on with it; "metric", a number or null; and
+"describe", {name: text} of what the run is made of. Steps that older versions
+wrote have none of them. A step is a folder whose name is its number, and is
+written in `<number>.orbax-checkpoint-tmp`.
+
+What is written is on the disk, and found readable, before it appears at its
+path and what it replaces goes: a power cut leaves the old or the new.
+
 A path may be a directory or, with `pip install '.[bucket]'`, a place in a
 bucket, such as gs://bucket/net.
 """
 
 import functools
-import json
-import zlib
-
-import jax
+from collections.abc import Iterator
 
 from tern_jax.core.types import PyTree
-from tern_jax.storage import (
-  codecs,
-  digest,
-  leaves,
-  limits,
-  places,
-  reading,
-  tensors,
-)
-from tern_jax.storage.codecs import Codec
+from tern_jax.storage import codecs, digest, limits, reading, staging, tensors
 from tern_jax.storage.leaves import CheckpointError, Json, Leaf, Path, PathLike
-from tern_jax.storage.packed import check_is_ternary, validate
-from tern_jax.storage.places import explained, locate
+from tern_jax.storage.packed import check_is_ternary
+from tern_jax.storage.parts import (
+  check_readable,
+  claims,
+  compressible,
+  contents_of,
+  parts_of,
+)
+from tern_jax.storage.places import Place, absolute, again, explained
 from tern_jax.storage.reading import load
-from tern_jax.version import version_of
-
-#: Version of the layout that this module writes, and the newest that it reads.
-FORMAT = 1
-_text = functools.partial(json.dumps, sort_keys=True)
+from tern_jax.storage.steps import opened
 
 
 def save_packed(
@@ -63,7 +64,8 @@ def save_packed(
   """Saves packed weights, and the dense leaves beside them, to a directory.
 
   The directory appears whole or not at all. An old one that is overwritten
-  stays until then: if the process is killed, loads find the one or the other.
+  stays until the new one has been found readable and is on the disk: if the
+  process is killed, or the power fails, loads find the one or the other.
   In a bucket nothing keeps another process from saving to the same path.
 
   Args:
@@ -83,7 +85,7 @@ def save_packed(
     TypeError: latents are given, or a leaf is neither packed nor an array.
     ImportError: codec="entropy" without constriction.
     CheckpointError: the path is taken, or another process is saving there, or
-      it cannot be written.
+      it cannot be written, or has a name that orbax could not read.
 
   >>> import tempfile, jax.numpy as jnp
   >>> from tern_jax import Ternary, pack
@@ -96,14 +98,16 @@ def save_packed(
   """
   check_is_ternary("save_packed", tree)
   stored_by = codecs.named(codec)
-  path = places.absolute(path)
+  path = absolute(path)
   parts = parts_of({"packed": tree}, stored_by, method)
-  stored, claimed = _claims(parts, stored_by)
+  stored, claimed = claims(parts, stored_by)
   if not limits.within(claimed, stored):
     stored_by = codecs.PLANES
     parts = parts_of({"packed": tree}, stored_by, method)
   saving = tensors.saving(compressible(parts, stored_by))
-  with explained("save", path), places.staged(path, overwrite) as fresh, saving:
+  check = functools.partial(check_readable, contents=contents_of(parts))
+  staged = staging.staged(path, overwrite, check)
+  with explained("save", path), staged as fresh, saving:
     tensors.ocp.save_checkpointables(fresh, tensors.lent(parts))
 
 
@@ -117,7 +121,8 @@ def load_packed(
 ) -> PyTree:
   """Loads and verifies what `save_packed` or a `Checkpointer` saved.
 
-  Nothing in the files is trusted; see `tern_jax.storage.limits`.
+  Nothing in the files is trusted; see `tern_jax.storage.limits`. If another
+  process replaces them meanwhile, they are loaded again.
 
   Args:
     path: a checkpoint, a step of a training run, or a run: its latest step.
@@ -139,14 +144,18 @@ def load_packed(
     ValueError: `sha256` is no digest, or is given with `partial`.
     CheckpointError: nothing there, damaged, from a newer version of the
       format, of other paths, shapes or dtypes than `like`, larger than it may
-      be, or of another digest.
+      be, or of another digest; or the latest step of a run was renamed, or is
+      of another run.
     ImportError: its codec is "entropy", and constriction is missing.
   """
   if digest.checked(sha256) and partial:
     raise ValueError("sha256 is that of all leaves: it needs partial=False.")
-  path = locate(path)
-  spec = read_spec(path)
-  return load(path, "packed", spec, like, partial, max_bytes, sha256)
+
+  def attempt() -> PyTree:
+    folder, spec = opened(path)
+    return load(folder, "packed", spec, like, partial, max_bytes, sha256)
+
+  return again(absolute(path), attempt)
 
 
 def sha256_of(path: PathLike, *, max_bytes: int | None = None) -> str:
@@ -169,16 +178,18 @@ def sha256_of(path: PathLike, *, max_bytes: int | None = None) -> str:
   ...   sha256_of(directory + "/net")[:16]
   'c6a2e14d28f52afb'
   """
-  path = locate(path)
-  spec = read_spec(path)
-  with explained("read", path):
-    entries = reading.entries_of(path, "packed", spec)
-    found = digest.Digest(entries)
-    for keys, x in reading.read(path, "packed", spec, entries, max_bytes):
+
+  def attempt() -> str:
+    folder, spec = opened(path)
+    with explained("read", folder):
+      found = digest.Digest(reading.entries_of(folder, "packed", spec))
+    for keys, x in _examined(folder, "packed", spec, max_bytes):
       if isinstance(x, CheckpointError):
         raise x
       found.add(keys, x)
     return found.hexdigest()
+
+  return again(absolute(path), attempt)
 
 
 def examine(
@@ -204,18 +215,39 @@ def examine(
       version, or there is no such part, or it is larger than it may be.
     ImportError: its codec is "entropy", and constriction is missing.
   """
-  path = locate(path)
-  spec = read_spec(path)
+
+  def attempt() -> dict[Path, Leaf | CheckpointError]:
+    folder, spec = opened(path)
+    return dict(_examined(folder, part, spec, max_bytes))
+
+  def is_damaged(found: dict[Path, Leaf | CheckpointError]) -> bool:
+    return any(isinstance(x, CheckpointError) for x in found.values())
+
+  return again(absolute(path), attempt, is_damaged)
+
+
+def verify(path: Place, spec: Json, part: str, max_bytes: int | None) -> None:
+  """Raises the first CheckpointError of a part, all of which is read."""
+  for _, x in _examined(path, part, spec, max_bytes):
+    if isinstance(x, CheckpointError):
+      raise x
+
+
+def _examined(
+  path: Place, part: str, spec: Json, max_bytes: int | None
+) -> Iterator[tuple[Path, Leaf | CheckpointError]]:
+  """Yields the leaves of a part, verified, or what is wrong with each."""
   with explained("read", path):
     entries = reading.entries_of(path, part, spec)
-    return dict(reading.read(path, part, spec, entries, max_bytes))
+    yield from reading.read(path, part, spec, entries, max_bytes)
 
 
 def read_spec(path: PathLike) -> Json:
   """Returns the verified spec of a checkpoint, without loading its arrays.
 
   It has "format", "versions", "codec", "method", "selected" (the paths of the
-  packed leaves), "extra", and "leaves", a list for each part.
+  packed leaves), "extra", and "leaves", a list for each part; for a step of a
+  run also "step", "run", "metric" and "describe".
 
   Args:
     path: a checkpoint, a step of a training run, or a run: its latest step.
@@ -223,112 +255,4 @@ def read_spec(path: PathLike) -> Json:
   Raises:
     CheckpointError: nothing there, damaged, or from a newer version.
   """
-  path = locate(path)
-  with explained("read the spec of", path):
-    if not places.in_bucket(path):
-      limits.size_of_folder(path)
-    sealed = limits.read_json(path / places.SPEC)
-    spec = sealed["spec"]
-    if sealed["crc32"] != zlib.crc32(_text(spec).encode()):
-      raise CheckpointError(f"{path}: the spec is damaged: crc32 differs.")
-    if type(spec["format"]) is not int or spec["format"] < 1:
-      raise CheckpointError(
-        f"{path} has format {_shown(spec['format'])}, but formats are numbers"
-        f" from 1 to {FORMAT}: it was not written by tern_jax."
-      )
-    if spec["format"] > FORMAT:
-      reads = f"this tern_jax reads up to {FORMAT}: upgrade tern_jax"
-      raise CheckpointError(f"{path} has format {spec['format']}, but {reads}.")
-    if spec["codec"] not in codecs.CODECS:
-      reads = f"this tern_jax reads {tuple(codecs.CODECS)}: upgrade tern_jax"
-      codec = _shown(spec["codec"])
-      raise CheckpointError(f"{path} has codec {codec}, but {reads}.")
-    return spec
-
-
-def _shown(value: object) -> str:
-  """Returns a value of a spec as messages print it."""
-  return leaves.printable(repr(value))
-
-
-def parts_of(
-  trees: dict[str, PyTree], codec: Codec, method: object, extra: object = None
-) -> dict[str, Json]:
-  """Returns {part: arrays by number}, of trees, and the sealed spec."""
-  parts: dict[str, Json] = {}
-  entries: dict[str, list[Json]] = {}
-  for part, tree in trees.items():
-    entries[part], stored, boxes = [], {}, leaves.boxes(tree)
-    for i, (path, x) in enumerate(leaves.flatten(tree)[0].items()):
-      entry, arrays = _encode(path, x, codec)
-      entries[part].append(entry | boxes.get(path, {}))
-      # Orbax cannot store what has no elements; the spec knows all about it.
-      if arrays := {k: a for k, a in arrays.items() if a.size}:
-        stored[f"{i:04d}"] = arrays
-    if stored:
-      parts[part] = stored
-  packages = ("tern_jax", "jax", "orbax-checkpoint")
-  ternary = (e["path"] for e in entries["packed"] if e["kind"] == "ternary")
-  spec = {
-    "format": FORMAT,
-    "versions": {name: version_of(name) for name in packages},
-    "codec": codec.name,
-    "method": method if isinstance(method, str | None) else repr(method),
-    "selected": ["/".join(path) or "the leaf" for path in ternary],
-    "extra": extra,
-    "leaves": entries,
-  }
-  try:
-    spec = json.loads(_text(spec))  # what a reader will see
-  except TypeError as e:
-    raise TypeError(f"extra must be a JSON value: {e}.") from e
-  text = _text(spec)
-  limits.check_saved("the spec", text)
-  sealed = {"crc32": zlib.crc32(text.encode()), "spec": spec}
-  return parts | {"spec": sealed}
-
-
-def _encode(path: Path, x: PyTree, codec: Codec) -> tuple[Json, codecs.Arrays]:
-  """Returns a leaf's entry in the spec, and its arrays on the host."""
-  name, extra = leaves.name_of(path), {}
-  kind = leaves.kind_of(name, x, keys=True)
-  if kind == "ternary":
-    x = leaves.host_packed(x)
-    validate({name: x})
-    x, extra = codecs.stored(x)
-    checked = {k: getattr(x, k) for k in leaves.FIELDS}
-    arrays = codecs.encode(codec, x)
-  else:
-    if kind == "key":
-      extra = {"impl": str(jax.random.key_impl(x))}
-    data = jax.random.key_data(x) if kind == "key" else x
-    checked = arrays = {"value": leaves.host(data)}
-  entry = {"path": path, "kind": kind, "shape": x.shape, "dtype": x.dtype.name}
-  entry |= {"crc32": leaves.crc_of(checked), "arrays": leaves.describe(arrays)}
-  return entry | extra, arrays
-
-
-def _claims(parts: dict[str, Json], codec: Codec) -> tuple[int, int]:
-  """Returns the bytes of all arrays, and those with the codec's planes."""
-  entries = parts["spec"]["spec"]["leaves"]
-  stored = sum(
-    tensors.stored_bytes(e) for part in entries.values() for e in part
-  )
-  planes = sum(
-    codecs.decoded_bytes(codec, tuple(e["shape"]))
-    for e in entries["packed"]
-    if e["kind"] == "ternary"
-  )
-  return stored, stored + planes
-
-
-def compressible(parts: dict[str, Json], codec: Codec) -> bool:
-  """Whether at least half of the bytes can be compressed, and should be."""
-  packed = parts.get("packed", {}).values()
-  sizes = [(name, x.nbytes) for leaf in packed for name, x in leaf.items()]
-  coded = sum(size for name, size in sizes if name in codec.arrays)
-  if codec.incompressible and 2 * coded > sum(n for _, n in sizes):
-    return False
-  stored = {k: leaf for k, leaf in parts.items() if k != "spec"}
-  arrays = jax.tree.leaves(stored)
-  return limits.worth_compressing(arrays, _claims(parts, codec)[1])
+  return again(absolute(path), lambda: opened(path)[1])

@@ -44,6 +44,10 @@ class CheckpointError(ValueError):
   """A checkpoint cannot be written, is damaged, or does not fit the request."""
 
 
+class MisfitError(CheckpointError):
+  """What is asked for is not what a checkpoint has, which is whole."""
+
+
 def is_whole(x: object) -> bool:
   """Whether a node is one leaf, although JAX sees several arrays in it."""
   return isinstance(x, Ternary | PackedTernary)
@@ -206,7 +210,7 @@ def place(x: Leaf, like: object = None, source: str = "it") -> Any:
   placed = jax.device_put(x, sharding) if sharding else jnp.asarray(x)
   if placed.dtype != x.dtype:
     hint = "set jax_enable_x64 to load them"
-    raise CheckpointError(f"{source} has {x.dtype} arrays: {hint}.")
+    raise MisfitError(f"{source} has {x.dtype} arrays: {hint}.")
   return placed
 
 

@@ -3,15 +3,17 @@
 A folder appears whole by a rename. Nothing in a bucket can be renamed: there a
 checkpoint is whole once orbax's `commit_success.txt` is in it, which is written
 last. What is saved to `net` is written to `.net.new/new` first; while it takes
-the place of an older checkpoint, that one is kept in `.net.new/old`.
+the place of an older checkpoint, that one is kept in `.net.new/old`. It is
+deleted when the new one has been found readable, and is on the disk.
 """
 
 import contextlib
 import os
-import shutil
+import re
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import fsspec
 import jax
@@ -20,12 +22,14 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from tern_jax.storage import bucket
-from tern_jax.storage.leaves import CheckpointError, PathLike, printable
+from tern_jax.storage.leaves import (
+  CheckpointError,
+  MisfitError,
+  PathLike,
+  printable,
+)
 
-try:
-  import fcntl
-except ImportError:  # not POSIX: nothing tells two writers apart
-  fcntl = None
+T = TypeVar("T")
 
 #: A folder, or a place in a bucket.
 Place = Path | epath.Path
@@ -35,7 +39,13 @@ SPEC = Path("spec", "data.json")
 #: What orbax adds to the name of a folder until it is whole.
 UNFINISHED = ".orbax-checkpoint-tmp"
 #: What it writes last in a bucket.
-_COMMITTED = "commit_success.txt"
+COMMITTED = "commit_success.txt"
+#: What may be in the folder of a checkpoint.
+_PARTS = ("packed", "state", SPEC.parts[0])
+#: The name of a step: the digits of a number, and nothing else.
+_STEP = re.compile("0|[1-9][0-9]{0,17}")
+#: How often a checkpoint is read that is replaced during each attempt.
+_ATTEMPTS = 50
 
 
 def absolute(path: PathLike) -> Place:
@@ -105,14 +115,15 @@ def locate(path: PathLike) -> Place:
   """
   path = absolute(path)
   with explained("look at", path):
-    old = path.with_name(f".{path.name}.new") / "old"
-    if not _taken(path) and is_whole(old):
+    old = old_of(path)
+    if not taken(path) and is_whole(old):
       return old  # A save was killed while it replaced the checkpoint.
     if not path.is_dir():
       what = "is a file" if path.exists() else "does not exist"
       raise CheckpointError(f"{path} {what}: give the folder of a checkpoint.")
-    if not is_whole(path) and (found := steps(path)):
-      path = path / str(max(found))
+    latest = None if is_whole(path) else next(steps(path, damaged=True), None)
+    if latest is not None:
+      path = path / str(latest)
     if not is_whole(path):
       raise CheckpointError(f"{path} holds no checkpoint: its spec is missing.")
     return path
@@ -124,7 +135,13 @@ def disk_bytes(path: PathLike) -> int:
   Raises:
     CheckpointError: nothing there.
   """
-  return sum(x.stat().length for x in _files(locate(path)))
+
+  def total() -> int:
+    folder = locate(path)
+    with explained("look at", folder):
+      return sum(x.stat().length for x in files_of(folder))
+
+  return again(absolute(path), total)
 
 
 @contextlib.contextmanager
@@ -153,6 +170,33 @@ def lead(task: Callable[[], None]) -> None:
     raise error or CheckpointError("the first process says what is wrong.")
 
 
+def together(task: Callable[[], None]) -> None:
+  """Runs a task on every process; if it fails on one, it does so on all."""
+  error: Exception | None = None
+  try:
+    task()
+  except Exception as e:
+    error = e
+  failed = error is not None
+  if jax.process_count() > 1:
+    failed = bool(multihost_utils.process_allgather(np.array(failed)).any())
+  if failed:
+    raise error or CheckpointError("another process says what is wrong.")
+
+
+def shared(data: bytes) -> bytes:
+  """Returns the bytes that the first of all processes has, on all of them."""
+  array = np.frombuffer(data, np.uint8)
+  return np.asarray(multihost_utils.broadcast_one_to_all(array)).tobytes()
+
+
+def gathered(number: int) -> list[int]:
+  """Returns the numbers that the processes have."""
+  data = np.frombuffer(number.to_bytes(8), np.uint8)
+  rows = np.asarray(multihost_utils.process_allgather(data)).reshape(-1, 8)
+  return [int.from_bytes(row.tobytes()) for row in rows]
+
+
 def in_bucket(path: Place) -> bool:
   """Whether a place is one in a bucket."""
   return isinstance(path, epath.Path)
@@ -160,7 +204,7 @@ def in_bucket(path: Place) -> bool:
 
 def is_whole(path: Place) -> bool:
   """Whether there is a checkpoint, written to its end."""
-  ended = not in_bucket(path) or (path / _COMMITTED).exists()
+  ended = not in_bucket(path) or (path / COMMITTED).exists()
   return ended and (path / SPEC).exists()
 
 
@@ -168,137 +212,102 @@ def is_unfinished(path: Place) -> bool:
   """Whether it is a step whose save was interrupted."""
   if not in_bucket(path):
     return path.name.endswith(UNFINISHED)
-  parts = "packed", "state", SPEC.parts[0]
-  begun = path.name.isdecimal() and any((path / x).exists() for x in parts)
-  return begun and not is_whole(path)
+  return step_of(path) is not None and _is_begun(path) and not is_whole(path)
 
 
-def steps(directory: Place) -> list[int]:
-  """Returns the numbers of the steps of a run."""
-  numbered = [x for x in directory.glob("*") if x.name.isdecimal()]
-  return [int(x.name) for x in numbered if not in_bucket(x) or is_whole(x)]
+def _is_begun(path: Place) -> bool:
+  """Whether there is a part of a checkpoint."""
+  return any((path / part).exists() for part in _PARTS)
 
 
-def _taken(path: Place) -> bool:
+def step_of(path: Place) -> int | None:
+  """Returns the step that the name of a folder stands for, None if it is none.
+
+  >>> [step_of(Path(name)) for name in ("0", "70", "007", "٣", "7.new")]
+  [0, 70, None, None, None]
+  """
+  return int(path.name) if _STEP.fullmatch(path.name) else None
+
+
+def _numbered(directory: Place) -> list[int]:
+  """Returns the numbers that could be steps of a run, the latest first."""
+  numbers = map(step_of, directory.glob("*"))
+  return sorted((n for n in numbers if n is not None), reverse=True)
+
+
+def steps(directory: Place, *, damaged: bool = False) -> Iterator[int]:
+  """Yields the steps of a run, the latest first.
+
+  Args:
+    directory: of the run.
+    damaged: also those of which a part is left, but not the spec. What is not
+      whole in a bucket is the rest of an interrupted save, and no step.
+  """
+  damaged = damaged and not in_bucket(directory)
+  known = _is_begun if damaged else is_whole
+  return (n for n in _numbered(directory) if known(directory / str(n)))
+
+
+def again(
+  path: Place, task: Callable[[], T], wrong: Callable[[T], bool] | None = None
+) -> T:
+  """Returns what a task reads at a place, which another process may replace.
+
+  What is deleted while it is read looks damaged: then it is read again.
+
+  Args:
+    path: of a checkpoint, or of a run.
+    task: reads it.
+    wrong: tells that something could not be read, if this is no error.
+  """
+  for left in reversed(range(_ATTEMPTS)):
+    before = _seen(path)
+    try:
+      found = task()
+      if not (left and wrong and wrong(found)) or _seen(path) == before:
+        return found
+    except MisfitError:
+      raise
+    except CheckpointError:
+      if not left or _seen(path) == before:
+        raise
+  raise AssertionError("the last attempt returns or raises")
+
+
+def _seen(path: Place) -> object:
+  """Returns what differs once there is another checkpoint at a place."""
+  with explained("look at", path):
+    numbers = _numbered(path)
+    latest = [path / str(n) for n in numbers[:1]]
+    return numbers, [identity(x) for x in (path, old_of(path), *latest)]
+
+
+def identity(path: Place) -> object:
+  """Returns what tells a checkpoint from another at the same place."""
+  try:
+    if isinstance(path, epath.Path):
+      mark = (path / COMMITTED).stat()
+      return mark.mtime, (path / SPEC).read_bytes()
+    stat = os.stat(path / SPEC)
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns
+  except OSError:
+    return None
+
+
+def old_of(path: Place) -> Place:
+  """Returns where a checkpoint is kept that is being replaced."""
+  return path.with_name(f".{path.name}.new") / "old"
+
+
+def taken(path: Place) -> bool:
   """Whether the path holds anything but an incomplete checkpoint."""
   if in_bucket(path):
     return path.exists() and (is_whole(path) or not (path / SPEC).exists())
   return os.path.lexists(path)
 
 
-def _files(folder: Place) -> Iterator[epath.Path]:
+def files_of(folder: Place) -> Iterator[epath.Path]:
+  """Yields all files in a folder, and in the folders in it."""
   # The walk of epath returns names without a scheme.
   for path in folder.iterdir():
-    yield from _files(path) if path.is_dir() else [epath.Path(path)]
-
-
-def probe(path: Place) -> None:
-  """Raises an OSError if no folder can be made there."""
-  # A save that fails inside orbax leaves threads that wait for five minutes.
-  trial = path.with_name(f".{path.name}.probe")
-  if in_bucket(path):  # It has no folders, only names.
-    trial.write_text("")
-    trial.unlink()
-  else:
-    trial.mkdir(exist_ok=True)
-    trial.rmdir()
-
-
-@contextlib.contextmanager
-def locked(folder: Place, path: Place) -> Iterator[None]:
-  """Makes this the only writer of a path, by a lock on a folder.
-
-  The system releases the lock when the process ends, in whatever way.
-  """
-  who = "another process is saving there, or a Checkpointer that was not closed"
-  busy = CheckpointError(f"{path}: {who}: save to another directory.")
-  if fcntl is None or in_bucket(folder):
-    yield
-    return
-  try:
-    file = os.open(folder, os.O_RDONLY)
-  except FileNotFoundError:
-    raise busy from None  # removed by the writer that has just finished
-  try:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise busy from None
-    except OSError:
-      pass  # a file system without locks
-    # The folder may have been removed, and made again, before the lock.
-    if not os.path.exists(folder) or not os.path.samestat(
-      os.fstat(file), os.stat(folder)
-    ):
-      raise busy
-    yield
-  finally:
-    os.close(file)
-
-
-def remove(path: Place) -> None:
-  """Deletes a folder."""
-  if isinstance(path, epath.Path):
-    # First its mark: what is deleted in part is never taken for a whole one.
-    (path / _COMMITTED).unlink(missing_ok=True)
-    path.rmtree(missing_ok=True)
-  else:
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def _move(path: Place, target: Place) -> None:
-  """Moves a checkpoint, which appears there whole or not at all."""
-  if not isinstance(path, epath.Path):
-    path.rename(target)  # This fails if something else has appeared there.
-    return
-  if _taken(target):
-    raise FileExistsError(f"{target} exists")
-  remove(target)
-  # With a spec and without its mark, a partial copy is known as one.
-  first, last = path / SPEC, path / _COMMITTED
-  for file in sorted(_files(path), key=lambda x: (x == last) - (x == first)):
-    file.copy(target / file.relative_to(path), overwrite=True)
-  remove(path)
-
-
-@contextlib.contextmanager
-def staged(path: Place, overwrite: bool) -> Iterator[Place]:
-  """Yields where to save a checkpoint, which then appears at its path."""
-  stage = path.with_name(f".{path.name}.new")
-  with contextlib.ExitStack() as stack:
-
-    def prepare() -> None:
-      stage.mkdir(parents=True, exist_ok=True)
-      stack.enter_context(locked(stage, path))
-      stack.callback(_settle, stage, path, done=True)
-      _settle(stage, path)
-      if _taken(path):
-        if not overwrite:
-          raise CheckpointError(f"{path} already exists: pass overwrite=True.")
-        if not is_whole(path):
-          what = "exists and is not a checkpoint"
-          raise CheckpointError(f"{path} {what}: choose another path.")
-      probe(stage / "new")
-
-    def publish() -> None:
-      if overwrite and _taken(path):
-        _move(path, stage / "old")
-      _move(stage / "new", path)
-
-    lead(prepare)
-    yield stage / "new"
-    lead(publish)
-
-
-def _settle(stage: Place, path: Place, done: bool = False) -> None:
-  """Undoes an interrupted replacement, and deletes what is left of it."""
-  old = stage / "old"
-  if is_whole(old) and not _taken(path):
-    _move(old, path)
-  for leftover in stage.iterdir() if stage.exists() else ():
-    # Something else may have appeared at the path: then the old one stays.
-    if leftover != old or is_whole(path):
-      remove(leftover)
-  if done and not in_bucket(stage):
-    with contextlib.suppress(OSError):
-      stage.rmdir()
+    yield from files_of(path) if path.is_dir() else [epath.Path(path)]

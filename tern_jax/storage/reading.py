@@ -9,7 +9,13 @@ import numpy as np
 from tern_jax.core.types import PyTree
 from tern_jax.storage import codecs, digest, leaves, limits, places, tensors
 from tern_jax.storage.codecs import Codec
-from tern_jax.storage.leaves import CheckpointError, Json, Leaf, Path
+from tern_jax.storage.leaves import (
+  CheckpointError,
+  Json,
+  Leaf,
+  MisfitError,
+  Path,
+)
 from tern_jax.storage.packed import PackedTernary, validate
 from tern_jax.storage.places import Place, explained
 from tern_jax.storage.tensors import Entries
@@ -51,7 +57,7 @@ def load(
 def entries_of(path: Place, part: str, spec: Json) -> Entries:
   """Returns the entries of a part, with the numbers of their arrays."""
   if part not in spec["leaves"]:
-    raise CheckpointError(f"{path} has packed weights only, no {part}.")
+    raise MisfitError(f"{path} has packed weights only, no {part}.")
   entries, depth = spec["leaves"][part], leaves.DEPTH
   for e in entries:
     if not leaves.is_path(e["path"]):
@@ -82,7 +88,7 @@ def _check_fit(
       what = f"stored as {leaves.printable(has)}, but in the tree it is {wants}"
       wrong.append(f"{named[k]} is {what}")
   if wrong:
-    raise CheckpointError(f"{path} does not fit the tree: {'; '.join(wrong)}.")
+    raise MisfitError(f"{path} does not fit the tree: {'; '.join(wrong)}.")
 
 
 def read(
