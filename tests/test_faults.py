@@ -12,7 +12,6 @@ from experiments.common.faults.kills import kills
 from experiments.common.faults.names import names
 from experiments.common.faults.power import power
 from experiments.common.faults.readers import readers
-from experiments.common.faults.starts import starts
 
 # Orbax abandons coroutines where it finds damage.
 pytestmark = [
@@ -70,11 +69,6 @@ def test_what_is_saved_survives_power_cuts(tmp_path):
 def test_a_reader_beside_a_writer(tmp_path):
   counts = readers(4, 0, tmp_path)
   assert min(counts["net loaded"], counts["run loaded"]) > 0
-
-
-@pytest.mark.long
-def test_a_run_that_is_started_twice(tmp_path):
-  assert starts(1, 0, tmp_path)["records right"] == 1
 
 
 @pytest.mark.long

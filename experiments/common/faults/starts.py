@@ -15,8 +15,9 @@ from tern_jax.checkpoint import load_packed
 
 #: Most seconds of CPU that the second process may take.
 SECONDS = 5.0
-#: What tells two runs of one command apart.
-_OWN = ("seconds", "command", "commit")
+#: What tells two runs of one command apart: how large its own files get depends
+#: on how fast orbax comes to write them.
+_OWN = ("seconds", "command", "commit", "disk_bytes")
 
 
 def start(workdir: Path) -> subprocess.Popen[str]:
