@@ -23,6 +23,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import tern_jax
+from experiments.common.faults.crafted import reseal
 from tern_jax import TWN, ParamTransform
 from tern_jax.checkpoint import (
   Checkpointer,
@@ -35,7 +36,7 @@ from tern_jax.core.containers import Ternary, TernParams
 from tern_jax.storage import tensors
 from tern_jax.storage.leaves import is_whole
 from tern_jax.storage.packed import PackedTernary, pack, unpack
-from tests.helpers import NnxNet, assert_same, long, reseal
+from tests.helpers import NnxNet, assert_same, long
 
 
 def ternary(shape, dtype=jnp.float32, scale_shape=(), seed=0):

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.common.faults import crafted
+from experiments.common.faults.crafted import reseal
 from tern_jax import checkpoint, export
 from tern_jax.checkpoint import (
   Checkpointer,
@@ -31,8 +33,7 @@ from tern_jax.export import from_safetensors, to_safetensors
 from tern_jax.storage import codecs, leaves, limits, ocdbt
 from tern_jax.storage.leaves import printable
 from tern_jax.storage.packed import PackedTernary, pack
-from tests import hostile
-from tests.helpers import assert_same, long, reseal
+from tests.helpers import assert_same, long
 
 # Orbax abandons coroutines where it finds damage.
 pytestmark = pytest.mark.filterwarnings(
@@ -54,18 +55,18 @@ def refused(path, match, load=load_packed, seconds=1.0):
 # What arrays claim.
 
 CLAIMS = {
-  hostile.trillion_weights: r"claims 250,000,000,008 bytes .* on disk: pass",
-  hostile.bomb_of_claimed_size: "claims 4,456,448,008 bytes of arrays",
-  hostile.bomb_larger_than_claimed: "128,524 bytes on disk for 128",
-  hostile.window_of_a_frame: "its crc32 differs",
-  hostile.inner_chunks_of_one: r"chunks of shape \[1, 1\]",
-  hostile.chunks_of_one: r"chunks of shape \[1, 1\]",
-  hostile.chunk_larger_than_array: r"chunks of shape \[1000000, 1000000\]",
-  hostile.long_keys: "the index of packed cannot be read",
-  hostile.value_of_a_terabyte: "1,099,511,628,226 bytes on disk for 16",
-  hostile.value_beyond_its_file: "the index of packed cannot be read",
-  hostile.value_outside: "Invalid key",
-  hostile.node_in_itself: "the index of packed cannot be read",
+  crafted.trillion_weights: r"claims 250,000,000,008 bytes .* on disk: pass",
+  crafted.bomb_of_claimed_size: "claims 4,456,448,008 bytes of arrays",
+  crafted.bomb_larger_than_claimed: "128,524 bytes on disk for 128",
+  crafted.window_of_a_frame: "its crc32 differs",
+  crafted.inner_chunks_of_one: r"chunks of shape \[1, 1\]",
+  crafted.chunks_of_one: r"chunks of shape \[1, 1\]",
+  crafted.chunk_larger_than_array: r"chunks of shape \[1000000, 1000000\]",
+  crafted.long_keys: "the index of packed cannot be read",
+  crafted.value_of_a_terabyte: "1,099,511,628,226 bytes on disk for 16",
+  crafted.value_beyond_its_file: "the index of packed cannot be read",
+  crafted.value_outside: "Invalid key",
+  crafted.node_in_itself: "the index of packed cannot be read",
 }
 
 
@@ -77,7 +78,7 @@ def test_what_a_file_claims_is_not_believed(tmp_path, build, match):
 
 
 def test_a_limit_that_is_given_holds_instead(tmp_path):
-  path = hostile.trillion_weights(tmp_path)
+  path = crafted.trillion_weights(tmp_path)
   most = 250_000_000_008
   for load in (load_packed, examine, sha256_of):
     with pytest.raises(
@@ -85,7 +86,7 @@ def test_a_limit_that_is_given_holds_instead(tmp_path):
     ):
       load(path, max_bytes=most - 1)
   # What is small is held to it, too.
-  tree = {"kernel": hostile.ternary()}
+  tree = {"kernel": crafted.ternary()}
   save_packed(tmp_path / "small", tree)
   to_safetensors(tmp_path / "small.safetensors", tree, codec="entropy")
   size = tree["kernel"].nbytes
@@ -107,7 +108,7 @@ def metadata(path):
 
 
 def test_a_billion_zeros_in_8_kb_are_refused_unless_asked_for(tmp_path):
-  path = hostile.zeros_in_entropy_code(tmp_path)
+  path = crafted.zeros_in_entropy_code(tmp_path)
   assert path.stat().st_size < 13_000
   refused(path, "it claims 262,156,015 bytes", from_safetensors)
 
@@ -210,22 +211,22 @@ def test_a_description_that_could_not_be_read_is_not_saved(tmp_path):
 
 
 @pytest.mark.sample(3)
-@pytest.mark.parametrize("case", hostile.LAYOUTS)
+@pytest.mark.parametrize("case", crafted.LAYOUTS)
 def test_other_layouts_are_refused(tmp_path, case):
-  path = hostile.described(tmp_path, hostile.LAYOUTS[case])
+  path = crafted.described(tmp_path, crafted.LAYOUTS[case])
   refused(path, "kernel is damaged: nonzero is no array of ours|the index of")
 
 
 @pytest.mark.sample(3)
-@pytest.mark.parametrize("case", hostile.TREES)
+@pytest.mark.parametrize("case", crafted.TREES)
 def test_other_trees_are_refused(tmp_path, case):
-  refused(hostile.trees(tmp_path, hostile.TREES[case]), "the index of packed")
+  refused(crafted.trees(tmp_path, crafted.TREES[case]), "the index of packed")
 
 
 @pytest.mark.sample(3)
-@pytest.mark.parametrize("case", hostile.SPECS)
+@pytest.mark.parametrize("case", crafted.SPECS)
 def test_other_specs_are_refused(tmp_path, case):
-  path = hostile.specs(tmp_path, hostile.SPECS[case])
+  path = crafted.specs(tmp_path, crafted.SPECS[case])
   # Twenty thousand leaves take a while where others compute.
   text = refused(path, "net", seconds=5 if case == "many leaves" else 1)
   assert len(text) < 1500
@@ -254,7 +255,7 @@ def test_arrays_in_many_chunks_are_those_of_many_devices(tmp_path):
       "codecs": [{"name": "sharding_indexed", "configuration": config}],
     },
   }
-  array = hostile.tensorstore.open(spec, create=True, delete_existing=True)
+  array = crafted.tensorstore.open(spec, create=True, delete_existing=True)
   array.result().write(wanted).result()
   np.testing.assert_array_equal(load_packed(path)["x"], wanted)
 
@@ -269,8 +270,8 @@ def test_the_index_of_a_deep_tree_is_read(tmp_path, compression):
   config |= {"compression": compression}
   base = {"driver": "file", "path": f"{tmp_path}/"}
   spec = {"driver": "ocdbt", "base": base, "config": config}
-  store = hostile.tensorstore.KvStore.open(spec).result()
-  batch = hostile.tensorstore.Transaction()
+  store = crafted.tensorstore.KvStore.open(spec).result()
+  batch = crafted.tensorstore.Transaction()
   for i, size in enumerate(rng.integers(60, size=200).tolist()):
     key = f"{i:04d}.{'xyz'[i % 3]}/c"
     store.with_transaction(batch).write(key, rng.bytes(size)).result()
@@ -297,18 +298,18 @@ def test_an_index_of_thousands_of_arrays_is_read(tmp_path):
 
 
 @pytest.mark.sample(3)
-@pytest.mark.parametrize("place", hostile.PLACES)
-@pytest.mark.parametrize("kind", hostile.KINDS)
+@pytest.mark.parametrize("place", crafted.PLACES)
+@pytest.mark.parametrize("kind", crafted.KINDS)
 def test_what_is_no_file_is_refused_by_name(tmp_path, kind, place):
-  path = hostile.special(tmp_path, hostile.KINDS[kind], place)
+  path = crafted.special(tmp_path, crafted.KINDS[kind], place)
   match = f"^{path}: {place} is {kind}, and must be a regular file"
   for load in (load_packed, examine, read_spec, sha256_of):
     refused(path, match, load)
 
 
-@pytest.mark.parametrize("link", hostile.LINKS)
+@pytest.mark.parametrize("link", crafted.LINKS)
 def test_links_in_a_checkpoint_are_refused(tmp_path, link):
-  path = hostile.special(tmp_path, hostile.LINKS[link], "packed/more")
+  path = crafted.special(tmp_path, crafted.LINKS[link], "packed/more")
   refused(path, "packed/more is a symbolic link")
   # In place of a folder of it, too.
   (path / "packed" / "more").unlink()
@@ -325,7 +326,7 @@ def test_devices_are_refused(tmp_path):
     except OSError:
       pytest.skip("no devices can be made here")
 
-  path = hostile.special(tmp_path, make, "spec/data.json")
+  path = crafted.special(tmp_path, make, "spec/data.json")
   refused(path, "spec/data.json is a device")
 
 
@@ -333,13 +334,13 @@ def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
   for place in ("spec/data.json", "packed/_METADATA", "packed/manifest.ocdbt"):
     folder = tmp_path / place.replace("/", " ")
     folder.mkdir()
-    refused(hostile.special(folder, os.mkdir, place), "read")
+    refused(crafted.special(folder, os.mkdir, place), "read")
 
 
 def test_links_to_a_checkpoint_are_followed(tmp_path):
-  path = hostile.saved(tmp_path)
+  path = crafted.saved(tmp_path)
   (tmp_path / "latest").symlink_to(path)
-  tree = {"kernel": hostile.ternary()}
+  tree = {"kernel": crafted.ternary()}
   assert_same(load_packed(tmp_path / "latest"), tree)
   (tmp_path / "run").mkdir()
   (tmp_path / "run" / "7").symlink_to(path)
@@ -368,7 +369,7 @@ def test_a_run_with_a_fifo_does_not_wait(tmp_path):
 @pytest.mark.parametrize("kind", ["a FIFO", "a socket"])
 def test_a_safetensors_file_must_be_one(tmp_path, kind):
   path = tmp_path / "net.st"
-  hostile.KINDS[kind](path)
+  crafted.KINDS[kind](path)
   refused(path, f"net.st is {kind}, and must be a regular", from_safetensors)
   refused("/dev/zero", "/dev/zero is a device", from_safetensors)
   refused(tmp_path, "is a folder, and must be a regular", from_safetensors)
@@ -377,7 +378,7 @@ def test_a_safetensors_file_must_be_one(tmp_path, kind):
 
 
 def test_large_headers_are_not_read(tmp_path):
-  path = hostile.saved(tmp_path)
+  path = crafted.saved(tmp_path)
   for place in ("spec/data.json", "packed/_METADATA", "packed/manifest.ocdbt"):
     data = (path / place).read_bytes()
     with (path / place).open("wb") as file:
@@ -392,7 +393,7 @@ def test_large_headers_are_not_read(tmp_path):
 
 
 def test_deep_json_is_refused(tmp_path):
-  path, deep = hostile.saved(tmp_path), "[" * 100_000
+  path, deep = crafted.saved(tmp_path), "[" * 100_000
   for place in ("packed/_METADATA", "spec/data.json"):
     (path / place).write_text(deep)
     refused(path, "RecursionError|cannot be read")
@@ -416,11 +417,11 @@ def test_what_is_not_seen_is_escaped():
 
 
 def test_a_forged_name_fakes_no_line(tmp_path):
-  path = hostile.saved(tmp_path)
+  path = crafted.saved(tmp_path)
   name = FORGED[:-1]
 
   def forge(spec):
-    hostile.leaf(spec).update(path=[name], crc32=0)
+    crafted.leaf(spec).update(path=[name], crc32=0)
 
   reseal(path, forge)
   message = f"net: {SHOWN[:-6]} is damaged: its crc32 differs"
@@ -428,7 +429,7 @@ def test_a_forged_name_fakes_no_line(tmp_path):
   assert message in text
   (error,) = examine(path).values()
   assert message in str(error)
-  like = {"kernel": hostile.ternary()}
+  like = {"kernel": crafted.ternary()}
   text = refused(path, "does not fit", lambda x: load_packed(x, like))
   assert f"{SHOWN[:-6]} is stored, but not in the tree" in text
 
@@ -437,16 +438,16 @@ STRINGS = {
   "format": lambda s: s.update(format=FORGED),
   "codec": lambda s: s.update(codec=FORGED),
   "a long codec": lambda s: s.update(codec="x" * 100_000),
-  "kind": lambda s: hostile.leaf(s).update(kind=FORGED),
-  "dtype": lambda s: hostile.arrays(s).update(dtype=FORGED),
-  "shape": lambda s: hostile.arrays(s).update(shape=[FORGED]),
-  "array": lambda s: hostile.leaf(s)["arrays"].update(
-    {FORGED: hostile.arrays(s)}
+  "kind": lambda s: crafted.leaf(s).update(kind=FORGED),
+  "dtype": lambda s: crafted.arrays(s).update(dtype=FORGED),
+  "shape": lambda s: crafted.arrays(s).update(shape=[FORGED]),
+  "array": lambda s: crafted.leaf(s)["arrays"].update(
+    {FORGED: crafted.arrays(s)}
   ),
-  "axis": lambda s: hostile.leaf(s).update(axis=FORGED),
-  "lead": lambda s: hostile.leaf(s).update(lead=FORGED),
-  "impl": lambda s: hostile.leaf(s).update(
-    kind="key", impl=FORGED, arrays={"value": hostile.arrays(s)}
+  "axis": lambda s: crafted.leaf(s).update(axis=FORGED),
+  "lead": lambda s: crafted.leaf(s).update(lead=FORGED),
+  "impl": lambda s: crafted.leaf(s).update(
+    kind="key", impl=FORGED, arrays={"value": crafted.arrays(s)}
   ),
 }
 
@@ -454,20 +455,20 @@ STRINGS = {
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("case", STRINGS)
 def test_no_text_of_a_spec_is_printed_as_it_is(tmp_path, case):
-  path = hostile.saved(tmp_path)
+  path = crafted.saved(tmp_path)
   reseal(path, STRINGS[case])
   text = refused(path, "net")
   assert text.isprintable()
   assert len(text) < 1500
   if case != "lead":  # which is that of `like`
-    like = {"kernel": hostile.ternary()}
+    like = {"kernel": crafted.ternary()}
     text = refused(path, "net", lambda x: load_packed(x, like))
     assert text.isprintable()
 
 
 def test_no_text_of_a_safetensors_file_is_printed_as_it_is(tmp_path):
   planes = {
-    f"x.{k}": np.asarray(getattr(hostile.ternary(), k)) for k in leaves.FIELDS
+    f"x.{k}": np.asarray(getattr(crafted.ternary(), k)) for k in leaves.FIELDS
   }
   path = tmp_path / "net.st"
   shape = [16, 8]
@@ -479,14 +480,14 @@ def test_no_text_of_a_safetensors_file_is_printed_as_it_is(tmp_path):
     {"kind": "ternary", "path": [FORGED[:-1]], "lead": 9},
     {"kind": "ternary", "path": ["x" * 10_000] * 65},
   ):
-    hostile.forge(path, planes, shape, **change)
+    crafted.forge(path, planes, shape, **change)
     text = refused(path, "cannot load", from_safetensors)
     assert text.isprintable()
     assert len(text) < 2500
 
 
 def test_names_of_files_are_escaped(tmp_path):
-  path = hostile.saved(tmp_path)
+  path = crafted.saved(tmp_path)
   os.mkfifo(path / "packed" / f"x\n{ESC}fine")
   text = refused(path, "is a FIFO")
   assert r"packed/x\n\x1b[2K\x1b[1Afine is a FIFO" in text
@@ -554,7 +555,7 @@ def test_the_digest_is_what_the_format_says(tmp_path, shape):
 
 
 def test_each_part_of_the_content_changes_the_digest(tmp_path):
-  kernel = hostile.ternary()
+  kernel = crafted.ternary()
   tree = {"a": {"kernel": kernel, "bias": jnp.arange(4.0)}}
 
   def digest(tree):
@@ -595,7 +596,7 @@ def test_boxes_are_no_part_of_the_digest(tmp_path):
 
 
 def test_a_digest_is_checked_by_loads(tmp_path):
-  tree = {"kernel": hostile.ternary(), "bias": jnp.ones(3)}
+  tree = {"kernel": crafted.ternary(), "bias": jnp.ones(3)}
   path, file = tmp_path / "net", tmp_path / "net.st"
   save_packed(path, tree)
   to_safetensors(file, tree, codec="entropy")

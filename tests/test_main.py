@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.common.faults.crafted import reseal
 from tern_jax import __main__, export, metrics
 from tern_jax.checkpoint import Checkpointer, load_packed, save_packed
 from tern_jax.core.containers import Ternary
 from tern_jax.storage.packed import pack
-from tests.helpers import assert_same, reseal
+from tests.helpers import assert_same
 
 
 def layer(codes, *scales):

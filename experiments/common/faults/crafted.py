@@ -1,4 +1,4 @@
-"""Files that nobody wrote: builders of checkpoints and safetensors files.
+"""Files that no saver wrote: builders of checkpoints and safetensors files.
 
 Each takes an empty folder and returns the path to load. None takes long, or
 much memory or disk, whatever its file claims.
@@ -13,7 +13,9 @@ import socket
 import struct
 import tempfile
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,15 +25,18 @@ from safetensors.numpy import save_file
 from tern_jax import codec
 from tern_jax.checkpoint import save_packed
 from tern_jax.core.containers import Ternary
-from tern_jax.storage.packed import pack
-from tests.helpers import reseal
+from tern_jax.storage.packed import PackedTernary, pack
+
+#: What changes a JSON value in place, or returns another.
+Change = Callable[[Any], Any]
 
 #: 10^12 weights.
 HUGE = 10**6
 
 
 @functools.cache
-def ternary():
+def ternary() -> PackedTernary:
+  """Returns packed weights of shape [16, 8]."""
   codes = np.random.default_rng(0).integers(-1, 2, (16, 8)).astype(np.int8)
   return pack(Ternary(jnp.asarray(codes), jnp.float32(0.5), jnp.float32(0.3)))
 
@@ -44,7 +49,7 @@ def _template() -> tempfile.TemporaryDirectory:
 
 
 def saved(folder: Path) -> Path:
-  """A checkpoint of a kernel; its planes are 0000.nonzero and 0000.sign."""
+  """Saves a kernel; its planes are 0000.nonzero and 0000.sign."""
   source = Path(_template().name) / "net"
   return shutil.copytree(source, folder / "net")
 
@@ -52,17 +57,33 @@ def saved(folder: Path) -> Path:
 # What arrays claim.
 
 
-def store(path: Path) -> tensorstore.KvStore:
+def reseal(path: Path, change: Change) -> None:
+  """Changes the spec of a checkpoint and makes its crc32 right again."""
+  file = path / "spec" / "data.json"
+  spec = json.loads(file.read_text())["spec"]
+  change(spec)
+  crc = zlib.crc32(json.dumps(spec, sort_keys=True).encode())
+  file.write_text(json.dumps({"crc32": crc, "spec": spec}))
+
+
+def store(path: Path) -> Any:
+  """Opens the database of the packed weights."""
   base = {"driver": "file", "path": f"{path}/packed/"}
   spec = {"driver": "ocdbt", "base": base}
   return tensorstore.KvStore.open(spec).result()
 
 
-def claim(path: Path, shape, change=None, names=("nonzero", "sign"), **facts):
+def claim(
+  path: Path,
+  shape: Sequence[int],
+  change: Change | None = None,
+  names: Sequence[str] = ("nonzero", "sign"),
+  **facts: Any,
+) -> Path:
   """Makes arrays of the first leaf claim a shape, in zarr and in the spec."""
   shape = list(shape)
 
-  def said(spec):
+  def said(spec: Any) -> None:
     entry = spec["leaves"]["packed"][0]
     entry["shape"] = shape
     if entry["kind"] == "ternary":
@@ -84,7 +105,9 @@ def claim(path: Path, shape, change=None, names=("nonzero", "sign"), **facts):
   return path
 
 
-def put_chunk(path: Path, data: bytes, names=("nonzero", "sign")) -> None:
+def put_chunk(
+  path: Path, data: bytes, names: Sequence[str] = ("nonzero", "sign")
+) -> None:
   """Stores the one inner chunk of arrays of two axes."""
   index = struct.pack("<QQ", 0, len(data))
   crc = struct.pack("<I", crc32c(index))
@@ -93,6 +116,7 @@ def put_chunk(path: Path, data: bytes, names=("nonzero", "sign")) -> None:
 
 
 def crc32c(data: bytes) -> int:
+  """Returns the CRC-32C of bytes."""
   crc = 0xFFFFFFFF
   for byte in data:
     crc ^= byte
@@ -109,39 +133,45 @@ def zstd_zeros(blocks: int, window: bytes = b"\x38") -> bytes:
   return b"\x28\xb5\x2f\xfd\0" + window + head * (blocks - 1) + end
 
 
-def trillion_weights(folder):
+def trillion_weights(folder: Path) -> Path:
+  """Makes 76 kB that claim 10^12 weights."""
   return claim(saved(folder), [HUGE // 8, HUGE])
 
 
-def bomb_of_claimed_size(folder):
+def bomb_of_claimed_size(folder: Path) -> Path:
   """139 kB that are 4.5 GB of zeros, as claimed."""
   path = claim(saved(folder), [1 << 17, 17_000])
   put_chunk(path, zstd_zeros(17_000))
   return path
 
 
-def bomb_larger_than_claimed(folder):
+def bomb_larger_than_claimed(folder: Path) -> Path:
+  """Makes 128 kB that are 4 GB of zeros, where 128 bytes are claimed."""
   path = claim(saved(folder), [16, 8])
   put_chunk(path, zstd_zeros(32_000))
   return path
 
 
-def window_of_a_frame(folder):
+def window_of_a_frame(folder: Path) -> Path:
   """A frame that asks its reader for a window of 2 GB."""
   path = claim(saved(folder), [1 << 10, 1 << 9])
   put_chunk(path, zstd_zeros(4, window=bytes([21 << 3])))
   return path
 
 
-def inner_chunks_of_one(folder):
-  def change(zarr):
+def inner_chunks_of_one(folder: Path) -> Path:
+  """Makes shards of 16 million chunks."""
+
+  def change(zarr: Any) -> None:
     zarr["codecs"][0]["configuration"]["chunk_shape"] = [1, 1]
 
   return claim(saved(folder), [1 << 12, 1 << 12], change)
 
 
-def chunks_of_one(folder):
-  def change(zarr):
+def chunks_of_one(folder: Path) -> Path:
+  """Makes an array of 16 million shards."""
+
+  def change(zarr: Any) -> None:
     inner_one = zarr["codecs"][0]["configuration"]
     inner_one["chunk_shape"] = [1, 1]
     zarr["chunk_grid"]["configuration"]["chunk_shape"] = [1, 1]
@@ -149,15 +179,17 @@ def chunks_of_one(folder):
   return claim(saved(folder), [1 << 12, 1 << 12], change)
 
 
-def chunk_larger_than_array(folder):
-  def change(zarr):
+def chunk_larger_than_array(folder: Path) -> Path:
+  """Makes a shard of 10^12 bytes for an array of 16."""
+
+  def change(zarr: Any) -> None:
     for facts in (zarr["chunk_grid"], zarr["codecs"][0]):
       facts["configuration"]["chunk_shape"] = [HUGE, HUGE]
 
   return claim(saved(folder), [2, 8], change)
 
 
-def zeros_in_entropy_code(folder):
+def zeros_in_entropy_code(folder: Path) -> Path:
   """8.6 kB that are 10^9 weights, as claimed."""
   chunk = 1 << 20
   zeros = Ternary(jnp.zeros(chunk, jnp.int8), jnp.float32(1), jnp.float32(1))
@@ -175,7 +207,7 @@ def forge(path: Path, tensors, shape, /, **more) -> Path:
   crc = 0
   for name in sorted(tensors):
     crc = zlib.crc32(tensors[name].tobytes(), crc)
-  leaf = {"path": ["x"], "name": "x", "kind": "coded", "crc32": crc}
+  leaf: Any = {"path": ["x"], "name": "x", "kind": "coded", "crc32": crc}
   leaf["tensors"] = {
     k: {"dtype": x.dtype.name, "shape": list(x.shape)}
     for k, x in tensors.items()
@@ -191,6 +223,7 @@ def forge(path: Path, tensors, shape, /, **more) -> Path:
 
 
 def varint(*numbers: int) -> bytes:
+  """Returns numbers in 7 bits a byte."""
   out = bytearray()
   for n in numbers:
     while n > 127:
@@ -220,7 +253,7 @@ def put_node(path: Path, node: bytes, keys: int) -> Path:
   return path
 
 
-def long_keys(folder):
+def long_keys(folder: Path) -> Path:
   """160 kB that are 20,000 keys of 65 kB."""
   n, prefix = 20_000, 65_000
   suffixes = (bytes([i >> 14, i >> 7 & 127, i & 127]) for i in range(n - 1))
@@ -245,23 +278,27 @@ def put_reference(path: Path, name: bytes, offset: int, size: int) -> Path:
   return put_node(path, body, len(keys))
 
 
-def value_of_a_terabyte(folder):
+def value_of_a_terabyte(folder: Path) -> Path:
+  """Makes an array whose one chunk is a terabyte of a sparse file."""
   path = saved(folder)
   with (path / "packed" / "d" / "sparse").open("wb") as file:
     file.truncate(1 << 40)
   return put_reference(path, b"d/sparse", 0, 1 << 40)
 
 
-def value_beyond_its_file(folder):
+def value_beyond_its_file(folder: Path) -> Path:
+  """Makes a chunk that lies behind the end of its file."""
   return put_reference(saved(folder), b"d/node", 2**62, 2**62)
 
 
-def value_outside(folder):
+def value_outside(folder: Path) -> Path:
+  """Makes a chunk that lies in a file outside of the checkpoint."""
   (folder / "secret").write_bytes(bytes(100))
   return put_reference(saved(folder), b"../../secret", 0, 50)
 
 
-def node_in_itself(folder):
+def node_in_itself(folder: Path) -> Path:
+  """Makes a tree of nodes that has no end."""
   path, name, key = saved(folder), b"d/node", b"0000.nonzero/zarr.json"
   body = b"\1" + varint(1, len(name), 0) + name + varint(1, len(key), 0) + key
   # The length of the node is known once it is written.
@@ -273,7 +310,7 @@ def node_in_itself(folder):
 # Other layouts.
 
 
-def described(folder, change):
+def described(folder: Path, change: Change) -> Path:
   """What zarr says of an array of a valid checkpoint, changed."""
   path = saved(folder)
   key, arrays = "0000.nonzero/zarr.json", store(path)
@@ -307,11 +344,12 @@ LAYOUTS = {
 }
 
 
-def inner(facts):
+def inner(facts: Any) -> Any:
+  """Returns what a shard is made of."""
   return facts["codecs"][0]["configuration"]
 
 
-def trees(folder, change):
+def trees(folder: Path, change: Change) -> Path:
   """What orbax says of the tree of a valid checkpoint, changed."""
   file = saved(folder) / "packed" / "_METADATA"
   tree = json.loads(file.read_text())
@@ -319,7 +357,8 @@ def trees(folder, change):
   return folder / "net"
 
 
-def first(tree):
+def first(tree: Any) -> Any:
+  """Returns the first array of a tree."""
   return next(iter(tree["tree_metadata"].values()))
 
 
@@ -343,18 +382,20 @@ TREES = {
 # Specs.
 
 
-def specs(folder, change):
+def specs(folder: Path, change: Change) -> Path:
   """The spec of a valid checkpoint, changed, its checksum right."""
   path = saved(folder)
   reseal(path, change)
   return path
 
 
-def leaf(spec):
+def leaf(spec: Any) -> Any:
+  """Returns the first leaf of a spec."""
   return spec["leaves"]["packed"][0]
 
 
-def arrays(spec):
+def arrays(spec: Any) -> Any:
+  """Returns its first array."""
   return leaf(spec)["arrays"]["nonzero"]
 
 
@@ -430,3 +471,38 @@ def special(folder: Path, make, place: str) -> Path:
   (path / place).unlink(missing_ok=True)
   make(path / place)
   return path
+
+
+def files() -> dict[str, Callable[[Path], Path]]:
+  """Returns what makes each file, from an empty folder, by a name."""
+  found: dict[str, Callable[[Path], Path]] = {
+    build.__name__: build
+    for build in (
+      trillion_weights,
+      bomb_of_claimed_size,
+      bomb_larger_than_claimed,
+      window_of_a_frame,
+      inner_chunks_of_one,
+      chunks_of_one,
+      chunk_larger_than_array,
+      zeros_in_entropy_code,
+      long_keys,
+      value_of_a_terabyte,
+      value_beyond_its_file,
+      value_outside,
+      node_in_itself,
+    )
+  }
+  for build, changes in (
+    (described, LAYOUTS),
+    (trees, TREES),
+    (specs, SPECS),
+  ):
+    for name, change in changes.items():
+      make = functools.partial(build, change=change)
+      found[f"{build.__name__}: {name}"] = make
+  for name, make in (KINDS | LINKS).items():
+    for place in PLACES:
+      build = functools.partial(special, make=make, place=place)
+      found[f"{name} as {place}"] = build
+  return found

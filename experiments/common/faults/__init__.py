@@ -1,0 +1,1 @@
+"""What can go wrong with checkpoints and runs, one kind a file."""
