@@ -287,6 +287,15 @@ def test_nodes_that_do_not_say_how_much_they_hold_can_be_read():
   assert ocdbt.readable()
 
 
+def test_an_index_of_a_newer_version_is_left_to_tensorstore(tmp_path):
+  manifest = crafted.saved(tmp_path) / "packed" / "manifest.ocdbt"
+  data = bytearray(manifest.read_bytes())
+  data[12] = 1
+  manifest.write_bytes(data)
+  assert ocdbt.sizes(manifest.parent) == {}
+  refused(tmp_path / "net", "the index of packed cannot be read")
+
+
 def test_an_index_of_thousands_of_arrays_is_read(tmp_path):
   save_packed(tmp_path / "net", {f"{i}": jnp.zeros(3) for i in range(700)})
   sizes = ocdbt.sizes(tmp_path / "net" / "packed")

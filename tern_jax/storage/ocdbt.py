@@ -34,6 +34,10 @@ _NAMES = 1 << 19
 _GOT = re.compile(r"Not enough data.* at uncompressed byte (\d+)")
 
 
+class _NewerError(Exception):
+  """The database has a version that is not known here, maybe to TensorStore."""
+
+
 @functools.cache
 def readable() -> bool:
   """Whether this TensorStore says what is needed here: all so far have."""
@@ -46,7 +50,8 @@ def readable() -> bool:
 def sizes(folder: Place) -> dict[str, int]:
   """Returns the bytes of all values of a database, by their names.
 
-  {} if this TensorStore does not say what is needed to read the nodes.
+  {} if this TensorStore does not say what is needed to read the nodes, or if
+  they are newer than this: then TensorStore decides alone.
 
   Raises:
     ValueError: the index is damaged, or takes more than it may.
@@ -54,6 +59,13 @@ def sizes(folder: Place) -> dict[str, int]:
   """
   if not readable():
     return {}
+  try:
+    return _sizes(folder)
+  except _NewerError:
+    return {}
+
+
+def _sizes(folder: Place) -> dict[str, int]:
   reader = _Reader(_body(folder / "manifest.ocdbt", 0, None, _MANIFEST))
   reader.take(16)
   kind, *_ = reader.numbers(3)
@@ -112,8 +124,10 @@ def _body(path: Place, offset: int, length: int | None, magic: bytes) -> bytes:
   if not 18 <= len(data) <= _MOST or data[:4] != magic:
     raise ValueError(f"{path.name} has no node, or too large a one")
   (size,) = struct.unpack("<Q", data[4:12])
-  if size != len(data) or data[12]:
-    raise ValueError(f"{path.name} has a node of another size or version")
+  if size != len(data):
+    raise ValueError(f"{path.name} has a node of another size")
+  if data[12]:
+    raise _NewerError
   body = data[14:-4]
   return _decompressed(body) if data[13] else body
 
