@@ -1,9 +1,11 @@
 """Eight devices, quick compilation, no promotion; set before JAX starts."""
 
 import collections
+import contextlib
 import gc
 import os
 import shutil
+import signal
 import tempfile
 
 # Most of a run's time is compilation. Flags that are given come last and win:
@@ -23,6 +25,14 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 import pytest
+
+# What a shell starts in the background ignores Ctrl-C, and so would all that
+# the tests start.
+with contextlib.suppress(ValueError):  # not the main thread
+  if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+  if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from experiments.common.faults.crafted import reseal
 from tern_jax import SCA, TTQ, TWN
 from tern_jax.checkpoint import (
   Checkpointer,
@@ -23,7 +24,6 @@ from tern_jax.checkpoint import (
   save_packed,
 )
 from tern_jax.storage import steps
-from tests.helpers import reseal
 
 
 def state(step):

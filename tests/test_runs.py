@@ -591,6 +591,7 @@ with guard.termination():
     with pytest.raises(ZeroDivisionError), errors.explained():
       raise ZeroDivisionError
 
+  @pytest.mark.sample(5)
   @pytest.mark.parametrize(
     "module",
     ["digits", "alpha_sweep", "report", "prepare", "benchmarks.equal_sparsity"],
