@@ -1,6 +1,7 @@
 """What a user writes outside the clone: it runs and passes type checkers."""
 
 import pathlib
+import shutil
 import sys
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ package = pathlib.Path(tern_jax.__file__).parent
 if "--installed" in sys.argv:
   assert "site-packages" in str(package), package
   assert (package / "py.typed").exists()
+  if shutil.which("c++"):
+    assert (package / "inference" / "_kernels.so").exists()
   for other in ("tests", "experiments", "notebooks"):
     assert not (package.parent / other).exists(), other
 
