@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from tern_jax import inference as inference
 from tern_jax.core.containers import LABELS as LABELS
 from tern_jax.core.containers import Ternary as Ternary
 from tern_jax.core.containers import TernParams as TernParams

@@ -1,5 +1,7 @@
 """The command `python -m tern_jax`: looks at checkpoints, compares, exports.
 
+`doctor` tells what multiplies packed weights here.
+
 Exit status: 0 if all is well; 1 if leaves are damaged (inspect, verify) or
 differ (diff); 2 if the command could not do its work, with one line that says
 why; 130 if it was interrupted; 141 if nobody reads what it prints.
@@ -48,7 +50,8 @@ def _run() -> int:
   from tern_jax.cli import command, output
 
   # Looking at a file must not take the accelerator of a training beside it.
-  jax.config.update("jax_platforms", "cpu")
+  if sys.argv[1:2] != ["doctor"]:
+    jax.config.update("jax_platforms", "cpu")
   # What a file holds is exported as it is.
   jax.config.update("jax_enable_x64", True)
   # The line that says what is wrong is the only one.

@@ -1,4 +1,4 @@
-"""The commands inspect, verify, diff and export, and their options."""
+"""The commands, and their options."""
 
 import argparse
 import itertools
@@ -10,6 +10,7 @@ from typing import Any
 from tern_jax import export
 from tern_jax.cli import output, reports, sources
 from tern_jax.export import files
+from tern_jax.inference import doctor
 from tern_jax.storage.leaves import printable
 from tern_jax.version import __version__
 
@@ -38,6 +39,10 @@ _VERIFY = (
 _DIFF = "Counts the codes that flipped from a to b, by layer."
 _EXPORT = (
   "Writes a file for other runtimes; all but .gguf files can be its source."
+)
+_DOCTOR = (
+  "Tells what multiplies packed weights here, and how fast. Nothing else should"
+  " run on this machine meanwhile."
 )
 _SHA256 = (
   "print a digest of the content as well, which is the same for equal content"
@@ -127,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
   command.add_argument("--sha256", action="store_true", help=_SHA256)
   add(reports.diff, _DIFF, "a", "b")
   _export_options(add(_export, _EXPORT, "path"))
+  add(_doctor, _DOCTOR)
   return parser
 
 
@@ -172,6 +178,12 @@ def _export(options: argparse.Namespace) -> int:
   if errors:
     lines = (f"{k}: relative RMS error {x:.1e}" for k, x in errors.items())
     output.show({}, lines, as_json=False)
+  return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+  found = doctor.examine()
+  output.show(found, doctor.lines(found), options.json)
   return 0
 
 

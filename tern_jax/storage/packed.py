@@ -28,12 +28,13 @@ from tern_jax.storage.layout import (
   relaid_plane,
   scale_fault,
 )
+from tern_jax.storage.operators import Matrix
 
 
 @serializable
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, repr=False)
-class PackedTernary:
+class PackedTernary(Matrix):
   """Ternary weights as two bit-planes, "is not zero" and "is negative".
 
   Bit j, least significant first, of byte k along `axis` belongs to the element
@@ -77,6 +78,9 @@ class PackedTernary:
   ([133], [4], 10)
   >>> packed.dequantize().tolist()
   [2.0, 0.0, -3.0, 0.0, 0.0, 0.0, 0.0, 2.0]
+
+  A matrix [in, out] multiplies arrays as x @ packed and packed @ y; many times
+  faster after `tern_jax.inference.prepare`.
   """
 
   nonzero: Array
