@@ -445,6 +445,7 @@ def test_a_packed_image_is_unpacked():
   assert uses == {"0": ("dense: conv_general_dilated", 1)}
 
 
+@pytest.mark.long
 def test_a_pixel_more_than_pays_is_unpacked():
   net = inference.apply_fn(
     lambda kernel, x: jax.lax.conv(x, kernel, (1, 1), "VALID")

@@ -156,6 +156,7 @@ def test_steps_of_a_run(place, objects):
   assert "2024/notes.txt" in under(objects, place)
 
 
+@pytest.mark.long
 def test_a_damaged_step_is_passed_over_and_set_aside(place, objects):
   state = {"w": jnp.arange(3.0)}
   with checkpoint.Checkpointer(place, keep=1, keep_best=1) as saved:
@@ -255,6 +256,7 @@ def test_a_run_goes_on_where_it_was_killed(
   assert json.loads(objects["bucket", f"{name}/result.json"][1])["seed"] == 0
 
 
+@pytest.mark.long
 def test_the_command_looks_into_buckets(place, objects, capsys):
   def call(*args):
     return __main__.main([*args]), *capsys.readouterr()

@@ -403,6 +403,7 @@ def test_a_budget_takes_any_selection():
   )
 
 
+@pytest.mark.long
 def test_a_budget_is_that_of_a_recipe(standard_promotion):
   # WDR sees latents beside their scales, and the budget the user's own paths.
   keys = jax.random.split(jax.random.key(0))

@@ -37,6 +37,7 @@ def shape_of(method, dtype=jnp.float32):
   return (48, 32) if dense else (3, 3, 8, 16)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])
 def test_forward_is_the_discretization_bit_for_bit(lifted, dtype):
   shape = shape_of(lifted, dtype)
@@ -104,6 +105,7 @@ def test_odd_symmetry(lifted):
   )
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("value", [0.0, 0.25])
 def test_constant_weights_are_finite(lifted, value):
   w = jnp.full((48, 32), value)
@@ -190,6 +192,7 @@ def test_a_scale_that_ran_into_its_bound_comes_back(method):
     assert float(slope) < -1e-3
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("method_class", [SCA, TWN, TTQ, EC2T, TGA])
 def test_refresh_meets_the_sparsity_for_other_latents(method_class):
   w, method = weights((64, 64)), method_class(sparsity=0.7)

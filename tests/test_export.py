@@ -729,6 +729,7 @@ def read_gguf(path):
   return found
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
   ("type", "bits"), [("TQ1_0", 1.6875), ("TQ2_0", 2.0625)]
 )

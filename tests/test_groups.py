@@ -404,6 +404,7 @@ def test_attention_is_a_matrix_of_inputs_and_outputs(method):
       )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("group_size", [1, 4, 8, 16])
 def test_groups_of_attention_are_those_of_the_matrix(group_size):
   tree, method = kernels_of(ATTENTION), TWN(channel_axis=-1)
@@ -441,6 +442,7 @@ def test_attention_is_trained_on_from_what_was_packed(group_size):
       np.testing.assert_allclose(stacked, leaf.dequantize(), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_linen_attention_packed_and_grouped():
   model = nn.MultiHeadDotProductAttention(4, qkv_features=32)
   x = weights((2, 5, 16))

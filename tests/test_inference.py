@@ -151,6 +151,7 @@ def cases_of(form, every=False):
       yield rows_of(batch, shape[0], seed=i), t
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("every", [False, long(True)])
 @pytest.mark.parametrize("form", FORMS, ids=IDS)
 def test_float_activations(form, every):
@@ -162,6 +163,7 @@ INT8_FORMS = [form for form in FORMS if form[0] != "lists"]
 INT8_IDS = [name for name in IDS if not name.startswith("lists")]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("every", [False, long(True)])
 @pytest.mark.parametrize("form", INT8_FORMS, ids=INT8_IDS)
 def test_int8_activations_equal_their_oracle(form, every):
@@ -201,6 +203,7 @@ def test_any_shape_up_to_300(data):
   check_any_shape(data, 300)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(1, 1), (37, 21), (64, 16)])
 def test_layouts_keep_the_codes(layout, shape):
@@ -289,6 +292,7 @@ def test_packed_weights_multiply_as_they_are(shape, granularity):
   assert_float_product(dot(x, pack(t)), x, dense(t))
 
 
+@pytest.mark.long
 def test_several_axes_of_inputs_and_outputs():
   rng = np.random.default_rng(0)
   codes = jnp.asarray(rng.integers(-1, 2, (4, 6, 10)), jnp.int8)
@@ -365,6 +369,7 @@ def test_empty_products(activations):
   )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("activations", ["float32", "int8"])
 def test_derivatives_are_those_of_dense_products(activations):
   t = weights((40, 12), "outputs", equal=False)

@@ -46,6 +46,7 @@ def fitted(net, tx, epochs=4):
   return net
 
 
+@pytest.mark.long
 def test_fit_trains_ternary_weights(tmp_path):
   tx = tern_jax.recipe(0.75, steps=16).optimizer(3e-3)
   net = fitted(model(), tx)

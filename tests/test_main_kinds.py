@@ -134,6 +134,7 @@ def test_any_blocks_are_read_as_ggml_reads_them(name):
   np.testing.assert_array_equal(decode(blocks[:, :-2]), expected)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("shape", [(768,), (12, 256), (20, 512), (3, 5, 256)])
 def test_a_tensor_is_read_in_parts(tmp_path, monkeypatch, shape):
   codes = np.random.default_rng(0).integers(-1, 2, shape)

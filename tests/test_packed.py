@@ -112,6 +112,7 @@ def test_compiled_decoding_equals_numpy_inside_a_fusion(shape):
   assert float(total) == codes.sum(dtype=np.int64)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["", "jit"])
 @pytest.mark.parametrize(
   "scale_shape",

@@ -115,6 +115,7 @@ def test_attention_and_convolutions():
   np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.long
 def test_stacks_of_attention():
   shapes = {"query": (3, 64, 4, 16), "out": (3, 4, 16, 64)}
   tree = {
@@ -147,6 +148,7 @@ def test_stacks_of_unequal_lists(zeros):
   np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_weights_take_some_two_bits():
   tree = [weights(784, 300), weights(300, 100), weights(100, 10)]
   for activations in ("float32", "int8"):
@@ -289,6 +291,7 @@ def test_a_library_that_is_none(monkeypatch, tmp_path):
     cpu.load.__wrapped__()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("no_native")
 def test_native_layouts_work_without_native_code():
   t = weights(40, 24, scales=(1, 24))

@@ -130,6 +130,7 @@ def flow(theta, alpha, sharp):
   return jnp.round(jnp.tanh(end))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("sharp", [False, True])
 @pytest.mark.parametrize("alpha", [0.05, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("sigma", [0.3, 0.6])
@@ -146,6 +147,7 @@ def test_wdr_flow_ends_at_the_predicted_sparsity(sigma, alpha, sharp):
   assert abs(measured - at_start) <= 0.002
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_coupled_before_adam_is_the_loss_term(standard_promotion, dtype):
   params, grads = tree(dtype)
@@ -808,6 +810,7 @@ MASKS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", ["where", "mask"])
 @pytest.mark.parametrize("kind", MASKS)
 def test_whatever_selects_leaves(name, kind):

@@ -97,6 +97,7 @@ def test_factors_must_be_positive(factors):
 # The size of the net.
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
   ("d", "w", "c10", "c100"),
   [

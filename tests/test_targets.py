@@ -51,6 +51,7 @@ def asked(share, n):
   return round(share * n)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
   ("method_class", "axis", "dtype"),
   [

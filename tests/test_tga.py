@@ -151,6 +151,7 @@ class TestTruncatedGaussianScale:
 
 class TestForward:
   # Those whose forwards differ.
+  @pytest.mark.sample(3)
   @pytest.mark.parametrize("channel_axis", [None, -1, 0])
   @pytest.mark.parametrize(
     "method", [TGA(delta=1.0), TGA(mean=True), PAPER], ids=repr
@@ -300,6 +301,7 @@ class TestGradients:
     np.testing.assert_array_equal(dw, g)
     np.testing.assert_allclose(got - base, term, rtol=2e-4, atol=2e-5)
 
+  @pytest.mark.long
   def test_surrogate_estimates_the_slope_of_the_expected_loss(self):
     # On many Gaussian weights the loss is a smooth function of Delta.
     w = 10 * weights((1000, 1000))

@@ -63,6 +63,7 @@ def test_split_is_a_stable_sort(x, share):
   np.testing.assert_array_equal(coded(x, found), codes_of(x, zeros))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_every_number_of_zeros_in_every_dtype(dtype):
   with jax.enable_x64(dtype == "float64"):
@@ -218,6 +219,7 @@ def test_across_layers_counts_ties_of_all():
   assert zeros == {"a": 35, "b": 26, "c": 0, "z": 6}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
   ("method_class", "kind"),
   [

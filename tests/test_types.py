@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 # In a process of its own: the hook must come before the package is imported,
 # and tests of wrong types want the package's errors, not the checker's.
 CODE = """
@@ -85,6 +87,7 @@ else:
 """
 
 
+@pytest.mark.long
 def test_a_training_keeps_to_its_signatures():
   done = subprocess.run(
     [sys.executable, "-c", CODE], capture_output=True, text=True, check=False

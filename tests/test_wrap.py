@@ -137,6 +137,7 @@ CHAINS = {
 _QUICK = "itself", "MultiSteps", "masked decay"
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
   "name", [name if name in _QUICK else long(name) for name in CHAINS]
 )
@@ -221,6 +222,7 @@ def test_buffers_may_be_donated():
   assert jnp.sum(params["a"]["kernel"] == 0) == 48
 
 
+@pytest.mark.long
 def test_narrow_parameters_have_wide_latents():
   params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), start())
   params, state = train(WRAPPED, params=params)
@@ -280,6 +282,7 @@ def test_the_average_is_one_of_latents():
 MESHES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ("kind", "spec"),
   [
@@ -315,6 +318,7 @@ def test_parameters_may_be_sharded(kind, spec):
   assert_close(params, train(WRAPPED)[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("names", [("x", None), long((None, "x"))], ids=str)
 def test_partitioned_parameters_of_linen(names):
   # Flax's own way: boxes name the axes, and the state is sharded as they say.
@@ -522,6 +526,7 @@ def test_soft_weights_must_be_near_their_codes():
   )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
   "method",
   [
