@@ -351,6 +351,7 @@ def test_too_small_a_budget():
     fit_budget({"bias": jnp.zeros(3)}, bytes=500)
 
 
+@pytest.mark.long
 def test_a_budget_names_its_own_leaves_only():
   w = net()["a"]["kernel"]
   same = {

@@ -257,6 +257,7 @@ def assert_goes_back(tree, x, wanted):
   np.testing.assert_array_equal(model(x), wanted)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("old", [False, long(True)])
 def test_nnx_models_go_back_by_flax(tmp_path, old):
   packed, x, wanted = nnx_net()
@@ -995,6 +996,7 @@ def test_an_empty_run_says_so(tmp_path):
     run.restore({})
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("before", "after"), [(8, 1), (1, 8), (8, 4)])
 def test_a_run_moves_to_other_devices(tmp_path, uninterrupted, before, after):
   def sharded(n):

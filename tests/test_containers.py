@@ -207,6 +207,7 @@ def training(wrapped):
   return params, tx, opt_state
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("wrapped", [True, long(False)])
 def test_states_of_optimizers_with_flax(wrapped):
@@ -239,6 +240,7 @@ def register_optax():
     )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_step_is_exported(wrapped):

@@ -164,6 +164,7 @@ def test_data_dir_comes_from_the_environment(data_dir, monkeypatch):
   assert str(data.resolve_data_dir()) == "/home/someone/tensorflow_datasets"
 
 
+@pytest.mark.long
 def test_nothing_needs_tensorflow_or_a_network(tmp_path):
   program = f"""
 import os, sys

@@ -404,6 +404,7 @@ class TestFrozen:
     ternary = tern.discretize(state.params, state.tern_state)["a"]["kernel"]
     return state, ternary, float(metrics["loss"])
 
+  @pytest.mark.sample(2)
   @pytest.mark.usefixtures("standard_promotion")
   def test_codes_stay_while_the_rest_trains(self):
     method = EC2T(gamma=0.2, min_scale=0.0)

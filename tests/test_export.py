@@ -834,6 +834,7 @@ def test_rows_of_attention_lie_along_its_inputs(path, stack):
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("library", ["linen", "nnx"])
 def test_attention_of_flax_comes_back(path, library):
   options = {"num_heads": 4, "qkv_features": 256}

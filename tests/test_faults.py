@@ -38,6 +38,7 @@ def test_no_damage_is_silent(tmp_path):
   assert min(counts["noticed"], counts["harmless"]) > 12
 
 
+@pytest.mark.long
 def test_hostile_files_are_refused(tmp_path):
   counts = fuzz(300, 0, tmp_path)
   for name, cases in (("specs", 90), ("codec", 150), ("safetensors", 60)):

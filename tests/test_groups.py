@@ -180,6 +180,7 @@ def test_packed_saved_and_loaded_bit_for_bit(layout, tmp_path):
   assert float(metrics.flip_rate(loaded, ternary)) == 0
 
 
+@pytest.mark.long
 def test_a_group_may_be_a_whole_channel_or_one_weight():
   w = weights((48, 10))
   method = TTQ(threshold=0.3, channel_axis=-1)
@@ -290,6 +291,7 @@ def test_an_equinox_model_runs_with_a_scale_a_group():
   assert [x.weight.w_p.shape for x in ternary.layers] == [(8, 1), (4, 2)]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("spec", [P("d"), P(None, "d")], ids=str)
 def test_groups_stay_on_their_devices(spec):
   mesh = jax.make_mesh((8,), ("d",), (AxisType.Auto,))

@@ -129,6 +129,7 @@ def test_options_that_do_not_fit_the_images(config):
       build.load_dataset(dataclasses.replace(config, **changes))
 
 
+@pytest.mark.sample(2)
 def test_a_dry_run(config, floats, monkeypatch, capsys):
   arguments = ["--dry-run", "--workdir", str(config.directory.parent / "dry")]
   monkeypatch.setattr("sys.argv", ["imagenet", *arguments])

@@ -396,6 +396,7 @@ def test_gradients_keep_packed_weights_only():
   assert kept < 256 * 256 / 2
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("activations", ["float32", "int8"])
 def test_vmap_scan_and_stacks(activations):
   layers = [weights((24, 24), "outputs", False, seed=i) for i in range(6)]

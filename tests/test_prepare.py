@@ -156,6 +156,7 @@ def test_weights_take_some_two_bits():
     assert 8 * sum(w.nbytes for w in made) <= 2.1 * sum(w.size for w in made)
 
 
+@pytest.mark.long
 def test_methods_end_here():
   tern = ParamTransform(tern_jax.SCA(sparsity=0.5))
   kernel = jnp.asarray(np.random.default_rng(0).normal(size=(64, 32)))

@@ -350,6 +350,7 @@ def test_a_gain_between_parameters_and_latents(gain):
     np.testing.assert_allclose(got, expected, rtol=0.02, atol=1e-4)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("every", [1, 10])
 def test_at_sparsity_keeps_the_barrier_of_sca(standard_promotion, every):
   target = tern_jax.ramp(0.8, steps=60)
@@ -671,6 +672,7 @@ def test_scales_of_channels_and_of_stacked_layers(alpha):
     np.testing.assert_allclose(got[i], off, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("space", ["latents", "weights"])
 def test_after_an_optimizer_it_descends(space):
   params, grads = tree()
@@ -842,6 +844,7 @@ def test_selections_of_latents_beside_scales():
     assert float(got.scales["a/kernel"]["scale"]) == 0
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("where", [tern_jax.kernels(), None])
 def test_a_whole_equinox_model(where):
   model = eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0))  # it has functions

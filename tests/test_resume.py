@@ -408,6 +408,7 @@ def test_equal_latents_keep_their_threshold():
   assert float(magnitude_threshold(w, 0.5)) == 0.0
 
 
+@pytest.mark.long
 def test_the_file_must_be_what_the_method_can_make():
   codes = np.array([[1, -1, 0, 1], [0, 1, -1, 1]])
   packed = pack_codes(codes, 0.5)

@@ -85,6 +85,7 @@ def zeros(ternary):
   }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("method_class", [Thin, Alone])
 def test_a_stranger_s_target(method_class):
   def trained(sparsity):

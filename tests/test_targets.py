@@ -144,6 +144,7 @@ def test_tga_has_no_bound_at_a_sparsity():
   assert int(zeros(method, w, {}, state)) == asked(0.995, w.size)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("detach", [True, False])
 def test_tga_trains_weights_alone_at_a_sparsity(detach):
   w, g = weights(), weights(seed=1)
