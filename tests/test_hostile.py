@@ -644,6 +644,7 @@ PROGRAM = """
 import pathlib, sys, tempfile
 import numpy as np
 from tern_jax.checkpoint import load_packed, save_packed
+from tern_jax import Ternary, pack
 from tern_jax.export import from_safetensors, to_safetensors
 
 def memory(name):
@@ -652,12 +653,15 @@ def memory(name):
   return 1024 * int(line.split()[1])
 
 load = {"net": load_packed, "st": from_safetensors}[sys.argv[1]]
+one, codes = np.ones((), np.float32), np.ones((8, 8), np.int8)
+tree = {"w": pack(Ternary(codes, one, one)), "x": np.zeros(8, np.float32)}
+# What is loaded or compiled once is not counted.
 with tempfile.TemporaryDirectory() as folder:
-  save_packed(folder + "/a", {"x": np.zeros(8)[:0]})
-  save_packed(folder + "/b", {"x": np.zeros(8, np.float32)})
-  load_packed(folder + "/b")
-  to_safetensors(folder + "/c", {"x": np.zeros(8, np.float32)})
-  from_safetensors(folder + "/c")
+  for codec in ("planes", "entropy"):
+    save_packed(f"{folder}/{codec}", tree, codec=codec)
+    load_packed(f"{folder}/{codec}")
+    to_safetensors(f"{folder}/{codec}.st", tree, codec=codec)
+    from_safetensors(f"{folder}/{codec}.st")
 pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
 before = memory("VmRSS")
 try:
