@@ -336,9 +336,9 @@ def test_dtypes_are_those_of_dense_products():
     with jax.numpy_dtype_promotion("standard"):
       assert (x @ w).dtype == jnp.float32
       whole = jnp.arange(32).reshape(2, 16)
-      np.testing.assert_allclose(whole @ w, f64(whole) @ dense(t), rtol=1e-6)
+      assert_float_product(whole @ w, whole, dense(t))
       y = (1j * x.astype(jnp.complex64)) @ w
-      np.testing.assert_allclose(y.imag, f64(x) @ dense(t), rtol=1e-5)
+      assert_float_product(y.imag, x, dense(t))
 
 
 def test_double_precision_stays_so():
