@@ -31,16 +31,15 @@ as float weights, for which XLA uses AVX-512 throughout:
 import dataclasses
 import functools
 import os
-import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from experiments.common import timing
 from experiments.common.tables import Table
 from tern_jax import Ternary
 from tern_jax.inference import cpu, dot
@@ -89,14 +88,6 @@ def ternary(n: int, zeros: float, two: bool) -> Ternary:
   return Ternary(jnp.asarray(codes, jnp.int8), w_p, 2 * w_p if two else w_p)
 
 
-def seconds(call: Callable[[], Any], calls: int, clock: Callable) -> float:
-  """Returns the time of one of some calls."""
-  start = clock()
-  for _ in range(calls):
-    call().block_until_ready()
-  return (clock() - start) / calls
-
-
 def ratios(
   options: InferenceOptions, n: int, batch: int, clock: Callable
 ) -> dict[str, float]:
@@ -105,27 +96,13 @@ def ratios(
   x = jnp.asarray(rng.normal(size=(batch, n)), jnp.float32)
   dense = ternary(n, 1 / 3, options.two).dequantize()
   float_product = jax.jit(jnp.matmul)
-  base = functools.partial(float_product, x, dense)
   forms = XLA + (NATIVE if cpu.isa() else ())
   product = jax.jit(dot)
-  calls = {}
+  calls = {"": functools.partial(float_product, x, dense)}
   for title, layout, activations, zeros in forms:
     w = prepared_of(ternary(n, zeros, options.two), (0,), layout, activations)
     calls[title] = functools.partial(product, x, w)
-  many = {}
-  for title, call in (("", base), *calls.items()):
-    call().block_until_ready()  # compiles
-    once = seconds(call, 2, clock)
-    many[title] = max(1, round(options.turn / once))
-  found: dict[str, list[float]] = {title: [] for title in ("", *calls)}
-  for _ in range(options.rounds):
-    for title, call in calls.items():
-      before = seconds(base, many[""], clock)
-      own = seconds(call, many[title], clock)
-      after = seconds(base, many[""], clock)
-      found[""].append((before + after) / 2)
-      found[title].append((before + after) / 2 / own)
-  return {title: statistics.median(times) for title, times in found.items()}
+  return timing.ratios(calls, options.rounds, options.turn, clock)
 
 
 def main(options: InferenceOptions) -> list[dict[str, float]]:

@@ -32,7 +32,6 @@ The last layers of LeNet-5 are narrower than the tiles that they fill.
 import dataclasses
 import functools
 import os
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -42,6 +41,7 @@ import jax.numpy as jnp
 import tyro
 
 import tern_jax
+from experiments.common import timing
 from experiments.common.models import MLP, LeNet5, ResNet, Transformer
 from experiments.common.tables import Table
 from tern_jax.inference import Prepared, apply_fn, cpu
@@ -131,33 +131,6 @@ def bits(tree: Any) -> float:
   return 8 * sum(x.nbytes for x in leaves) / sum(x.size for x in leaves)
 
 
-def seconds(call: Callable[[], Any], calls: int, clock: Callable) -> float:
-  """Returns the time of one of some calls."""
-  start = clock()
-  for _ in range(calls):
-    call().block_until_ready()
-  return (clock() - start) / calls
-
-
-def measure(
-  options: ModelOptions, calls: dict[str, Callable], clock: Callable
-) -> dict[str, float]:
-  """Returns the seconds of the float network, "", and ratios to the others."""
-  many = {}
-  for form, call in calls.items():
-    call().block_until_ready()  # compiles
-    many[form] = max(1, round(options.turn / seconds(call, 2, clock)))
-  found: dict[str, list[float]] = {form: [] for form in calls}
-  for _ in range(options.rounds):
-    for form in FORMS:
-      before = seconds(calls[""], many[""], clock)
-      own = seconds(calls[form], many[form], clock)
-      after = seconds(calls[""], many[""], clock)
-      found[""].append((before + after) / 2)
-      found[form].append((before + after) / 2 / own)
-  return {form: statistics.median(times) for form, times in found.items()}
-
-
 def main(options: ModelOptions) -> list[dict[str, float]]:
   """Runs the benchmark; returns and prints how many times as fast they are."""
   # Before JAX starts: its threads are as many as the cores.
@@ -168,7 +141,7 @@ def main(options: ModelOptions) -> list[dict[str, float]]:
   for name in options.models:
     for batch in options.batches:
       calls, sizes = networks(options, name, batch)
-      result = measure(options, calls, clock)
+      result = timing.ratios(calls, options.rounds, options.turn, clock)
       results.append({**result, **{f"bits, {x}": sizes[x] for x in FORMS}})
       cells = (f"{result[form]:.2f}" for form in FORMS)
       memory = (f"{sizes[form]:.2f}" for form in FORMS)
