@@ -1,6 +1,5 @@
 """Hostile files: each is loaded by a process of its own, which is measured."""
 
-import multiprocessing
 import random
 import resource
 import time
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.common.faults import crafted
-from experiments.common.faults.trees import hush
+from experiments.common.faults.trees import hush, processes
 from tern_jax.checkpoint import load_packed
 from tern_jax.export import from_safetensors
 
@@ -42,8 +41,7 @@ def try_to_load(usual: Path, path: Path, answers: Any) -> None:
 
 def hostile(times: int, seed: int, folder: Path) -> Counter[str]:
   """Loads hostile files; returns how many were refused."""
-  context = multiprocessing.get_context("forkserver")
-  context.set_forkserver_preload(["tern_jax.checkpoint", "tern_jax.export"])
+  context = processes()
   files = list(crafted.files().items())
   random.Random(seed).shuffle(files)
   (folder / "usual").mkdir()

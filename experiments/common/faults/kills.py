@@ -1,7 +1,6 @@
 """Kills: a training that saves is killed at a random moment, and resumed."""
 
 import contextlib
-import multiprocessing
 import random
 import time
 from collections import Counter
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.common.faults.trees import flat, hush
+from experiments.common.faults.trees import flat, hush, processes
 from tern_jax.checkpoint import (
   Checkpointer,
   CheckpointError,
@@ -64,9 +63,7 @@ def train(folder: str, reports: Any) -> None:
 
 def kills(times: int, seed: int, folder: Path) -> Counter[str]:
   """Kills trainings; returns what they were doing, and the steps checked."""
-  # Processes are forked from one that has imported JAX, but not started it.
-  context = multiprocessing.get_context("forkserver")
-  context.set_forkserver_preload(["tern_jax.checkpoint"])
+  context = processes()
   rng, counts, states = random.Random(seed), Counter(), [begin()]
   saved = 0
   for _ in range(times):

@@ -8,7 +8,6 @@ is cut.
 
 import contextlib
 import itertools
-import multiprocessing
 import os
 import random
 import shutil
@@ -20,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.common.faults.trees import flat, hush, net
+from experiments.common.faults.trees import flat, hush, net, processes
 from tern_jax.checkpoint import Checkpointer, load_packed, save_packed
 
 #: Seconds until ext4 writes its journal unasked.
@@ -76,8 +75,7 @@ def power(times: int, seed: int, folder: Path) -> Counter[str]:
     counts["skipped: nothing can be mounted here"] = 1
     return counts
   rng, image, copy = random.Random(seed), folder / "image", folder / "copy"
-  context = multiprocessing.get_context("forkserver")
-  context.set_forkserver_preload(["tern_jax.checkpoint"])
+  context = processes()
   with mounted(make(image), folder / "disk") as disk:
     reports, theirs = context.Pipe(duplex=False)
     writer = context.Process(target=write, args=(str(disk), theirs))

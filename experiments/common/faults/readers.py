@@ -1,12 +1,11 @@
 """Readers: one process loads what another one replaces all the time."""
 
-import multiprocessing
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from experiments.common.faults.trees import flat, hush, net
+from experiments.common.faults.trees import flat, hush, net, processes
 from tern_jax.checkpoint import Checkpointer, load_packed, save_packed
 
 
@@ -27,8 +26,7 @@ def write(folder: str, ready: Any, stop: Any) -> None:
 def readers(seconds: int, seed: int, folder: Path) -> Counter[str]:
   """Loads for so long; returns how often, all of them right."""
   del seed
-  context = multiprocessing.get_context("forkserver")
-  context.set_forkserver_preload(["tern_jax.checkpoint"])
+  context = processes()
   ready, stop = context.Event(), context.Event()
   writer = context.Process(target=write, args=(str(folder), ready, stop))
   writer.start()

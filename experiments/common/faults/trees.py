@@ -1,6 +1,7 @@
 """What all kinds of faults share: trees to save, and how they are compared."""
 
 import logging
+import multiprocessing
 import sys
 import warnings
 from typing import Any
@@ -36,3 +37,10 @@ def hush() -> None:
   logging.disable(logging.ERROR)
   warnings.filterwarnings("ignore", "coroutine", RuntimeWarning)
   sys.unraisablehook = lambda _: None
+
+
+def processes() -> Any:
+  """Returns what makes processes that have imported JAX, but not started it."""
+  context = multiprocessing.get_context("forkserver")
+  context.set_forkserver_preload(["tern_jax.checkpoint", "tern_jax.export"])
+  return context
