@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tern_jax.checkpoint import Place
+from tern_jax.storage import durable
 
 #: What is written aside, until it is whole.
 PARTS = ".*.????????.part"
@@ -40,23 +41,14 @@ def write(path: Place, content: bytes | str) -> None:
     if isinstance(error, OSError):
       raise OSError(error.errno, error.strerror, str(path)) from error
     raise
-  sync_folder(path.parent)
+  with contextlib.suppress(OSError):  # where the file system can
+    durable.flush(path.parent)
 
 
 def write_table(folder: Path, text: str, table: Any) -> None:
   """Writes a table, as Markdown and as JSON."""
   write(folder / "table.md", f"{text}\n")
   write(folder / "table.json", json.dumps(table, indent=2) + "\n")
-
-
-def sync_folder(folder: Path) -> None:
-  """Writes the names of a folder to disk, where the file system can."""
-  with contextlib.suppress(OSError):
-    number = os.open(folder, os.O_RDONLY)
-    try:
-      os.fsync(number)
-    finally:
-      os.close(number)
 
 
 def remove_parts(folder: Path) -> None:
