@@ -73,3 +73,16 @@ def standard_promotion_throughout():
   """The same for a whole module, its own fixtures included."""
   with jax.numpy_dtype_promotion("standard"):
     yield
+
+
+@pytest.fixture
+def call(capsys):
+  """Runs the command `tern_jax`; returns its status, output and errors."""
+  from tern_jax import __main__
+
+  def run(*args):
+    status = __main__.main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+  return run

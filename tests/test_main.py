@@ -43,16 +43,6 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture
-def call(capsys):
-  def run(*args):
-    status = __main__.main([str(arg) for arg in args])
-    out, err = capsys.readouterr()
-    return status, out, err
-
-  return run
-
-
-@pytest.fixture
 def damaged(tmp_path):
   """A checkpoint of which one leaf is damaged."""
   save_packed(tmp_path / "net", net())

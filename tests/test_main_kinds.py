@@ -46,16 +46,6 @@ def saved(tmp_path_factory):
   return path
 
 
-@pytest.fixture
-def call(capsys):
-  def run(*args):
-    status = __main__.main([str(arg) for arg in args])
-    out, err = capsys.readouterr()
-    return status, out, err
-
-  return run
-
-
 def test_a_safetensors_file_is_shown_as_a_checkpoint_is(call, saved):
   _, table, _ = call("inspect", saved / "net")
   status, out, _ = call("inspect", saved / "net.safetensors")
