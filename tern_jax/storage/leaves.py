@@ -207,7 +207,7 @@ def place(x: Leaf, like: object = None, source: str = "it") -> Any:
   # An array that was free to move to another device stays so.
   fixed = getattr(like, "committed", True)
   sharding = getattr(like, "sharding", None) if fixed else None
-  placed = jax.device_put(x, sharding) if sharding else jnp.asarray(x)
+  placed = jax.device_put(x, sharding)  # jnp.asarray may copy twice
   if placed.dtype != x.dtype:
     hint = "set jax_enable_x64 to load them"
     raise MisfitError(f"{source} has {x.dtype} arrays: {hint}.")
