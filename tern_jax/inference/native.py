@@ -9,7 +9,7 @@ import numpy as np
 
 from tern_jax.core.types import Array
 from tern_jax.inference import cpu
-from tern_jax.inference.forms import cut, padded, steps
+from tern_jax.inference.forms import cut, is_sharded, padded, steps
 from tern_jax.inference.layout import Layout
 from tern_jax.inference.matrix import Size
 
@@ -39,7 +39,7 @@ class Native(Layout):
 
     operands = x, w_p, w_n, *arrays
     isa = cpu.isa()
-    if isa is None:
+    if isa is None or is_sharded(*operands):
       return unpacked(*operands)
     native = self.call(size, int8, isa)
     return jax.lax.platform_dependent(*operands, cpu=native, default=unpacked)
