@@ -9,6 +9,8 @@ import re
 
 import jax
 
+from tern_jax.inference.sources import digest
+
 #: Instruction sets, best first, in the order of csrc/product.h.
 ISAS = ("avx512", "avx2", "neon")
 #: An instruction set not to go beyond, or "off".
@@ -88,7 +90,23 @@ def _opened() -> ctypes.CDLL:
       f"it was compiled for version {built[0]}.{built[1]} of XLA's interface,"
       f" and jaxlib has {runs[0]}.{runs[1]}. Install tern_jax again."
     )
+  sources = _LIBRARY.with_name("csrc")
+  # Wheels have none: their library cannot be of others.
+  if sources.is_dir() and _digest_of(library) != digest(sources):
+    raise UnavailableError(
+      f"it was not compiled from the sources in {sources}, which have changed."
+      " Install tern_jax again."
+    )
   return library
+
+
+def _digest_of(library: ctypes.CDLL) -> str:
+  """Returns the digest of the sources of a library."""
+  call = getattr(library, "tern_jax_sources", None)
+  if call is None:
+    return ""
+  call.restype = ctypes.c_char_p
+  return call().decode()
 
 
 def _api_version() -> tuple[int, int]:

@@ -225,3 +225,5 @@ TERN_JAX_EXPORT int tern_jax_api_minor() { return XLA_FFI_API_MINOR; }
 TERN_JAX_EXPORT int tern_jax_has_isa(int32_t isa) {
   return tern_jax::has_isa(static_cast<tern_jax::Isa>(isa));
 }
+// Of which sources this was made.
+TERN_JAX_EXPORT const char* tern_jax_sources() { return TERN_JAX_SOURCES; }
