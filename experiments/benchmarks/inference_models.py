@@ -28,12 +28,15 @@ as floats, and bits of a ternary weight.
 
 times the artefacts of `tern_jax.export.to_stablehlo`, as it writes them by
 default and with `native=True`, and one of float weights, against one that
-unpacks all weights at each call. On the same machine, and their kB:
+unpacks all weights at each call. On the same machine, and the
+kB of the default:
 
-  network, batch              unpacking µs  float  default  native  kB, float    kB
-  mlp, 1                              2026   1.76     1.61   13.85      16823  1064
-  mlp, 32                             4975   1.17     1.20    2.08      16823  1064
-  transformer, one token, 1          37765   4.19     6.62   17.20      51526  3857
+  network, batch              unpacking µs  float  default  native  kB
+  mlp, 1                              2026   1.76     1.61   13.85  1064
+  mlp, 32                             4975   1.17     1.20    2.08  1064
+  transformer, one token, 1          37765   4.19     6.62   17.20  3857
+  transformer, one token, 32         44446   2.19     2.41    3.37  3857
+
 Convolutions of many pixels unpack their kernel at each call, since XLA's are
 faster than products with patches: small networks of them lose 14 % at batch 1.
 The last layers of LeNet-5 are narrower than the tiles that they fill.
