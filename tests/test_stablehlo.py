@@ -113,7 +113,7 @@ def dense_of(tree):
   )
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
   "native", [False, pytest.param(True, marks=needs_native)]
 )
@@ -165,7 +165,7 @@ def test_int8_activations_stay_so():
     assert ("@tern_jax_tiles" in net.mlir_module()) == native
 
 
-@pytest.mark.parametrize("zeros", [1 / 3, 0.95])
+@pytest.mark.parametrize("zeros", [long(1 / 3), 0.95])
 def test_no_other_library_is_called(zeros):
   tree = {"w": weights(64, 24, zeros=zeros), "v": weights(24, 8)}
 

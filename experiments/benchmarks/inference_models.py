@@ -34,6 +34,8 @@ kB of the default:
   network, batch              unpacking µs  float  default  native  kB
   mlp, 1                              2026   1.76     1.61   13.85  1064
   mlp, 32                             4975   1.17     1.20    2.08  1064
+  lenet5, 1                            196   1.21     1.08    1.23    29
+  lenet5, 32                          3733   1.04     1.06    1.03    29
   transformer, one token, 1          37765   4.19     6.62   17.20  3857
   transformer, one token, 32         44446   2.19     2.41    3.37  3857
 
