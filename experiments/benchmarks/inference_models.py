@@ -36,6 +36,7 @@ kB of the default:
   mlp, 32                             4975   1.17     1.20    2.08  1064
   lenet5, 1                            196   1.21     1.08    1.23    29
   lenet5, 32                          3733   1.04     1.06    1.03    29
+  resnet20, 1                         1792   1.11     1.01    0.98    99
   transformer, one token, 1          37765   4.19     6.62   17.20  3857
   transformer, one token, 32         44446   2.19     2.41    3.37  3857
 
