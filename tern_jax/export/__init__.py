@@ -3,9 +3,10 @@
   to_safetensors  planes and scales, checksummed, read by NumPy or by
                   `from_safetensors`; nothing is lost;
   to_stablehlo    the whole computation, run by JAX without the model's code;
-  to_gguf         ggml's ternary types, for the tools of llama.cpp's family.
+  to_gguf         ggml's ternary types, for the tools of llama.cpp's family;
+                  with `llama`, a language model that llama.cpp runs.
 
-Each writes beside the path, then moves the whole file there; a file that
+Each writer writes beside the path, then moves the whole file there; a file that
 exists is replaced only if asked. The packages that they need are those of
 `pip install 'tern_jax[export]'`.
 
@@ -13,6 +14,8 @@ A format is one file with a `Writer`, and one line of `FORMATS`, from which the
 command `python -m tern_jax export` has its choices and options.
 """
 
+from tern_jax.export.decoder import Decoder as Decoder
+from tern_jax.export.decoder import llama as llama
 from tern_jax.export.files import FORMAT as FORMAT
 from tern_jax.export.files import Writer as Writer
 from tern_jax.export.gguf import GGUF
