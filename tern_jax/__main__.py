@@ -38,7 +38,7 @@ def _interrupted(*_: object) -> None:
   """
   if files := sys.modules.get("tern_jax.export.files"):
     for path in files.unfinished:
-      path.unlink(missing_ok=True)
+      files.remove(path)
   with contextlib.suppress(OSError):
     os.write(2, b"tern_jax: interrupted\n")
   os._exit(130)

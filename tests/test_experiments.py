@@ -195,7 +195,13 @@ def test_lines_tell_rates_strengths_and_norms(config, result):
   assert all("wdr_strength" not in line for line in floats)
 
 
-def test_a_run_says_what_it_does(config, result, tmp_path, capsys, brief):
+@pytest.mark.usefixtures("brief")
+def test_a_run_says_what_it_does(config, result, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(
+    evaluate,
+    "in_fresh_process",
+    lambda run: evaluate.evaluate(run) | {"forward": result["forward"]},
+  )
   again = dataclasses.replace(config, workdir=str(tmp_path / "again"))
   shutil.copytree(config.directory, again.directory)
   shutil.copytree(config.float_directory, again.float_directory)
@@ -484,6 +490,7 @@ def test_options_that_do_not_fit(changes, message):
     ({"exclude": ("head",)}, "'head' matches no leaf"),
     ({"method": methods.Sca(sparsity=1.5)}, "sparsity must lie in"),
     ({"method": methods.Sca(sparsity=0.5, alpha=0.1)}, "give exactly one"),
+    ({"method": methods.Tga(published=True)}, "give surrogate None with it"),
   ],
 )
 def test_what_does_not_fit_writes_nothing(config, tmp_path, changes, message):
@@ -522,6 +529,11 @@ def test_what_does_not_fit_writes_nothing(config, tmp_path, changes, message):
       ["method:tga", "--method.surrogate", "None", "--method.frozen"],
       methods.Tga(surrogate=None, frozen=True),
       "digits-mlp-tga-no_surrogate-frozen-seed0",
+    ),
+    (
+      ["method:tga", "--method.surrogate", "None", "--method.published"],
+      methods.Tga(surrogate=None, published=True),
+      "digits-mlp-tga-no_surrogate-published-seed0",
     ),
   ],
 )

@@ -168,7 +168,10 @@ def _export(options: argparse.Namespace) -> int:
     raise ValueError(f"--to {options.to} has no option {', '.join(strange)}.")
   _check_name(options)
   # Rather now than after a large file was read.
-  files.free_file(options.out, options.overwrite)
+  if writer.folder:
+    files.free_folder(options.out, options.overwrite, writer.folder)
+  else:
+    files.free_file(options.out, options.overwrite)
   defaults = {
     k: x["default"] for k, x in writer.options.items() if "default" in x
   }

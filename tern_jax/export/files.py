@@ -6,14 +6,15 @@ import importlib
 import math
 import os
 import secrets
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tern_jax.core.paths import path_str
 from tern_jax.core.types import PyTree
-from tern_jax.storage import leaves, limits, places
+from tern_jax.storage import durable, leaves, limits, places
 from tern_jax.storage.leaves import PathLike
 from tern_jax.storage.packed import validate
 
@@ -21,7 +22,8 @@ from tern_jax.storage.packed import validate
 FORMAT = 1
 #: {keyword: arguments of `argparse.add_argument`}.
 Options = Mapping[str, Mapping[str, Any]]
-#: Files that are being written: what to remove if the process must end at once.
+#: Files and folders that are being written: what to remove if the process must
+#: end at once.
 unfinished: set[Path] = set()
 
 
@@ -36,11 +38,14 @@ class Writer:
     options: keywords of `write`; those of one name in several formats must
       agree. Without a default, that of `write` holds.
     refusal: why there is no `write`.
+    folder: names of the files in the folder that it writes; none if what it
+      writes is a file.
   """
 
   write: Callable[..., Mapping[str, float] | None] | None
   options: Options = dataclasses.field(default_factory=dict)
   refusal: str = ""
+  folder: Collection[str] = ()
 
 
 def require(package: str, task: str) -> Any:
@@ -76,6 +81,86 @@ def free_file(path: PathLike, overwrite: bool) -> Path:
   if path.exists():
     limits.size_of_file(path)  # A device would be replaced by a file.
   return path
+
+
+def free_folder(
+  path: PathLike, overwrite: bool, names: Collection[str]
+) -> Path:
+  """Returns the path of a folder, which can be written.
+
+  Args:
+    path: of the folder.
+    overwrite: whether one that exists may be replaced.
+    names: of the files that such a folder has.
+
+  Raises:
+    FileExistsError: it exists, and must not be overwritten, or holds others.
+    NotADirectoryError: it is a file.
+    ValueError: it is not on this machine.
+  """
+  path = local_file(path)
+  if not os.path.lexists(path):
+    return path
+  if path.is_symlink() or not path.is_dir():
+    raise NotADirectoryError(f"{path} is no folder: give another path.")
+  if not overwrite:
+    raise _taken(path)
+  if others := sorted({x.name for x in path.iterdir()} - {*names}):
+    raise FileExistsError(
+      f"{path} holds {others[0]}, which would be lost: choose another path."
+    )
+  return path
+
+
+@contextlib.contextmanager
+def fresh_folder(
+  path: PathLike, overwrite: bool, names: Collection[str]
+) -> Iterator[Path]:
+  """Yields a folder to write to, which becomes the real one if all went well.
+
+  Args:
+    path: of the folder.
+    overwrite: whether one that exists may be replaced.
+    names: of the files that such a folder has.
+  """
+  path = free_folder(path, overwrite, names)
+  fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+  old = fresh.with_suffix(".old")
+  try:
+    durable.make(path.parent)
+    fresh.mkdir()
+  except OSError as e:
+    fault = f"cannot write to the folder {path.parent}: {e.strerror}."
+    raise type(e)(fault) from e
+  unfinished.add(fresh)
+  try:
+    yield fresh
+    durable.flush_all(fresh)
+    if free_folder(path, overwrite, names).exists():
+      path.rename(old)
+    try:
+      fresh.rename(path)
+    except OSError:
+      if old.exists():
+        old.rename(path)
+      raise
+    durable.flush(path.parent)
+    remove(old)
+  except (ValueError, TypeError, FileExistsError):
+    raise
+  except Exception as e:
+    raise OSError(f"cannot write {path}: {e}.") from e
+  finally:
+    unfinished.discard(fresh)
+    remove(fresh)
+
+
+def remove(path: Path) -> None:
+  """Deletes a file or a folder that may be there."""
+  if path.is_dir():
+    shutil.rmtree(path, ignore_errors=True)
+  else:
+    path.unlink(missing_ok=True)
 
 
 def _taken(path: Path) -> FileExistsError:

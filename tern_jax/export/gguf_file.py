@@ -9,7 +9,7 @@ import math
 import os
 import struct
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -23,21 +23,52 @@ MAGIC = b"GGUF"
 # ggml's types, by number: the name, and the dtype of the elements.
 _DENSE = {
   0: ("F32", "<f4"),
+  1: ("F16", "<f2"),
   24: ("I8", "<i1"),
   25: ("I16", "<i2"),
   26: ("I32", "<i4"),
   27: ("I64", "<i8"),
   28: ("F64", "<f8"),
+  30: ("BF16", "<u2"),
 }
-# The name, and the bytes of a block.
-_TERNARY = {34: ("TQ1_0", 54), 35: ("TQ2_0", 66)}
-_BLOCK = 256
 # Weights that are decoded at a time.
 _PART = 1 << 20
 # struct's letters of the types of metadata; 8 is a string, 9 an array.
 _VALUES = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _POWERS = np.array([1, 3, 9, 27, 81], np.uint8)[:, None]
+
+
+class Ternary(NamedTuple):
+  """A type that holds ternary weights exactly.
+
+  Args:
+    name: what ggml calls it.
+    number: its number there.
+    block: consecutive weights that share a scale.
+    nbytes: of a block.
+    scale: where in a block the two bytes of the scale are.
+    file_type: number of a file whose matrices are of this type.
+  """
+
+  name: str
+  number: int
+  block: int
+  nbytes: int
+  scale: slice
+  file_type: int
+
+
+#: By name.
+TERNARY = {
+  x.name: x
+  for x in (
+    Ternary("TQ1_0", 34, 256, 54, slice(52, 54), 36),
+    Ternary("TQ2_0", 35, 256, 66, slice(64, 66), 37),
+    Ternary("Q2_0", 42, 64, 18, slice(0, 2), 41),
+  )
+}
+_TERNARY = {x.number: x for x in TERNARY.values()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +94,13 @@ class Tensor:
     return known[self.type][0] if self.type in known else f"type {self.type}"
 
   @property
+  def is_known(self) -> bool:
+    """Whether its values can be read here."""
+    return self.type in _DENSE | _TERNARY
+
+  @property
   def is_ternary(self) -> bool:
-    """Whether it is of one of ggml's ternary types."""
+    """Whether it is of one of the types that hold ternary weights."""
     return self.type in _TERNARY
 
   @property
@@ -72,7 +108,7 @@ class Tensor:
     """Bytes in the file, 0 of a type that `to_gguf` does not write."""
     n = math.prod(self.shape)
     if self.is_ternary:
-      return n // _BLOCK * _TERNARY[self.type][1]
+      return n // _TERNARY[self.type].block * _TERNARY[self.type].nbytes
     if self.type not in _DENSE:
       return 0
     return n * np.dtype(_DENSE[self.type][1]).itemsize
@@ -114,7 +150,10 @@ def examine(
   if version > files.FORMAT:
     reads = f"this tern_jax reads up to {files.FORMAT}: upgrade tern_jax"
     raise CheckpointError(f"{path} has format {version}, but {reads}.")
-  if metadata.get("tern_jax.ternary") != [x.name for x in _ternary(tensors)]:
+  # An empty list is not written.
+  if metadata.get("tern_jax.ternary", []) != [
+    x.name for x in _ternary(tensors)
+  ]:
     fault = "its ternary tensors are not those of its metadata"
     raise CheckpointError(f"{path} is damaged: {fault}.")
   with path.open("rb") as file:
@@ -203,54 +242,111 @@ class _Header:
     return Tensor(name, self._number("I"), shape, self._number("Q"))
 
 
+def values(path: PathLike, x: Tensor) -> np.ndarray:
+  """Returns the values of a tensor, those of ternary weights in float32.
+
+  Raises:
+    CheckpointError: it is damaged, or of a type that is not known here.
+    OSError: the file cannot be read.
+  """
+  codes, scales = parts(path, x)
+  if scales is None:
+    return codes
+  blocks = codes.reshape(-1, _TERNARY[x.type].block).astype(np.float32)
+  return (blocks * scales.reshape(-1, 1)).reshape(x.shape)
+
+
+def parts(path: PathLike, x: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+  """Returns int8 codes and their scales, one a block, or values and None.
+
+  Raises:
+    CheckpointError: it is damaged, or of a type that is not known here.
+    OSError: the file cannot be read.
+  """
+  path = files.local_file(path)
+  try:
+    with path.open("rb") as file:
+      data = _read(file, x)
+      if not x.is_ternary:
+        return _dense(x, data), None
+      blocks, scales = _blocks(x, data)
+      codes = _DECODE[_TERNARY[x.type].name](blocks)
+      _check_codes(codes)
+      return codes.reshape(x.shape), scales
+  except ValueError as e:
+    raise CheckpointError(f"{path}: {x.name} is damaged: {e}.") from e
+
+
 def _decode(file: BinaryIO, x: Tensor) -> np.ndarray | PackedTernary:
   """Returns the values of a tensor, checked."""
+  data = _read(file, x)
+  if not x.is_ternary:
+    return _dense(x, data)
+  blocks, scales = _blocks(x, data)
+  arrays: dict[str, Any] = _planes(x, blocks) | {"w_p": scales, "w_n": scales}
+  return PackedTernary(**arrays, shape=x.shape, axis=packed_axis(x.shape, 0))
+
+
+def _read(file: BinaryIO, x: Tensor) -> bytes:
   if x.type not in _DENSE | _TERNARY:
     raise ValueError(f"to_gguf writes no tensors of {x.type_name}")
-  if x.is_ternary and (not x.shape or x.shape[-1] % _BLOCK):
-    raise ValueError(f"its rows are no multiple of {_BLOCK}")
+  if x.is_ternary:
+    block = _TERNARY[x.type].block
+    if not x.shape or x.shape[-1] % block:
+      raise ValueError(f"its rows are no multiple of {block}")
   if x.offset + x.nbytes > os.fstat(file.fileno()).st_size:
     raise ValueError("the file ends before it does")
   file.seek(x.offset)
-  data = file.read(x.nbytes)
-  if not x.is_ternary:
-    dense = np.frombuffer(data, _DENSE[x.type][1]).reshape(x.shape)
-    if not np.all(np.isfinite(dense)):
-      raise ValueError("it has values that are not finite")
-    return dense
-  width = _TERNARY[x.type][1]
-  blocks = np.frombuffer(data, np.uint8).reshape(-1, width)
-  # The last two bytes of a block are its scale.
-  scales = blocks[:, -2:].copy().view("<f2").astype(np.float32)
+  return file.read(x.nbytes)
+
+
+def _dense(x: Tensor, data: bytes) -> np.ndarray:
+  name, dtype = _DENSE[x.type]
+  dense = np.frombuffer(data, dtype).reshape(x.shape)
+  if name == "BF16":  # the upper half of a float32
+    dense = (dense.astype("<u4") << 16).view("<f4")
+  if not np.all(np.isfinite(dense)):
+    raise ValueError("it has values that are not finite")
+  return dense
+
+
+def _blocks(x: Tensor, data: bytes) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the bytes of the codes, by block, and the scales, by row."""
+  kind = _TERNARY[x.type]
+  blocks = np.frombuffer(data, np.uint8).reshape(-1, kind.nbytes)
+  scales = blocks[:, kind.scale].copy().view("<f2").astype(np.float32)
   if not np.all(np.isfinite(scales)):
     raise ValueError("it has scales that are not finite")
   scales = scales.reshape(*x.shape[:-1], -1)
-  planes = _planes(x, blocks[:, :-2])
-  arrays: dict[str, Any] = planes | {"w_p": scales, "w_n": scales}
-  return PackedTernary(**arrays, shape=x.shape, axis=packed_axis(x.shape, 0))
+  first = kind.scale.start == 0
+  return blocks[:, 2:] if first else blocks[:, : kind.scale.start], scales
 
 
 def _planes(x: Tensor, blocks: np.ndarray) -> dict[str, np.ndarray]:
   """Returns bit-planes, made part by part: codes take four times as much."""
-  name, axis = _TERNARY[x.type][0], packed_axis(x.shape, 0)
-  decode = _tq1_0 if name == "TQ1_0" else _tq2_0
+  axis, block = packed_axis(x.shape, 0), _TERNARY[x.type].block
+  decode = _DECODE[_TERNARY[x.type].name]
   inner = math.prod(x.shape[1:])
   # Along the first axis, in whole blocks and whole bytes.
-  whole = 8 if len(x.shape) > 1 else _BLOCK
+  whole = 8 if len(x.shape) > 1 else block
   step = max(1, _PART // (whole * inner)) * whole
   shape = plane_shape(x.shape)
   nonzero, sign = np.empty(shape, np.uint8), np.empty(shape, np.uint8)
   for start in range(0, x.shape[0], step):
     n = min(step, x.shape[0] - start)
-    part = slice(start * inner // _BLOCK, (start + n) * inner // _BLOCK)
+    part = slice(start * inner // block, (start + n) * inner // block)
     codes = decode(blocks[part]).reshape(n, *x.shape[1:])
-    if np.any(codes > 1):
-      raise ValueError("it has a code that is not -1, 0 or 1")
+    _check_codes(codes)
     first = start // 8 if axis == 0 else start
     for plane, bits in ((nonzero, codes != 0), (sign, codes < 0)):
       packed = np.packbits(bits, axis, bitorder="little")
       plane[first : first + len(packed)] = packed
   return {"nonzero": nonzero, "sign": sign}
+
+
+def _check_codes(codes: np.ndarray) -> None:
+  if np.any(codes > 1):
+    raise ValueError("it has a code that is not -1, 0 or 1")
 
 
 def _tq1_0(blocks: np.ndarray) -> np.ndarray:
@@ -273,3 +369,12 @@ def _tq2_0(blocks: np.ndarray) -> np.ndarray:
   shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
   codes = blocks.reshape(-1, 2, 1, 32) >> shifts & 3
   return codes.reshape(len(blocks), -1).astype(np.int8) - np.int8(1)
+
+
+def _q2_0(blocks: np.ndarray) -> np.ndarray:
+  """Returns codes: a byte has 4 of 2 bits, one after the other."""
+  codes = blocks[:, :, None] >> np.array([0, 2, 4, 6], np.uint8) & 3
+  return codes.reshape(len(blocks), -1).astype(np.int8) - np.int8(1)
+
+
+_DECODE = {"TQ1_0": _tq1_0, "TQ2_0": _tq2_0, "Q2_0": _q2_0}
