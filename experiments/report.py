@@ -51,6 +51,12 @@ SIZES = (
   Column("packed, bytes", "packed_bytes", form=",.0f"),
   Column("on disk, bytes", "disk_bytes", form=",.0f"),
 )
+#: Of forward passes of one example, in milliseconds.
+PASSES = (
+  Column("float, ms", "float", 1e3, ".3f"),
+  Column("packed, ms", "packed", 1e3, ".3f"),
+  Column("packed, int8, ms", "packed_int8", 1e3, ".3f"),
+)
 #: What the parts of a record must have, by the first word of its file's name.
 EXPECTED = {
   "accuracy_table": {column.key for column in bench.ACCURACY},
@@ -196,6 +202,13 @@ def single_runs(
     ],
     tables,
   )
+  timed = {
+    group: [passes(run) for run in runs]
+    for group, runs in groups.items()
+    if all("forward" in run for run in runs)
+  }
+  if timed:
+    section.tables.append(summary(timed, PASSES, "Forward passes, batch 1"))
   for data in dict.fromkeys(group.split("-")[0] for group in groups):
     picture = f"{data}_histograms.png"
     if (results / picture).exists():
@@ -225,6 +238,17 @@ def bits(run: dict[str, Any]) -> dict[str, float]:
   seen = {f"validation_{k}": x for k, x in run["validation_loss"].items()}
   nats = run["loss"] | seen
   return {key: value / math.log(2) for key, value in nats.items()}
+
+
+def passes(run: dict[str, Any]) -> dict[str, float]:
+  """Returns the seconds of a forward pass of one example in each form.
+
+  >>> one, all = {"seconds": 0.5}, {"seconds": 2.0}
+  >>> passes({"forward": {"forms": {"float": {"batches": [one, all]}}}})
+  {'float': 0.5}
+  """
+  forms = run["forward"]["forms"]
+  return {key: form["batches"][0]["seconds"] for key, form in forms.items()}
 
 
 def side_by_side(name: str, record: dict[str, Any], out: Path) -> page.Section:

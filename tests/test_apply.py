@@ -704,6 +704,20 @@ def test_prepared_weights():
   ]
 
 
+def test_lists_of_weights_are_prepared():
+  # Whose second one has the name that x has among the arguments.
+  def model(weights, x):
+    return x @ weights[0] @ weights[1]
+
+  tree = [ternary((8, 16)), ternary((16, 4))]
+  x = np.ones((2, 8), np.float32)
+  net = inference.apply_fn(model)
+  made = net.prepare(pack(tree), x)
+  assert [w.shape for w in made] == [(8, 16), (16, 4)]
+  assert all(isinstance(w, inference.Prepared) for w in made)
+  assert_close(net(made, x), model(dense(tree), x))
+
+
 def test_a_stack_of_prepared_weights_with_int8_activations():
   tree = ternary((3, 32, 32), stacked=1)
 

@@ -15,9 +15,10 @@ import tern_jax
 from experiments.common import cli, command, errors, evaluate, log, methods
 from experiments.common.runner import checks, loop, record, run
 from tern_jax import load_packed, metrics
+from tern_jax.inference import cpu
 
 # What may differ between two runs of the same config; orbax writes down times.
-INCIDENTAL = ("seconds", "command", "disk_bytes")
+INCIDENTAL = ("seconds", "command", "disk_bytes", "forward")
 NETS = {"float", "unrounded", "rounded"}
 
 
@@ -80,6 +81,40 @@ def test_the_record_is_consistent(config, result):
   assert result["packed_bytes"] < result["float_bytes"] / 4
   assert result["packed_bytes"] < result["disk_bytes"]
   assert result["method"].startswith("ParamTransform(method=SCA(sparsity=ramp(")
+
+
+def test_forward_passes_are_timed(result):
+  found = result["forward"]
+  assert found["device"] == jax.devices()[0].device_kind
+  assert found["native"] == cpu.isa()
+  assert list(found["forms"]) == ["float", "packed", "packed_int8"]
+  for name, form in found["forms"].items():
+    assert [batch["size"] for batch in form["batches"]] == [1, 360]
+    for batch in form["batches"]:
+      assert 0 < batch["seconds"] < 10
+      if name == "float":
+        assert batch["bytes"] == result["float_bytes"]
+      else:
+        assert batch["bytes"] < result["float_bytes"] / 4
+    assert abs(form["correct"] - result["correct"]["rounded"]) <= 2
+  for name, net in (("float", "rounded"), ("packed", "packed")):
+    assert found["forms"][name]["correct"] == result["correct"][net]
+    assert found["forms"][name]["loss"] == pytest.approx(
+      result["loss"][net], rel=1e-6
+    )
+  lines = record.text(result).splitlines()
+  (at,) = (i for i, line in enumerate(lines) if "forward pass" in line)
+  assert "batch 1, ms  batch 360, ms" in lines[at]
+  assert [line.split("  ")[0] for line in lines[at + 2 :]] == [
+    "float weights", "packed weights", "packed, int8 activations",
+  ]  # fmt: skip
+
+
+def test_records_of_earlier_versions_are_shown(result):
+  earlier = {k: v for k, v in result.items() if k != "forward"}
+  text = record.text(earlier)
+  assert record.text(result).startswith(text)
+  assert "forward pass" not in text
 
 
 def test_what_a_run_leaves(config, result):
@@ -160,7 +195,13 @@ def test_lines_tell_rates_strengths_and_norms(config, result):
   assert all("wdr_strength" not in line for line in floats)
 
 
-def test_a_run_says_what_it_does(config, result, tmp_path, capsys, brief):
+@pytest.mark.usefixtures("brief")
+def test_a_run_says_what_it_does(config, result, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(
+    evaluate,
+    "in_fresh_process",
+    lambda run: evaluate.evaluate(run) | {"forward": result["forward"]},
+  )
   again = dataclasses.replace(config, workdir=str(tmp_path / "again"))
   shutil.copytree(config.directory, again.directory)
   shutil.copytree(config.float_directory, again.float_directory)
@@ -380,6 +421,22 @@ def test_a_packed_file_that_answers_otherwise_is_an_error(
   with pytest.raises(RuntimeError, match="gives -1 right answers"):
     run.run(again)
   assert not (again.directory / "result.json").exists()
+
+
+@pytest.mark.parametrize(("correct", "fits"), [(349, True), (348, False)])
+def test_products_by_packed_weights_answer_alike(
+  config, monkeypatch, correct, fits
+):
+  packed = {"correct": correct, "loss": 0.2}
+  found = {"correct": 350, "forward": {"forms": {"packed": packed}}}
+  monkeypatch.setattr(evaluate, "in_fresh_process", lambda _: found)
+  rounded = evaluate.Score(350, 360, 0.1)
+  if fits:
+    score, forward = record._score_of_file(config, rounded)
+    assert (score, forward) == ((349, 360, 0.2), found["forward"])
+  else:
+    with pytest.raises(RuntimeError, match=r"give 348 right answers, .* 350"):
+      record._score_of_file(config, rounded)
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tern_jax import Ternary, pack
-from tern_jax.inference import cpu, dot, prepare
+from tern_jax.inference import cpu, dot, prepare, words
 from tern_jax.inference.layout import Layout
 from tern_jax.inference.layouts import LAYOUTS
 from tern_jax.inference.matrix import size_of
@@ -442,3 +442,38 @@ def test_shards_of_outputs():
     y = jax.jit(dot, out_shardings=sharding)(x, w)
     assert y.sharding == sharding
     assert_float_product(y, x, dense(t))
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activations", ["float32", "int8"])
+def test_shardings_in_types(monkeypatch, layout, activations):
+  if (layout, activations) == ("lists", "int8"):
+    pytest.skip("lists are for float activations")
+  monkeypatch.setattr(words, "_BLOCK", 16 * 32 * 2)
+  mesh = jax.make_mesh((2, 4), ("row", "out"))
+  t = weights((64, 32), "outputs", equal=False)
+  x = rows_of(4, 64)
+  w = prepared_of(t, (0,), layout, activations)
+  for rows, out in ((None, "out"), ("row", None), ("row", "out")):
+    out = None if layout in NATIVE else out
+    spec = PartitionSpec(None, out) if out else PartitionSpec()
+    shard = functools.partial(jax.device_put, device=NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh):
+      y = dot(jax.device_put(x, PartitionSpec(rows)), jax.tree.map(shard, w))
+    assert jax.typeof(y).sharding.spec == PartitionSpec(rows, out)
+    if activations == "int8":
+      np.testing.assert_array_equal(y, int8_oracle(x, t))
+    else:
+      assert_float_product(y, x, dense(t))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", long("outputs"), "groups"])
+@pytest.mark.parametrize("most", [1, long(16 * 21 * 2), 16 * 21 * 3])
+def test_blocks_of_fields(monkeypatch, granularity, most):
+  monkeypatch.setattr(words, "_BLOCK", most)
+  t = weights((7 * 32, 21), granularity, equal=False, seed=most)
+  x = rows_of(3, 7 * 32)
+  w = prepared_of(t, (0,), "fields", "float32")
+  y = LAYOUTS["fields"].product(x, w.arrays, *w.scales(), w.matrix, int8=False)
+  assert_float_product(y, x, dense(t))

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import time
 
 import jax
@@ -14,6 +15,7 @@ import tern_jax
 from experiments.benchmarks import inference as benchmark
 from tern_jax import PackedTernary, ParamTransform, Ternary, __main__, pack
 from tern_jax.inference import Prepared, cpu, doctor, dot, preparation, prepare
+from tern_jax.inference.sources import digest
 from tests.helpers import assert_same
 
 
@@ -268,6 +270,45 @@ def test_a_newer_interface_is_not_registered(monkeypatch, runs):
   monkeypatch.setattr(cpu, "_api_version", lambda: runs)
   with pytest.raises(cpu.UnavailableError, match=f"jaxlib has {runs[0]}"):
     cpu.load.__wrapped__()
+
+
+def test_a_library_of_other_sources_is_not_used(monkeypatch, tmp_path, caplog):
+  if not cpu._LIBRARY.exists():
+    pytest.skip("there is no native code here")
+  monkeypatch.delenv(cpu.VARIABLE, raising=False)
+  monkeypatch.setattr(cpu, "load", cpu.load.__wrapped__)
+  library = tmp_path / "_kernels.so"
+  library.symlink_to(cpu._LIBRARY)  # A copy could not be registered, too.
+  sources = tmp_path / "csrc"
+  shutil.copytree(cpu._LIBRARY.with_name("csrc"), sources)
+  monkeypatch.setattr(cpu, "_LIBRARY", library)
+  assert cpu.load() in cpu.ISAS
+  with (sources / "lists.inc").open("a") as file:
+    file.write("// Changed.\n")
+  with caplog.at_level(logging.WARNING, "tern_jax"):
+    assert cpu.isa.__wrapped__() is None
+  (record,) = caplog.records
+  assert f"not compiled from the sources in {sources}" in record.getMessage()
+  # Wheels have no sources.
+  shutil.rmtree(sources)
+  assert cpu.load() in cpu.ISAS
+
+
+def test_a_digest_is_that_of_names_and_contents(tmp_path):
+  def found(**files):
+    folder = tmp_path / str(len(list(tmp_path.iterdir())))
+    folder.mkdir()
+    for name, text in files.items():
+      (folder / name.replace("_", ".")).write_text(text)
+    return digest(folder)
+
+  same = found(a_cc="x", b_h="y")
+  assert same == found(b_h="y", a_cc="x", c_txt="z")
+  others = [
+    found(a_cc="x", b_h="z"), found(a_cc="x", c_h="y"), found(a_cc="x"),
+    found(a_cc="y", b_h="x"), found(a_cc="x", b_h="y", c_inc=""), found(),
+  ]  # fmt: skip
+  assert len({same, *others}) == 7
 
 
 def test_jaxlib_says_its_interface():

@@ -293,3 +293,19 @@ def test_doctests(module):
   failed, attempted = doctest.testmod(module)
   assert attempted
   assert not failed
+
+
+def test_forward_passes_are_shown_where_they_were_timed(tmp_path):
+  def timed(seed):
+    seconds = {"float": 1e-3, "packed": 5e-4, "packed_int8": 2e-4 * (1 + seed)}
+    forms = {k: {"batches": [{"seconds": x}]} for k, x in seconds.items()}
+    return run(0.7, seed) | {"forward": {"forms": forms}}
+
+  runs = {"new": [timed(0), timed(1)], "old": [run(0.7, 0)]}
+  table = report.single_runs(runs, tmp_path, tmp_path).tables[-1]
+  assert table.caption == "Forward passes, batch 1"
+  same = "1.000 ± 0.000", "0.500 ± 0.000"
+  assert table.rows == [("new", "2", *same, "0.300 ± 0.141")]
+  runs["new"].append(run(0.7, 2))
+  tables = report.single_runs(runs, tmp_path, tmp_path).tables
+  assert "Forward" not in tables[-1].caption

@@ -710,7 +710,7 @@ command.main(config, "Digits")
 def record_of(workdir):
   """What two runs of the same options have alike."""
   result = json.loads((workdir / "result.json").read_text())
-  incidental = ("seconds", "command", "disk_bytes")
+  incidental = ("seconds", "command", "disk_bytes", "forward")
   (floats,) = workdir.parent.glob("float/*")
   essential = {k: v for k, v in result.items() if k not in incidental}
   return essential, log.read_metrics(workdir), log.read_metrics(floats)

@@ -24,6 +24,22 @@ as floats, and bits of a ternary weight.
   transformer, one token, 1       4199     3.29   3.70  2.00
   transformer, one token, 32     18584     2.25   4.74  2.00
 
+    python -m experiments.benchmarks.inference_models --artefacts
+
+times the artefacts of `tern_jax.export.to_stablehlo`, as it writes them by
+default and with `native=True`, and one of float weights, against one that
+unpacks all weights at each call. On the same machine, and the
+kB of the default:
+
+  network, batch              unpacking µs  float  default  native  kB
+  mlp, 1                              2026   1.76     1.61   13.85  1064
+  mlp, 32                             4975   1.17     1.20    2.08  1064
+  lenet5, 1                            196   1.21     1.08    1.23    29
+  lenet5, 32                          3733   1.04     1.06    1.03    29
+  resnet20, 1                         1792   1.11     1.01    0.98    99
+  transformer, one token, 1          37765   4.19     6.62   17.20  3857
+  transformer, one token, 32         44446   2.19     2.41    3.37  3857
+
 Convolutions of many pixels unpack their kernel at each call, since XLA's are
 faster than products with patches: small networks of them lose 14 % at batch 1.
 The last layers of LeNet-5 are narrower than the tiles that they fill.
@@ -37,6 +53,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import tyro
 
@@ -44,6 +61,7 @@ import tern_jax
 from experiments.common import timing
 from experiments.common.models import MLP, LeNet5, ResNet, Transformer
 from experiments.common.tables import Table
+from tern_jax.export import to_stablehlo
 from tern_jax.inference import Prepared, apply_fn, cpu
 
 #: Network and shape of an example, of images or of tokens.
@@ -61,6 +79,8 @@ MODELS: dict[str, tuple[Any, tuple[int, ...]]] = {
   ),
 }
 FORMS = ("float32", "int8")
+#: The same of artefacts.
+ARTEFACTS = ("float", "default", "native")
 
 
 @dataclasses.dataclass
@@ -74,6 +94,7 @@ class ModelOptions:
     rounds: turns, of which the median ratio is reported.
     turn: seconds of a turn, at least one call.
     sparsity: share of zeros among ternary weights.
+    artefacts: time StableHLO artefacts.
   """
 
   models: tuple[str, ...] = tuple(MODELS)
@@ -82,12 +103,13 @@ class ModelOptions:
   rounds: int = 9
   turn: float = 0.02
   sparsity: float = 0.5
+  artefacts: bool = False
 
 
-def networks(
+def network(
   options: ModelOptions, name: str, batch: int
-) -> tuple[dict[str, Callable[[], jax.Array]], dict[str, float]]:
-  """Returns {form: forward pass} and {form: bits of a ternary weight}."""
+) -> tuple[Callable[[Any, jax.Array], jax.Array], Any, jax.Array]:
+  """Returns a forward pass, its packed weights and an input."""
   model, shape = MODELS[name]
   if len(shape) == 1:
     x = jnp.arange(batch * shape[0]).reshape(batch, *shape) % 256
@@ -104,6 +126,14 @@ def networks(
   def forward(params: Any, x: jax.Array) -> jax.Array:
     return model.apply({"params": params, **rest}, x, train=False)
 
+  return forward, packed, x
+
+
+def prepared_nets(
+  options: ModelOptions, name: str, batch: int
+) -> tuple[dict[str, Callable[[], jax.Array]], dict[str, float]]:
+  """Returns {form: forward pass} and {form: bits of a ternary weight}."""
+  forward, packed, x = network(options, name, batch)
   net = apply_fn(forward)
   weights = {
     "": tern_jax.unpack(packed),
@@ -113,14 +143,47 @@ def networks(
     form: jax.jit(net if form else forward) for form in weights
   }
   wanted = programs[""](weights[""], x)
-  error = jnp.max(jnp.abs(programs["float32"](weights["float32"], x) - wanted))
-  # Layers add up what the order of sums rounds otherwise.
-  assert error <= 1e-4 * jnp.max(jnp.abs(wanted)), f"{name}: off by {error}"
+  check(name, programs["float32"](weights["float32"], x), wanted)
   calls: dict[str, Callable[[], jax.Array]] = {
     form: functools.partial(programs[form], tree, x)
     for form, tree in weights.items()
   }
   return calls, {form: bits(weights[form]) for form in FORMS}
+
+
+def artefacts(
+  options: ModelOptions, name: str, batch: int
+) -> tuple[dict[str, Callable[[], jax.Array]], dict[str, float]]:
+  """Returns {form: forward pass} and {form: kilobytes of the artefact}."""
+  forward, packed, x = network(options, name, batch)
+  arrays, treedef = jax.tree.flatten(packed)
+
+  def unpacking(arrays: Any, x: jax.Array) -> jax.Array:
+    hidden = jax.lax.optimization_barrier(arrays)
+    dense = tern_jax.unpack(jax.tree.unflatten(treedef, hidden))
+    return forward(jax.lax.optimization_barrier(dense), x)
+
+  write = functools.partial(to_stablehlo, None, platforms=("cpu",))
+  written = {
+    "": write(unpacking, arrays, x),
+    "float": write(forward, tern_jax.unpack(packed), x),
+    "default": write(forward, packed, x),
+  }
+  if cpu.isa():
+    written["native"] = write(forward, packed, x, native=True)
+  calls: dict[str, Callable[[], jax.Array]] = {}
+  for form, data in written.items():
+    net = jax.jit(jax.export.deserialize(bytearray(data)).call)
+    calls[form] = functools.partial(net, x)
+    check(name, calls[form](), calls[""]())
+  return calls, {form: len(data) / 1000 for form, data in written.items()}
+
+
+def check(name: str, found: jax.Array, wanted: jax.Array) -> None:
+  """Raises if outputs differ by more than the order of sums explains."""
+  error = jnp.max(jnp.abs(found - wanted))
+  # Layers add up what the order of sums rounds otherwise.
+  assert error <= 1e-4 * jnp.max(jnp.abs(wanted)), f"{name}: off by {error}"
 
 
 def bits(tree: Any) -> float:
@@ -136,17 +199,23 @@ def main(options: ModelOptions) -> list[dict[str, float]]:
   # Before JAX starts: its threads are as many as the cores.
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
   clock = time.process_time if options.cores == 1 else time.perf_counter
-  head = "network, batch", "float µs", *FORMS, *(f"bits, {x}" for x in FORMS)
-  table, results = Table(head), []
+  make, unit, forms = prepared_nets, "bits", FORMS
+  if options.artefacts:
+    make, unit, forms = artefacts, "kB", ("", *ARTEFACTS[: 2 + bool(cpu.isa())])
+  timed = [form for form in forms if form]
+  sizes_of = [f"{unit}, {form or 'unpacking'}" for form in forms]
+  table = Table(("network, batch", "base µs", *timed, *sizes_of))
+  results = []
   for name in options.models:
     for batch in options.batches:
-      calls, sizes = networks(options, name, batch)
+      calls, sizes = make(options, name, batch)
       result = timing.ratios(calls, options.rounds, options.turn, clock)
-      results.append({**result, **{f"bits, {x}": sizes[x] for x in FORMS}})
-      cells = (f"{result[form]:.2f}" for form in FORMS)
-      memory = (f"{sizes[form]:.2f}" for form in FORMS)
-      figures = (f"{1e6 * result['']:.0f}", *cells, *memory)
-      table.rows.append((f"{name}, {batch}", *figures))
+      memory = {x: sizes[form] for x, form in zip(sizes_of, forms, strict=True)}
+      results.append({**result, **memory})
+      cells = (f"{result[form]:.2f}" for form in timed)
+      shown = (f"{size:.2f}" for size in memory.values())
+      base = f"{1e6 * result['']:.0f}"
+      table.rows.append((f"{name}, {batch}", base, *cells, *shown))
   print(f"{options.cores} cores, {cpu.isa() or 'no native code'}")
   print(table.text())
   return results

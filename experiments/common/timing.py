@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
 
 def seconds(call: Callable[[], Any], calls: int, clock: Callable) -> float:
   """Returns the time of one of some calls."""
@@ -42,3 +44,25 @@ def ratios(
         found[""].append((before + after) / 2)
         found[name].append((before + after) / 2 / own)
   return {name: statistics.median(times) for name, times in found.items()}
+
+
+def medians(
+  calls: Mapping[str, Callable[[], Any]],
+  rounds: int,
+  clock: Callable[[], float],
+) -> dict[str, float]:
+  """Returns the median time of each call.
+
+  Args:
+    calls: by name; each returns arrays.
+    rounds: in which each of them is called once, after a first call that
+      compiles.
+    clock: returns seconds.
+  """
+  found: dict[str, list[float]] = {name: [] for name in calls}
+  for _ in range(rounds + 1):
+    for name, call in calls.items():
+      start = clock()
+      jax.block_until_ready(call())
+      found[name].append(clock() - start)
+  return {name: statistics.median(times[1:]) for name, times in found.items()}

@@ -12,7 +12,7 @@ from tern_jax.core.containers import Ternary, TernParams
 from tern_jax.core.paths import key_str, path_str
 from tern_jax.core.types import KeyPath, PyTree
 from tern_jax.inference.explain import Explanation, explanation
-from tern_jax.inference.preparation import lay_out, prepare
+from tern_jax.inference.preparation import lay_out
 from tern_jax.inference.prepared import ACTIVATIONS, Prepared
 from tern_jax.inference.rewrite import Found, Scope
 from tern_jax.inference.rules import RULES
@@ -137,16 +137,38 @@ class PackedFunction(Generic[_P, _R]):
       raise ValueError(
         f"activations must be 'float32' or 'int8', got {activations!r}."
       )
-    call, arrays = _Call.of((params, *args), kwargs)
+    return self.laid_out((params, *args), kwargs, activations, None)[0]
+
+  def laid_out(
+    self,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    activations: str | None,
+    native: bool | None,
+  ) -> tuple[Any, ...]:
+    """Lays the weights of all arguments out, as `prepare` those of the first.
+
+    Args:
+      args: of the function.
+      kwargs: likewise.
+      activations: as in `prepare`; None if what is prepared keeps its own, and
+        all else gets "float32".
+      native: as in `tern_jax.inference.preparation.lay_out`.
+
+    Returns:
+      The positional arguments.
+    """
+    call, arrays = _Call.of(args, kwargs)
     found = collections.defaultdict(list)
     for use in self._uses(call, arrays):
       found[use.name].append(use)
     arrays = [
-      _prepared(x, found[name], activations)
+      _prepared(x, found[name], activations, native)
+      if isinstance(x, Packed)
+      else x
       for x, name in zip(arrays, call.names(arrays), strict=True)
     ]
-    (params, *_), _ = call.arguments(arrays)
-    return params
+    return call.arguments(arrays)[0]
 
   def _uses(self, call: "_Call", arrays: list[Any]) -> set[Found]:
     scope = Scope(RULES, set())
@@ -236,19 +258,32 @@ class _Call:
     return isinstance(other, _Call) and self._key == other._key
 
 
-def _prepared(x: Any, uses: Sequence[Found], activations: str) -> Any:
+def _prepared(
+  x: Packed, uses: Sequence[Found], activations: str | None, native: bool | None
+) -> Packed:
   """Lays weights out if all of their products are of one kind."""
   if isinstance(x, Prepared):
-    return prepare(x, activations)
+    kept = activations in (None, x.activations)
+    if kept and native is None:
+      return x
+    return lay_out(
+      x.ternary(),
+      x.inputs,
+      activations or x.activations,
+      lead=x.lead,
+      native=native,
+    )
   sums = [use.sum for use in uses if use.sum]
   kinds = {(sum.inputs, sum.ndim) for sum in sums}
   if len(kinds) != 1 or any(use.how == "rows" for use in uses):
     return x
   ((inputs, ndim),) = kinds
-  rows = max(sum.rows for sum in sums)
-  return lay_out(
-    to_ternary(x), inputs, activations, rows, lead=len(x.shape) - ndim
-  )
+  rows = [sum.rows for sum in sums]
+  # Not that of a batch of any size.
+  batch = max(rows) if all(isinstance(n, int) for n in rows) else None
+  lead = len(x.shape) - ndim
+  activations = activations or "float32"
+  return lay_out(to_ternary(x), inputs, activations, batch, lead, native)
 
 
 def _dense(x: Any) -> Any:

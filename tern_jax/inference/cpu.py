@@ -1,5 +1,6 @@
 """The native code: whether it is there, fits, and what it uses here."""
 
+import contextlib
 import ctypes
 import functools
 import logging
@@ -9,13 +10,16 @@ import re
 
 import jax
 
+from tern_jax.inference.sources import digest
+
 #: Instruction sets, best first, in the order of csrc/product.h.
 ISAS = ("avx512", "avx2", "neon")
 #: An instruction set not to go beyond, or "off".
 VARIABLE = "TERN_JAX_CPU"
 
 _LIBRARY = pathlib.Path(__file__).with_name("_kernels.so")
-_TARGETS = ("tern_jax_tiles", "tern_jax_lists")
+#: What programs call.
+TARGETS = ("tern_jax_tiles", "tern_jax_lists")
 _log = logging.getLogger("tern_jax")
 
 
@@ -49,6 +53,20 @@ def load() -> str:
     UnavailableError: it cannot be used, with the reason.
     ValueError: as in `isa`.
   """
+  return _registered()
+
+
+def register() -> None:
+  """Registers the native code, if it is there, for programs that call it.
+
+  Why it cannot be used, and what is wrong with TERN_JAX_CPU, is said by `isa`,
+  when weights are multiplied.
+  """
+  with contextlib.suppress(UnavailableError, ValueError):
+    _registered()
+
+
+def _registered() -> str:
   wanted = os.environ.get(VARIABLE, "")
   if wanted not in ("", "off", *ISAS):
     known = ", ".join((*ISAS, "off"))
@@ -64,10 +82,12 @@ def load() -> str:
     )
   if not here:
     raise UnavailableError(f"this processor has none of {', '.join(ISAS)}")
-  for name in _TARGETS:
+  for name in TARGETS:
     capsule = jax.ffi.pycapsule(getattr(library, name))
     jax.ffi.register_ffi_target(name, capsule, platform="cpu")
-  return wanted or here[0]
+  used = wanted or here[0]
+  library.tern_jax_use_isa(ISAS.index(used))
+  return used
 
 
 def _opened() -> ctypes.CDLL:
@@ -88,7 +108,23 @@ def _opened() -> ctypes.CDLL:
       f"it was compiled for version {built[0]}.{built[1]} of XLA's interface,"
       f" and jaxlib has {runs[0]}.{runs[1]}. Install tern_jax again."
     )
+  sources = _LIBRARY.with_name("csrc")
+  # Wheels have none: their library cannot be of others.
+  if sources.is_dir() and _digest_of(library) != digest(sources):
+    raise UnavailableError(
+      f"it was not compiled from the sources in {sources}, which have changed."
+      " Install tern_jax again."
+    )
   return library
+
+
+def _digest_of(library: ctypes.CDLL) -> str:
+  """Returns the digest of the sources of a library."""
+  call = getattr(library, "tern_jax_sources", None)
+  if call is None:
+    return ""
+  call.restype = ctypes.c_char_p
+  return call().decode()
 
 
 def _api_version() -> tuple[int, int]:

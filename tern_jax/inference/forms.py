@@ -82,6 +82,12 @@ def scaled(p: Array, n: Array, w_p: Array, w_n: Array, step: Array) -> Array:
   return total * step
 
 
+def is_sharded(*arrays: Array) -> bool:
+  """Whether a sharding is part of a type, by whose rules JAX computes."""
+  specs = (jax.typeof(x).sharding.spec for x in arrays)
+  return any(axis is not None for spec in specs for axis in spec)
+
+
 def of_codes(
   x: Array, codes: Array, w_p: Array, w_n: Array, size: Size, int8: bool
 ) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 
 from tern_jax.core.types import Array
 from tern_jax.inference import cpu
-from tern_jax.inference.forms import cut, padded, steps
+from tern_jax.inference.forms import cut, is_sharded, padded, steps
 from tern_jax.inference.layout import Layout
 from tern_jax.inference.matrix import Size
 
@@ -19,8 +19,14 @@ _SIDE = 16
 class Native(Layout):
   """Multiplies by native code on CPUs, and by unpacked codes elsewhere."""
 
-  def call(self, size: Size, int8: bool, isa: str) -> Callable[..., Array]:
-    """Returns a function of x, w_p, w_n and the arrays, for CPUs."""
+  def call(
+    self, size: Size, int8: bool, isa: str | None = None
+  ) -> Callable[..., Array]:
+    """Returns a function of x, w_p, w_n and the arrays, for CPUs.
+
+    Its instruction set is that which `cpu.load` chooses where it runs, unless
+    one is given.
+    """
     raise NotImplementedError
 
   def product(
@@ -38,10 +44,9 @@ class Native(Layout):
       return super(Native, self).product(x, arrays, w_p, w_n, size, int8)
 
     operands = x, w_p, w_n, *arrays
-    isa = cpu.isa()
-    if isa is None:
+    if cpu.isa() is None or is_sharded(*operands):
       return unpacked(*operands)
-    native = self.call(size, int8, isa)
+    native = self.call(size, int8)
     return jax.lax.platform_dependent(*operands, cpu=native, default=unpacked)
 
 
@@ -74,7 +79,9 @@ class Tiles(Native):
     c = c.reshape(c.shape[0] * _SIDE, -1)[:, : size.outputs].astype(jnp.int32)
     return cut(c - 1, size).astype(jnp.int8)
 
-  def call(self, size: Size, int8: bool, isa: str) -> Callable[..., Array]:
+  def call(
+    self, size: Size, int8: bool, isa: str | None = None
+  ) -> Callable[..., Array]:
     """Returns a function of x, w_p, w_n and the tiles."""
     attributes = {"int8": int8, "groups": np.int64(size.groups)}
     call = _target("tern_jax_tiles", size, isa, attributes)
@@ -111,19 +118,21 @@ class Lists(Native):
     at = inputs.astype(jnp.int32), lists // 2
     return c.at[at].set((1 - 2 * (lists % 2)).astype(jnp.int8), mode="drop")
 
-  def call(self, size: Size, int8: bool, isa: str) -> Callable[..., Array]:
+  def call(
+    self, size: Size, int8: bool, isa: str | None = None
+  ) -> Callable[..., Array]:
     """Returns a function of x, w_p, w_n and the lists; int8 must be false."""
     call = _target("tern_jax_lists", size, isa, {})
     return lambda x, w_p, w_n, *lists: call(x, *lists, w_p, w_n)
 
 
 def _target(
-  name: str, size: Size, isa: str, attributes: dict[str, Any]
+  name: str, size: Size, isa: str | None, attributes: dict[str, Any]
 ) -> Callable[..., Array]:
   def call(x: Array, *operands: Array) -> Array:
     y = jax.ShapeDtypeStruct((x.shape[0], size.outputs), jnp.float32)
     target = jax.ffi.ffi_call(name, y, vmap_method="expand_dims")
-    number = np.int32(cpu.ISAS.index(isa))
+    number = np.int32(cpu.ISAS.index(isa) if isa else -1)
     return target(x, *operands, isa=number, **attributes)
 
   return call

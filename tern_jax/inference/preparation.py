@@ -100,6 +100,7 @@ def lay_out(
   activations: str,
   batch: int | None = None,
   lead: int = 0,
+  native: bool | None = None,
 ) -> Prepared:
   """Prepares weights for sums over any of their axes.
 
@@ -109,8 +110,12 @@ def lay_out(
     activations: as in `prepare`.
     batch: as in `prepare`.
     lead: number of leading axes that are those of a stack.
+    native: whether products are those of the native code; None if that depends
+      on where the weights are.
   """
-  layout = _layout(x, inputs, activations, batch, lead)
+  if native is None:
+    native = _platform(x.codes) == "cpu" and cpu.isa() is not None
+  layout = _layout(x, inputs, activations, batch, lead, native)
   return prepared_of(x, inputs, layout, activations, lead)
 
 
@@ -120,9 +125,10 @@ def _layout(
   activations: str,
   batch: int | None,
   lead: int,
+  native: bool,
 ) -> str:
   int8 = activations == "int8"
-  if _platform(x.codes) != "cpu" or cpu.isa() is None:
+  if not native:
     return "words" if int8 else "fields"
   if int8 or not concrete(x.codes):
     return "tiles"

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from tern_jax.core.types import Array
 from tern_jax.inference import control, products
+from tern_jax.inference.forms import is_sharded
 from tern_jax.inference.prepared import Prepared
 from tern_jax.inference.rewrite import Rule, Scope, Sum, Value, aval
 from tern_jax.inference.views import View
@@ -26,7 +27,7 @@ def _dot_general(eqn: Eqn, inputs: list, scope: Scope) -> Outputs:
   view, x = inputs[side], inputs[1 - side]
   if isinstance(x, View):
     x = scope.dense(x, "a product of two packed weights")
-  if _is_sharded(x):
+  if is_sharded(x):
     return None
   axes, of_view = contracted[1 - side], contracted[side]
   stack, of_stack = batch[1 - side], batch[side]
@@ -55,11 +56,6 @@ def _dot_general(eqn: Eqn, inputs: list, scope: Scope) -> Outputs:
   return [y]
 
 
-def _is_sharded(x: Array) -> bool:
-  """Whether a sharding is part of the type, by whose rules JAX computes."""
-  return any(axis is not None for axis in jax.typeof(x).sharding.spec)
-
-
 def _sum(layer: View, axes: Sequence[int], rows: int) -> Sum | None:
   """Returns the sum for which packed weights could be laid out."""
   inputs = products.inputs_of(layer, axes)
@@ -71,7 +67,7 @@ def _sum(layer: View, axes: Sequence[int], rows: int) -> Sum | None:
 def _convolution(eqn: Eqn, inputs: list, scope: Scope) -> Outputs:
   x, kernel = inputs
   groups = (eqn.params[f"{name}_group_count"] for name in ("feature", "batch"))
-  if isinstance(x, View) or _is_sharded(x) or set(groups) != {1}:
+  if isinstance(x, View) or is_sharded(x) or set(groups) != {1}:
     return None
   _, spec, of_out = eqn.params["dimension_numbers"]
   out = aval(eqn.outvars[0])
@@ -98,7 +94,7 @@ def _gather(eqn: Eqn, inputs: list, scope: Scope) -> Outputs:
   view, index = inputs
   numbers, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
   modes = _Mode.CLIP, _Mode.FILL_OR_DROP, _Mode.PROMISE_IN_BOUNDS
-  if isinstance(index, View) or _is_sharded(index) or mode not in modes:
+  if isinstance(index, View) or is_sharded(index) or mode not in modes:
     return None
   if (
     numbers.collapsed_slice_dims not in ((), (0,))

@@ -5,22 +5,35 @@ lets XLA fuse the unpacking of all weights into the product is many times
 slower.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
 from tern_jax.core.types import Array
-from tern_jax.inference.forms import cut, padded, quantize, scaled, steps
+from tern_jax.inference.forms import (
+  cut,
+  is_sharded,
+  padded,
+  quantize,
+  scaled,
+  steps,
+)
 from tern_jax.inference.layout import Layout
 from tern_jax.inference.matrix import Size
 
 _EXACT = jax.lax.Precision.HIGHEST
+#: Weights that CPUs unpack at a time: 2 MB of floats, which a cache holds.
+_BLOCK = 2**19
+#: The same elsewhere, where each step costs time and only memory is a limit.
+_LARGE_BLOCK = 2**24
 
 
 class Fields(Layout):
   """Two bits a weight, the code plus one, sixteen inputs in a word.
 
   Bits 2 f and 2 f + 1 of word r belong to input 16 r + f. A product sums over
-  the fields: each step unpacks a sixteenth of the weights, in place.
+  blocks of inputs: each step unpacks one, and multiplies by it.
   """
 
   ranks = (2,)
@@ -61,30 +74,66 @@ class Fields(Layout):
     if int8:
       return super().product(x, arrays, w_p, w_n, size, int8)
     (words,) = arrays
-    x = padded(x, 1, size, 16).reshape(x.shape[0], -1, 16)
-    fields = jnp.arange(16, dtype=jnp.uint32), jnp.moveaxis(x, -1, 0)
+    x = padded(x, 1, size, 16)
 
-    def of_words(w: Array) -> Array:
-      rows = words.shape[0] // size.groups
-      return w if w.shape[0] == 1 else jnp.repeat(w, rows, 0)
+    def total(most: int) -> Array:
+      return _in_blocks(x, words, (w_p, w_n), size, most)
 
-    def total(one: bool) -> Array:
-      plus, minus = of_words(w_p), of_words(w_n)
-
-      def add(y: Array, field: tuple[Array, Array]) -> tuple[Array, None]:
-        f, xf = field
-        c = ((words >> (2 * f)) & 3).astype(jnp.int32) - 1
-        w = plus if one else jnp.where(c < 0, minus, plus)
-        w = c.astype(jnp.float32) * w
-        return y + jnp.matmul(xf, w, precision=_EXACT), None
-
-      zero = jnp.zeros((x.shape[0], size.outputs), jnp.float32)
-      return jax.lax.scan(add, zero, fields)[0]
-
-    # A fifth faster where there is one magnitude, as is usual.
-    return jax.lax.cond(
-      jnp.all(w_p == w_n), lambda: total(True), lambda: total(False)
+    if 16 * words.size <= _BLOCK:
+      return total(_BLOCK)
+    return jax.lax.platform_dependent(
+      cpu=lambda: total(_BLOCK), default=lambda: total(_LARGE_BLOCK)
     )
+
+
+def _in_blocks(
+  x: Array, words: Array, magnitudes: Sequence[Array], size: Size, most: int
+) -> Array:
+  """Unpacks `Fields` block by block, and sums products with the blocks.
+
+  Args:
+    x: float32 [rows, 16 · words].
+    words: uint32 [words, outputs].
+    magnitudes: of the positive and of the negative weights, each
+      [groups or 1, outputs or 1].
+    size: of the matrix.
+    most: weights of a block, unless one row of words has more.
+
+  Returns:
+    float32 [rows, outputs].
+  """
+  count = words.shape[0]
+  step = max(1, most // (16 * size.outputs))
+  first = (count - 1) % step + 1
+  magnitudes = [
+    w if w.shape[0] == 1 else jnp.repeat(w, count // size.groups, 0)
+    for w in magnitudes
+  ]
+
+  def part(start: Array | int, n: int) -> Array:
+    def cut(a: Array, axis: int = 0, inputs: int = 1) -> Array:
+      begin, length = start * inputs, n * inputs
+      return jax.lax.dynamic_slice_in_dim(a, begin, length, axis)
+
+    c = (cut(words)[:, None] >> steps(16, 2, 1, 3)) & 3
+    c = c.astype(jnp.int32) - 1
+    plus, minus = (
+      (w if w.shape[0] == 1 else cut(w))[:, None] for w in magnitudes
+    )
+    w = jnp.where(c < 0, minus, plus)
+    w = (c.astype(jnp.float32) * w).reshape(-1, size.outputs)
+    w = jax.lax.optimization_barrier(w)
+    return jnp.matmul(cut(x, 1, 16), w, precision=_EXACT)
+
+  # The first block tells how the sum is sharded, where that is in the types.
+  y = part(0, first)
+  if first == count:
+    return y
+
+  def add(i: Array, y: Array) -> Array:
+    return y + part(first + i * step, step)
+
+  return jax.lax.fori_loop(0, (count - first) // step, add, y)
 
 
 def _spread(x: Array) -> Array:
@@ -130,7 +179,7 @@ class Words(Layout):
     int8: bool,
   ) -> Array:
     """Returns float32 [rows, outputs]."""
-    if not int8:
+    if not int8 or is_sharded(x, w_p, w_n, *arrays):
       return super().product(x, arrays, w_p, w_n, size, int8)
     q, step = quantize(x)
     q = padded(q, 1, size, 32).reshape(x.shape[0], -1, 32, 1)

@@ -17,7 +17,7 @@ from tern_jax.checkpoint import load_packed
 SECONDS = 5.0
 #: What tells two runs of one command apart: how large its own files get depends
 #: on how fast orbax comes to write them.
-_OWN = ("seconds", "command", "commit", "disk_bytes")
+_OWN = ("seconds", "command", "commit", "disk_bytes", "forward")
 
 
 def start(workdir: Path) -> subprocess.Popen[str]:

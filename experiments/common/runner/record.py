@@ -55,7 +55,7 @@ def judge(
   nets = {"float": floats, "unrounded": unrounded, "rounded": unpack(packed)}
   tested = {k: score(net, dataset.test) for k, net in nets.items()}
   seen = {k: score(net, dataset.validation) for k, net in nets.items()}
-  tested["packed"] = _score_of_file(config, tested["rounded"])
+  tested["packed"], forward = _score_of_file(config, tested["rounded"])
   return {
     **({"text_sha256": dataset.sha256} if dataset.sha256 else {}),
     "method": repr(method),
@@ -63,24 +63,37 @@ def judge(
     **_answers(tested, seen),
     **_sparsities(config, packed, latents),
     **_sizes(config, packed, floats),
+    **({"forward": forward} if forward else {}),
   }
 
 
-def _score_of_file(config: cli.Config, rounded: Score) -> Score:
-  """Returns what the packed file is worth in a fresh process.
+def _score_of_file(
+  config: cli.Config, rounded: Score
+) -> tuple[Score, dict[str, Any]]:
+  """Returns what the packed file is worth, and costs, in a fresh process.
 
   Raises:
     RuntimeError: it does not give the answers of the net that was saved.
   """
   if not processes.leads():
-    return rounded
+    return rounded, {}
   found = evaluate.in_fresh_process(config.directory)
   if found["correct"] != rounded.correct:
     raise RuntimeError(
       f"The packed file gives {found['correct']} right answers in a fresh"
       f" process, the net that was saved {rounded.correct}."
     )
-  return rounded._replace(loss=found["loss"])
+  if not (forward := found.get("forward", {})):
+    return rounded._replace(loss=found["loss"]), {}
+  packed = forward["forms"]["packed"]
+  # The order of sums decides where two answers are as good.
+  if abs(packed["correct"] - rounded.correct) > max(1, rounded.total // 1000):
+    raise RuntimeError(
+      f"Products by packed weights give {packed['correct']} right answers, the"
+      f" same weights unpacked {rounded.correct}: tern_jax.inference is wrong."
+    )
+  score = rounded._replace(correct=packed["correct"], loss=packed["loss"])
+  return score, forward
 
 
 def _answers(
@@ -168,12 +181,14 @@ def reestimated(
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-  """Returns accuracy, sparsity by layer and sizes of a run as tables.
+  """Returns accuracy, sparsity by layer, sizes and times of a run.
 
   Args:
     result: what result.json holds.
   """
-  return [_accuracies(result), _layers(result), _bytes(result)]
+  found = [_accuracies(result), _layers(result), _bytes(result)]
+  # Records of earlier versions have none, nor do other processes' own.
+  return [*found, _forward(result["forward"])] if "forward" in result else found
 
 
 def text(result: dict[str, Any]) -> str:
@@ -229,3 +244,21 @@ def _bytes(result: dict[str, Any]) -> Table:
       ("float32 model", f"{result['float_bytes']:,}", "bytes"),
     ],
   )
+
+
+def _forward(found: dict[str, Any]) -> Table:
+  first = next(iter(found["forms"].values()))
+  sizes = [str(batch["size"]) for batch in first["batches"]]
+  table = Table(
+    ("forward pass", *(f"batch {n}, ms" for n in sizes), "weights", "correct")
+  )
+  for key, name in (
+    ("float", "float weights"),
+    ("packed", "packed weights"),
+    ("packed_int8", "packed, int8 activations"),
+  ):
+    form = found["forms"][key]
+    times = (f"{1e3 * batch['seconds']:.3f}" for batch in form["batches"])
+    size = f"{form['batches'][-1]['bytes']:,} bytes"
+    table.rows.append((name, *times, size, str(form["correct"])))
+  return table

@@ -1,5 +1,6 @@
 // What XLA calls.
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -84,7 +85,12 @@ Scales scales_of(const Operand& w, const float* data) {
   return {data, w.dim(0) == 1 ? 0 : out, out == 1 ? 0 : 1};
 }
 
-ffi::Error check_isa(int32_t isa) {
+// The instruction set of products that name none.
+std::atomic<int32_t> default_isa{-1};
+
+// Checks an instruction set, and puts the default in place of none.
+ffi::Error check_isa(int32_t& isa) {
+  if (isa < 0) isa = default_isa;
   if (isa >= 0 && has_isa(static_cast<Isa>(isa))) return ffi::Error::Success();
   return ffi::Error::InvalidArgument(
       "tern_jax: this machine does not have instruction set " +
@@ -225,3 +231,9 @@ TERN_JAX_EXPORT int tern_jax_api_minor() { return XLA_FFI_API_MINOR; }
 TERN_JAX_EXPORT int tern_jax_has_isa(int32_t isa) {
   return tern_jax::has_isa(static_cast<tern_jax::Isa>(isa));
 }
+// Chooses the instruction set of products that name none.
+TERN_JAX_EXPORT void tern_jax_use_isa(int32_t isa) {
+  tern_jax::default_isa = isa;
+}
+// Of which sources this was made.
+TERN_JAX_EXPORT const char* tern_jax_sources() { return TERN_JAX_SOURCES; }

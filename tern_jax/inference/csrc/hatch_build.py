@@ -7,6 +7,7 @@ by XLA's operations. `pip install -v` shows what the compiler said.
 import importlib.util
 import os
 import pathlib
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -56,12 +57,14 @@ def compile_library(
   Raises:
     RuntimeError: there are no headers, or with what the compiler said.
   """
-  folders = [f"-I{source}", f"-I{headers()}"]
+  digest = runpy.run_path(str(source.with_name("sources.py")))["digest"]
+  made_of = f'-DTERN_JAX_SOURCES="{digest(source)}"'
+  options = [*FLAGS, f"-I{source}", f"-I{headers()}", made_of]
   with tempfile.TemporaryDirectory() as scratch:
     started = []
     for file in sorted(source.glob("*.cc")):
       out = pathlib.Path(scratch, f"{file.stem}.o")
-      call = [*command, *FLAGS, *folders, "-c", str(file), "-o", str(out)]
+      call = [*command, *options, "-c", str(file), "-o", str(out)]
       started.append((out, _start(call)))
     for _, process in started:
       _finish(process)
