@@ -13,9 +13,6 @@ end. What is done lies under --root: the command can be stopped and given again.
 
 import dataclasses
 import functools
-import json
-import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +32,6 @@ from experiments.common import (
   log,
   methods,
   sweep,
-  terminal,
 )
 from experiments.common.errors import UsageError
 from experiments.common.methods import Plan
@@ -161,7 +157,9 @@ def main(options: EqualOptions) -> None:
     log.claim(options.place, record)
     for label in options.racers:
       tried = trained(options, label, dataset)
-      table[label] = {str(s): chosen(tried, s) for s in options.sparsities}
+      table[label] = {
+        str(s): bench.best_rate(tried, s) for s in options.sparsities
+      }
       text = bench.equal_sparsity(table, options.sparsities).markdown()
       files.write_table(options.place, text, table)
   print(text)
@@ -173,44 +171,12 @@ def trained(
   """Returns the runs of a method at each rate; runs what is not done yet."""
   racer, tried = RACERS[label], {}
   for rate in options.rates or racer.rates:
-    path = options.place / f"{racer.name}-{rate:g}.json"
-    if (done := log.read_object(path)) is None:
-      rows = sweep.run_sweep(options.sweep(racer, rate), dataset)
-      done = {"rows": rows, **log.provenance()}
-      files.write(path, json.dumps(done, indent=2) + "\n")
-      terminal.say(f"{label} at a rate of {rate:g}: done", sys.stderr)
-    tried[rate] = done
+    runs = options.sweep(racer, rate)
+    tried[rate] = sweep.run_once(
+      options.place / f"{racer.name}-{rate:g}.json",
+      lambda runs=runs: sweep.run_sweep(runs, dataset),
+    )
   return tried
-
-
-def chosen(tried: dict[float, Any], sparsity: float) -> dict[str, Any]:
-  """Returns the runs of a sparsity at the rate of best validation.
-
-  >>> def done(validation, test, commit):
-  ...   row = {"sparsity": .9, "validation_rounded": validation,
-  ...          "test_rounded": test, "zeros": .9}
-  ...   return {"rows": [row], "command": "python", "commit": commit}
-  >>> best = chosen({1e-3: done(.8, .7, "07"), 1e-2: done(.9, .6, "b5")}, .9)
-  >>> best["rate"], best["test"], best["commit"]
-  (0.01, [0.6], 'b5')
-  """
-  runs = {
-    rate: [row for row in done["rows"] if row["sparsity"] == sparsity]
-    for rate, done in tried.items()
-  }
-
-  def validation(rate: float) -> float:
-    return statistics.fmean(row["validation_rounded"] for row in runs[rate])
-
-  best = max(runs, key=validation)
-  return {
-    "rate": best,
-    "validation": [row["validation_rounded"] for row in runs[best]],
-    "test": [row["test_rounded"] for row in runs[best]],
-    "zeros": [row["zeros"] for row in runs[best]],
-    "command": tried[best]["command"],
-    "commit": tried[best]["commit"],
-  }
 
 
 if __name__ == "__main__":
