@@ -6,9 +6,11 @@
 
 A net without capacity to spare, all kernels ternary, trained from scratch by
 each method, at each of its rates, for the same epochs: all sparsities and seeds
-of one rate are one program. The rate of a method is chosen by validation
-accuracy, at each sparsity by itself; the test split is read once a run, at its
-end. What is done lies under --root: the command can be stopped and given again.
+of one rate are one program. The references, "pruned float", have float values
+where the others have codes; "dense" passes gradients to zeros, too. The rate of
+a method is chosen by validation accuracy, at each sparsity by itself; the test
+split is read once a run, at its end. What is done lies under --root: the
+command can be stopped and given again.
 """
 
 import dataclasses
@@ -35,6 +37,7 @@ from experiments.common import (
 )
 from experiments.common.errors import UsageError
 from experiments.common.methods import Plan
+from experiments.common.pruning import Pruned
 
 #: Standard deviation of the latents with which SCA starts.
 SIGMA: Any = tern_jax.SCA(sparsity=0.5).sigma
@@ -54,6 +57,16 @@ def without_regularizer(plan: Plan, steps: int) -> Plan:
   """Leaves the hard forward and the barrier alone: what WDR is worth."""
   del steps
   return plan._replace(regularizer=optax.identity())
+
+
+def pruned(plan: Plan, steps: int, dense: bool = False) -> Plan:
+  """Keeps float values beyond the threshold: the reference for all of them."""
+  del steps
+  stages = tuple(
+    stage._replace(method=Pruned(stage.method.sparsity, dense=dense))
+    for stage in plan.stages
+  )
+  return plan._replace(stages=stages)
 
 
 def one_shot(sparsity: Any, across_layers: bool) -> methods.Sca:
@@ -92,6 +105,13 @@ RACERS = {
     "WithoutWdr", methods.Sca, (5e-4, 1e-3), without_regularizer
   ),
   "SCA, one-shot": Racer("OneShot", one_shot, (5e-3, 1e-2)),
+  "pruned float": Racer("Pruned", methods.Twn, (1e-3, 3e-3, 1e-2), pruned),
+  "pruned float, dense": Racer(
+    "PrunedDense",
+    methods.Twn,
+    (1e-3, 3e-3, 1e-2),
+    functools.partial(pruned, dense=True),
+  ),
 }
 
 
