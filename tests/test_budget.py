@@ -71,11 +71,12 @@ def test_per_layer_targets_are_met():
   assert zeros(tern, *helpers.init(tern, net())) == pytest.approx(
     {"a": 0.9, "b": 0.5, "c": 0.5}, abs=1e-4
   )
+  assert per_layer(0.9) == per_layer({"*": 0.9})
 
 
 @pytest.mark.parametrize(
   "target",
-  [per_layer({"a": 0.5, "head/w": 0.25}), across_layers(0.8)],
+  [per_layer({"a": 0.5, "head/w": 0.25}), across_layers(0.8, floor=0.5)],
   ids=["per_layer", "across_layers"],
 )
 def test_targets_print_hash_and_rise(target):
@@ -98,6 +99,8 @@ def test_bad_targets():
     ParamTransform(SCA(sparsity=per_layer({"head": 0.5, "*": 0.5}))).init(tree)
   with pytest.raises(ValueError, match="no target for b/kernel: add one"):
     ParamTransform(SCA(sparsity=per_layer({"a": 0.5}))).init(tree)
+  with pytest.raises(ValueError, match=r"floor must lie in \[0, 1\), got 1.5"):
+    across_layers(0.5, floor=1.5)
   for target in (per_layer({"a": 0.5}), across_layers(0.5)):
     with pytest.raises(TypeError, match="use ParamTransform"):
       TWN(sparsity=target).init(tree["a"]["kernel"])
@@ -112,6 +115,63 @@ def test_across_layers_has_one_threshold():
   want = {k: np.mean(np.abs(v["kernel"]) <= limit) for k, v in tree.items()}
   assert got == pytest.approx(want, abs=1e-6)
   assert got["a"] > 0.9 > got["c"]
+
+
+def kept(shapes, nonzeros):
+  """Returns the nonzeros of the layers of a random network of so many."""
+  sizes = np.array([np.prod(shape) for shape in shapes], float)
+  weight = np.array([sum(shape) for shape in shapes], float)
+  found, low, high = sizes, 0.0, (sizes / weight).max()
+  for _ in range(100):
+    middle = (low + high) / 2
+    found = np.minimum(sizes, middle * weight)
+    low, high = (low, middle) if found.sum() > nonzeros else (middle, high)
+  return found
+
+
+@pytest.mark.parametrize("floor", [0.5, helpers.long(0.75), 1.0])
+@pytest.mark.parametrize("share", [0.3, helpers.long(0.8), 0.95])
+def test_across_layers_each_keeps_its_floor(share, floor):
+  r = np.random.default_rng(0)
+  shapes = {"big": (60, 40), "head": (40, 4), "stack": (30, 20)}
+  # Latents of the head and of one layer of the stack are small.
+  tree = {k: r.normal(size=shape) for k, shape in shapes.items()}
+  tree["head"] *= 0.01
+  tree["stack"] = np.stack([tree["stack"], 0.01 * tree["stack"]])
+  tree = jax.tree.map(jnp.float32, {k: {"kernel": v} for k, v in tree.items()})
+  tern = ParamTransform(
+    TWN(sparsity=across_layers(share, floor)), None, "stack"
+  )
+  codes = helpers.discretize(tern, *helpers.init(tern, tree))
+  found = jax.tree.map(
+    lambda x: np.sum(x.codes != 0, axis=(-2, -1)),
+    codes,
+    is_leaf=lambda x: isinstance(x, tern_jax.Ternary),
+  )
+  got = [
+    found["big"]["kernel"],
+    found["head"]["kernel"],
+    *found["stack"]["kernel"],
+  ]
+  total = 2400 + 160 + 2 * 600
+  nonzeros = total - round(share * total)
+  assert sum(got) == nonzeros
+  floors = floor * kept([*shapes.values(), (30, 20)], nonzeros)
+  assert (np.array(got) >= np.floor(floors * (1 - 1e-5))).all()
+  if share > 0.5:  # else more of the others than there are would be left
+    small = np.array(got)[[1, 3]]
+    np.testing.assert_allclose(
+      small, floors[[1, 3]], atol=1 + 0.01 * nonzeros * (floor == 1)
+    )
+  # WDR has the same barriers.
+  barrier = tern_jax.at_sparsity(across_layers(share, floor), gain=1.0)
+  plain = {k: v["kernel"] for k, v in tree.items()}
+  thresholds = jax.jit(lambda x: barrier.init(x, ("stack",)))(plain)
+  for k, layer in thresholds.items():
+    beyond = np.abs(plain[k]) > np.reshape(
+      layer, (-1, 1, 1)[-plain[k].ndim :] if layer.ndim else ()
+    )
+    np.testing.assert_array_equal(beyond, codes[k]["kernel"].codes != 0)
 
 
 @pytest.mark.long

@@ -5,10 +5,12 @@ import dataclasses
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import tern_jax
+from tern_jax.recipes import rates
 from tests import helpers
 
 PARAMS = {
@@ -19,14 +21,19 @@ PARAMS = {
 
 @pytest.mark.long
 @pytest.mark.sample(2)
+@pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize(
-  "sparsity",
-  [0.8, tern_jax.across_layers(0.8), tern_jax.per_layer({"*": 0.8})],
+  ("sparsity", "meant"),
+  [
+    (0.8, tern_jax.across_layers(0.8, floor=0.75)),
+    (tern_jax.across_layers(0.8), tern_jax.across_layers(0.8)),
+    (tern_jax.per_layer(0.8), tern_jax.per_layer({"*": 0.8})),
+  ],
 )
-def test_it_is_the_parts_it_names(sparsity):
+def test_it_is_the_parts_it_names(sparsity, meant, warm):
   where = tern_jax.kernels()
-  target = tern_jax.ramp(sparsity, 20, until=0.25)
-  tern, wdr = tern_jax.recipe(sparsity, 20)
+  target = tern_jax.ramp(meant, 20, until=0.25, start=0.4 if warm else 0.0)
+  tern, wdr = tern_jax.recipe(sparsity, 20, warm=warm)
   method = tern_jax.SCA(sparsity=target)
   assert tern == tern_jax.ParamTransform(method, where)
   alpha, kappa = tern_jax.at_sparsity(target), tern_jax.late_kappa(20)
@@ -43,7 +50,37 @@ def test_it_is_the_parts_it_names(sparsity):
     expected, theirs = jax.jit(parts.update)(updates, theirs, moved)
     chex.assert_trees_all_equal(found, expected)
     changed = bool(jnp.any(found.latent["body"]["kernel"] != 1))
-    assert changed == (step >= 14)
+    assert changed == (step >= 6)
+
+
+def test_rates_follow_the_number_of_steps():
+  for steps, latent, rest in (
+    (50, 1e-2, 1e-2),
+    (400, 5e-3, 1e-2),
+    (10_000, 1e-3, 1e-2),
+    (40_000, 5e-4, 5e-3),
+  ):
+    assert rates(steps) == pytest.approx((latent, rest))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize(
+  "given", [{}, {"learning_rate": 0.02}, {"rest_rate": 0.03}]
+)
+def test_latents_have_one_rate_and_all_else_another(given):
+  where = tern_jax.kernels(exclude="head")
+  tx = tern_jax.recipe(0.8, 400, where).optimizer(**given)
+  latent, rest = given.get("learning_rate", 5e-3), given.get("rest_rate", 1e-2)
+  state = tx.init(PARAMS)
+  grads = jax.tree.map(jnp.ones_like, PARAMS)
+  updates, after = jax.jit(tx.update)(grads, state, PARAMS)
+  np.testing.assert_allclose(updates["head"]["kernel"], -rest, rtol=1e-3)
+  moved = jax.tree.map(lambda x, y: y - x, state.params, after.params)
+  # The first update of Adam is its rate.
+  size = jnp.abs(moved.latent["body"]["kernel"])
+  np.testing.assert_allclose(size, latent, rtol=1e-2)
+  scale = jnp.abs(moved.scales["body/kernel"]["a"])
+  np.testing.assert_allclose(scale, rest, rtol=1e-2)
 
 
 @pytest.mark.long

@@ -297,7 +297,7 @@ def test_a_late_strength_is_for_codes_that_change(gain, pairs, share):
   for count in (200, 300):
     state = state._replace(count=jnp.int32(count))
     updates, state = update(grads, state, moved)
-    assert float(state.share) == pytest.approx(share)
+    assert float(state.shares[1]) == pytest.approx(share)
     for scale, got, g, latent in (
       (1, updates["stack"][0], gradient["stack"][0], moved["stack"][0]),
       (2, updates["stack"][1], gradient["stack"][1], moved["stack"][1]),
@@ -310,6 +310,40 @@ def test_a_late_strength_is_for_codes_that_change(gain, pairs, share):
       )
       expected = share * 2 * rms * r_wdr
       np.testing.assert_allclose(got - g, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("pairs", "share"), [(0, 0), (3, 0.4), long(4, 1)])
+def test_a_late_strength_is_early_where_codes_change_at_random(pairs, share):
+  # Of 15 nonzeros, so many are new; .2 is .5 of the churn, (.5 - .4) / .25.
+  kappa = tern_jax.late_kappa(400, onset=0.5, early=0.25, churn=0.4)
+  tx = tern_jax.wdr_transform(
+    tern_jax.at_sparsity(0.5, gain=1.0), tern_jax.relative(kappa), sharp=True
+  )
+  start = {"w": jnp.arange(1.0, 31.0) / 100}
+  order = np.arange(30)
+  order[:pairs], order[30 - pairs :] = order[30 - pairs :], order[:pairs].copy()
+  moved = {"w": start["w"][order]}
+  grads = {"w": jnp.ones(30)}
+  update = jax.jit(tx.update)
+  state = tx.init(start)
+  for count, params in ((96, start), (99, moved)):
+    state = state._replace(count=jnp.int32(count))
+    updates, state = update(grads, state, params)
+    assert (updates["w"] == 1).all()
+  for count in (100, 180, 200, 240):
+    state = state._replace(count=jnp.int32(count))
+    updates, state = update(grads, state, moved)
+    # Nothing has changed from early on, so the onset adds nothing.
+    shares = [share, 1 if count < 200 else 0]
+    np.testing.assert_allclose(state.shares, shares, atol=1e-6)
+    risen = share * 0.1 * 300 ** ((count / 400 - 0.25) / 0.7)
+    alpha = 2 * np.tanh(0.155) ** 2
+    r = reference.wdr_grad(
+      np.asarray(moved["w"], np.float64), alpha, sharp=True
+    )
+    np.testing.assert_allclose(
+      updates["w"] - 1, risen * r, rtol=2e-2, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -642,10 +676,10 @@ def test_a_barrier_of_weights_is_in_the_middle_of_its_gap():
     ([0, 0, 0, 3], 1.5),
     ([0, 0, 0, 0], 0),
   ):
-    got = search(jnp.float32(jnp.array(magnitudes)), jnp.float32(0.5), None, 0)
+    got = search(jnp.float32(jnp.array(magnitudes)), jnp.int32(2), None, 0)
     assert float(got) == pytest.approx(middle)
   several = [jnp.array([0.0, 1.0]), jnp.array([[0.5, -3.0]])]
-  assert float(search(several, jnp.float32(0.5), None, 0)) == 0.75
+  assert float(search(several, jnp.int32(2), None, 0)) == 0.75
 
 
 @pytest.mark.long

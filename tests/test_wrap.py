@@ -22,7 +22,7 @@ from tests.helpers import long
 pytestmark = pytest.mark.usefixtures("standard_promotion_throughout")
 
 STEPS = 20
-RECIPE = tern_jax.recipe(0.5, STEPS)
+RECIPE = tern_jax.recipe(tern_jax.per_layer(0.5), STEPS)
 ADAM = optax.adam(1e-3)
 X = jax.random.normal(jax.random.key(0), (16, 8))
 
@@ -189,14 +189,14 @@ def test_it_is_the_training_by_hand():
 
 
 def test_there_is_one_clock_under_accumulated_gradients():
-  tern, wdr = tern_jax.recipe(0.8, steps=100)
+  tern, wdr = tern_jax.recipe(tern_jax.per_layer(0.8), steps=100)
   tx = optax.MultiSteps(tern_jax.wrap(ADAM, tern, wdr), 4)
   params, state = train(tx, 40)
   (own,) = tern_jax.trees.state.find(state)
   counts = {"wrap": own.count, "wdr": own.inner[0].inner_state.count}
   counts |= {path: kept["count"] for path, kept in own.state.items()}
   assert {int(x) for x in counts.values()} == {10}
-  asked = float(tern.method.sparsity(10))
+  asked = float(tern.method.sparsity.of("a/kernel")(10))
   assert abs(float(jnp.mean(params["a"]["kernel"] == 0)) - asked) <= 1 / 96
 
 
@@ -423,7 +423,7 @@ def test_what_cannot_be_wrapped_says_so():
 
 def by_hand(steps):
   """A training by hand, of a ramp over 40 steps."""
-  tern, _ = tern_jax.recipe(0.75, 40)
+  tern, _ = tern_jax.recipe(tern_jax.per_layer(0.75), 40)
   params, state = tern.init(start())
   for _ in range(steps):
     params, state = tern.after_step(params, state)

@@ -14,8 +14,9 @@ from tern_jax.core.paths import lift, matches_any, path_str
 from tern_jax.core.types import Array, KeyPath, PyTree, Scalar, Schedule
 from tern_jax.regularizers.formulas import check_alpha, is_scalar_or_schedule
 from tern_jax.targets import schedules
-from tern_jax.targets.quantile import count_of, magnitude_threshold
+from tern_jax.targets.quantile import search
 from tern_jax.targets.schedules import AcrossLayers, Ramp, Target
+from tern_jax.targets.shares import shares_at
 
 #: Theta over the latents where the barrier is at a quantile: Adam moves latents
 #: by its rate whatever they are, and with this gain its usual 1e-3 is right.
@@ -137,7 +138,12 @@ class AtSparsity(Barrier):
       due, tolerance = when(self.every, target)
 
       def together() -> PyTree:
-        asked = schedules.at(target, count)
+        if self.sparsity.floor:
+          return self._divided(
+            self.sparsity, kept, params, count, tolerance, stacked
+          )
+        n = sum(x.size for x in leaves)
+        asked = schedules.zeros_at(target, count, n)
         found = self.search(leaves, asked, None, tolerance)
         return jax.tree.map(lambda t: jnp.broadcast_to(found, t.shape), kept)
 
@@ -149,12 +155,36 @@ class AtSparsity(Barrier):
       due, tolerance = when(self.every, target)
 
       def find(theta: Array, guess: Array) -> Array:
-        asked = schedules.at(target, count)
+        asked = schedules.zeros_at(target, count, theta.size)
         return self.search(theta, asked, guess, tolerance)
 
       return either(
         due, lambda: lift(stacked, printed, find)(theta, held), lambda: held
       )
+
+    return jax.tree_util.tree_map_with_path(leaf, kept, params)
+
+  def _divided(
+    self,
+    target: AcrossLayers,
+    kept: PyTree,
+    params: PyTree,
+    count: Array,
+    tolerance: Scalar,
+    stacked: Sequence[str],
+  ) -> PyTree:
+    """Returns the thresholds of layers, each of which keeps some nonzeros."""
+    found = jax.tree_util.tree_leaves_with_path(params)
+    leaves = {path_str(path): x for path, x in found}
+    zeros = shares_at(target, leaves, stacked, count, tolerance)
+
+    def leaf(path: KeyPath, held: Array, theta: Array) -> Array:
+      printed = path_str(path)
+
+      def find(theta: Array, zeros: Array, guess: Array) -> Array:
+        return self.search(theta, zeros, guess, tolerance)
+
+      return lift(stacked, printed, find)(theta, zeros[printed], held)
 
     return jax.tree_util.tree_map_with_path(leaf, kept, params)
 
@@ -171,12 +201,13 @@ class AtSparsity(Barrier):
   def search(
     self,
     x: Array | list[Array],
-    sparsity: Array,
+    zeros: Array,
     guess: Array | None,
     tolerance: Scalar,
   ) -> Array:
     """Returns the threshold of an array, or of several as one."""
-    return magnitude_threshold(x, sparsity, guess, tolerance)
+    arrays = tuple(x) if isinstance(x, list) else (x,)
+    return search(arrays, zeros, guess, tolerance).threshold
 
   def of_weights(self) -> "Barrier":
     """Returns the same barrier for parameters that are the weights."""
@@ -199,7 +230,7 @@ class _AtSparsityOfWeights(AtSparsity):
   def search(
     self,
     x: Array | list[Array],
-    sparsity: Array,
+    zeros: Array,
     guess: Array | None,
     tolerance: Scalar,
   ) -> Array:
@@ -209,19 +240,17 @@ class _AtSparsityOfWeights(AtSparsity):
     nonzeros that there are.
     """
     del tolerance
+    found = super().search(x, zeros, guess, 0.0)
     magnitudes = [
       jnp.abs(array.astype(jnp.float32))
       for array in (x if isinstance(x, list) else [x])
     ]
-    found = magnitude_threshold(x, sparsity, guess)
     top = _largest(magnitudes, lambda m: m <= found)
     next_one = -_largest([-m for m in magnitudes], lambda m: -m > found)
     before = jnp.maximum(_largest(magnitudes, lambda m: m < top), 0)
-    n = sum(m.size for m in magnitudes)
-    k = count_of(n, sparsity)
     many = sum(jnp.sum(m <= found, dtype=jnp.int32) for m in magnitudes)
     few = sum(jnp.sum(m < top, dtype=jnp.int32) for m in magnitudes)
-    lower = k - few <= many - k
+    lower = zeros - few <= many - zeros
     low, high = jnp.where(lower, before, top), jnp.where(lower, top, next_one)
     middle = low + (high - low) / 2
     return jnp.where(jnp.isfinite(middle), middle, found)

@@ -35,10 +35,12 @@ class Churn:
       return kappa
     return None
 
-  def begins(self, count: Array) -> Array | bool:
-    """Whether the nonzeros of this update are those to compare with."""
-    late = self.late
-    return late is not None and Relative(late).sets_in(count + late.ahead)
+  def looks(self, count: Array) -> Array | bool:
+    """Whether nonzeros are remembered at this update, or compared with."""
+    if (late := self.late) is None:
+      return False
+    ahead = late.begins(count + late.ahead)
+    return jnp.any(late.begins(count) | ahead)
 
   def init(self, params: PyTree, alphas: PyTree) -> PyTree:
     """Returns the nonzeros to begin with, () where none are counted."""
@@ -47,20 +49,23 @@ class Churn:
   def follow(
     self,
     nonzero: PyTree,
-    share: Array,
+    shares: Array,
     params: PyTree,
     alphas: PyTree,
-    now: Array | bool,
-    ends: Array,
+    count: Array,
   ) -> tuple[PyTree, Array]:
-    """Returns the nonzeros to compare with and the share of kappa in use."""
+    """Returns the nonzeros to compare with and the shares of kappa in use."""
     if (late := self.late) is None:
-      return nonzero, share
-    new = either(now, lambda: self._nonzero(params, alphas), lambda: nonzero)
-    share = either(
-      ends, lambda: late.share(_exchanged(nonzero, new)), lambda: share
+      return nonzero, shares
+    new = either(
+      self.looks(count), lambda: self._nonzero(params, alphas), lambda: nonzero
     )
-    return new, share
+    begins = late.begins(count)
+
+    def compared() -> Array:
+      return jnp.where(begins, late.shares(_exchanged(nonzero, new)), shares)
+
+    return new, either(jnp.any(begins), compared, lambda: shares)
 
   def _nonzero(self, params: PyTree, alphas: PyTree) -> PyTree:
     """Returns which weights are beyond the barrier, eight to a byte."""

@@ -15,25 +15,24 @@ _TRY = "try optax.linear_schedule(0.0, 1.0, 0.6 * steps, 0.2 * steps)"
 
 
 class Strength(abc.ABC):
-  """How much of the gradient r of WDR `wdr_transform` adds to an update u."""
+  """How much of the gradient r of WDR `wdr_transform` adds to an update u.
 
-  def is_on(self, count: Array) -> Array | bool:
+  Of a strength that is held back while codes still improve, only shares are
+  used, float32 [2]: see `LateKappa`.
+  """
+
+  def is_on(self, count: Array, shares: Array) -> Array | bool:
     """Whether anything is added at an update; True for always."""
-    del count
+    del count, shares
     return True
-
-  def sets_in(self, count: Array) -> Array:
-    """Whether WDR does something at an update, and did nothing before it."""
-    return self.is_on(count) & jnp.logical_not(self.is_on(count - 1))
 
   @abc.abstractmethod
   def factor(
-    self, u: Array, r: Array, count: Array, share: Array, bound: float | None
+    self, u: Array, r: Array, count: Array, shares: Array, bound: float | None
   ) -> Array:
     """Returns the factor of r for one layer, in its precision.
 
-    Of a strength that is held back while codes still improve, only a share is
-    used; bound is the largest |r| there can be, if r shrinks as latents settle.
+    The bound is the largest |r| there can be, if r shrinks as latents settle.
     """
 
 
@@ -52,10 +51,10 @@ class Absolute(Strength):
     check_strength("strength", self.strength, _TRY)
 
   def factor(
-    self, u: Array, r: Array, count: Array, share: Array, bound: float | None
+    self, u: Array, r: Array, count: Array, shares: Array, bound: float | None
   ) -> Array:
     """Returns lambda."""
-    del u, share, bound
+    del u, shares, bound
     return at(self.strength, count, r.dtype)
 
 
@@ -84,20 +83,25 @@ class Relative(Strength):
   def __post_init__(self):
     check_strength("kappa", self.kappa, "try tern_jax.late_kappa(steps)")
 
-  def is_on(self, count: Array) -> Array | bool:
+  def is_on(self, count: Array, shares: Array) -> Array | bool:
     """Whether kappa is positive."""
-    return at(self.kappa, count) > 0
+    return self._kappa(count, shares) > 0
 
   def factor(
-    self, u: Array, r: Array, count: Array, share: Array, bound: float | None
+    self, u: Array, r: Array, count: Array, shares: Array, bound: float | None
   ) -> Array:
-    """Returns kappa * share * rms(u) / rms(r)."""
+    """Returns kappa * rms(u) / rms(r)."""
     # The ratio of norms is the ratio of root mean squares. Smaller norms have
     # lost their digits, and over them the ratio could overflow.
     size = _norm(r) if bound is None else bound * r.size**0.5
     size = jnp.maximum(size, float(jnp.finfo(r.dtype).tiny) ** 0.5)
-    kappa = share.astype(r.dtype) * at(self.kappa, count, r.dtype)
+    kappa = self._kappa(count, shares).astype(r.dtype)
     return kappa * _norm(u) / size
+
+  def _kappa(self, count: Array, shares: Array) -> Array:
+    if isinstance(self.kappa, LateKappa):
+      return self.kappa.used(count, shares)
+    return at(self.kappa, count)
 
   def __repr__(self) -> str:
     """Prints the call that makes it."""
@@ -113,12 +117,19 @@ class LateKappa:
 
   Whether they are worth keeping shows in the 1 % of the steps before the onset.
   Where many nonzeros have changed places by then, in small nets or at many
-  zeros, codes keep changing at random, and it is best to stop that early. Where
-  few have, the loss still improves the codes, and a strong WDR would stop it.
+  zeros, codes keep changing at random, and it is best to stop that. Where few
+  have, the loss still improves the codes, and a strong WDR would stop it.
   `wdr_transform` therefore uses the share `min(1, c / churn)` of kappa, with c
-  the share of all nonzeros that were zeros then. In `space="weights"`, where
-  the forward is float until WDR has made it ternary, it always uses all of
-  kappa. `tern_jax.late_kappa` is this class.
+  the share of all nonzeros that were zeros then.
+
+  Where codes change at random, the sooner it ends the better the net learns
+  with those that it has. At `early` changes are therefore counted, too, and the
+  share `(c / churn - 0.4) / 0.25`, from 0 to 1, of a kappa that rises from
+  there on to the same `last` is used where it is more.
+
+  In `space="weights"`, where the forward is float until WDR has made it
+  ternary, it always uses all of kappa, from the onset on.
+  `tern_jax.late_kappa` is this class.
 
   Args:
     steps: training steps of the whole run.
@@ -127,7 +138,9 @@ class LateKappa:
     first: kappa at the onset.
     last: kappa at full strength.
     churn: share of the nonzeros in (0, 1) that must be new in that time for
-      all of kappa to be used; None always uses it.
+      all of kappa to be used; None always uses it, from the onset on.
+    early: share of the run at which WDR sets in where codes change at random;
+      None, or what is not before the onset, for the onset.
 
   >>> kappa = LateKappa(1000)
   >>> [round(float(kappa(n)), 3) for n in (699, 700, 950, 1000)]
@@ -140,18 +153,42 @@ class LateKappa:
   first: float = 0.1
   last: float = 30.0
   churn: float | None = 0.15
+  early: float | None = 0.3
 
   def __post_init__(self):
     check_range("steps", self.steps, 1, float("inf"), "count training steps")
     check_range("onset", self.onset, 0, self.full, "it comes before full")
     check_range("churn", self.churn, 1e-9, 1, "it is a share of the nonzeros")
+    check_range("early", self.early, 0, 1, "it is a share of the run")
 
   def __call__(self, count: Count) -> Array:
-    """Returns kappa at a step."""
-    done = jnp.asarray(count, jnp.float32) / self.steps
-    share = jnp.clip((done - self.onset) / (self.full - self.onset), 0, 1)
+    """Returns kappa at a step, all that is used from the onset on."""
+    return self._risen(self.onset, count)
+
+  def used(self, count: Count, shares: Array) -> Array:
+    """Returns kappa at a step, by its shares from early on and the onset."""
+    early, onset = self._begin
+    kappa = shares[0] * self._risen(early, count)
+    return jnp.maximum(kappa, shares[1] * self._risen(onset, count))
+
+  def _risen(self, begin: float, count: Count) -> Array:
+    """Returns the kappa that begins at a share of the run."""
+    done = self._done(count)
+    share = jnp.clip((done - begin) / (self.full - begin), 0, 1)
     kappa = self.first * (self.last / self.first) ** share
-    return jnp.where(done < self.onset, 0.0, kappa)
+    return jnp.where(done < begin, 0.0, kappa)
+
+  def _done(self, count: Count) -> Array:
+    return jnp.asarray(count, jnp.float32) / self.steps
+
+  @property
+  def _begin(self) -> tuple[float, float]:
+    """Shares of the run, early and the onset, which may be the same."""
+    early = self.onset if self.early is None else min(self.early, self.onset)
+    return (early if self._seen(early) else self.onset), self.onset
+
+  def _seen(self, begin: float) -> bool:
+    return self.churn is not None and begin * self.steps > self.ahead
 
   @property
   def ahead(self) -> int:
@@ -161,12 +198,19 @@ class LateKappa:
   @property
   def counts_churn(self) -> bool:
     """Whether what changes before the onset matters, and can be seen."""
-    return self.churn is not None and self.onset * self.steps > self.ahead
+    return self._seen(self.onset)
 
-  def share(self, exchanged: Array) -> Array:
-    """Returns the share of kappa for that share of nonzeros that are new."""
+  def begins(self, count: Array) -> Array:
+    """Whether a step is the first from early on, and from the onset on."""
+    before, now = self._done(count - 1), self._done(count)
+    return jnp.stack([(before < x) & (now >= x) for x in self._begin])
+
+  def shares(self, exchanged: Array) -> Array:
+    """Returns the shares of kappa for that share of nonzeros that are new."""
     assert self.churn is not None
-    return jnp.minimum(exchanged / self.churn, 1)
+    times = exchanged / self.churn
+    early = jnp.clip((times - 0.4) / 0.25, 0, 1)
+    return jnp.stack([early, jnp.minimum(times, 1)])
 
   def __repr__(self) -> str:
     """Prints the call that makes it."""

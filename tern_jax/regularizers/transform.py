@@ -48,10 +48,11 @@ class WdrState(NamedTuple):
   threshold: PyTree
   """Of each leaf, where alpha is `at_sparsity`."""
   nonzero: PyTree
-  """Bits: which weights were beyond the barrier 1 % of the steps before
-  the onset of a `late_kappa`, then at it."""
-  share: Array
-  """Of kappa that is used, by how many of them changed in between."""
+  """Bits: which weights were beyond the barrier 1 % of the steps before a
+  `late_kappa` may set in, then at that time."""
+  shares: Array
+  """Of kappa that are used, by how many of them changed in between: from early
+  on, and from the onset on."""
 
 
 @hides_masks
@@ -233,15 +234,17 @@ class _Wdr:
     threshold = self.barrier.init(params, self.stacked)
     alphas = self.barrier.alphas(threshold, params, count)
     nonzero = self._churn.init(params, alphas)
-    return WdrState(count, threshold, nonzero, jnp.ones((), jnp.float32))
+    shares = jnp.array([0, 1], jnp.float32)
+    return WdrState(count, threshold, nonzero, shares)
 
   def update(
     self, updates: PyTree, state: WdrState, params: PyTree
   ) -> tuple[PyTree, WdrState]:
-    count, threshold, nonzero, share = state
+    count, threshold, nonzero, shares = state
     force, churn, stacked = self.force, self._churn, self.stacked
-    on, sets_in = force.is_on(count), force.sets_in(count)
-    now = churn.begins(count) | sets_in
+    on = force.is_on(count, shares)
+    sets_in = on & jnp.logical_not(force.is_on(count - 1, shares))
+    now = churn.looks(count) | sets_in
 
     def when(every: Array | int, target: Target) -> tuple[Array | bool, Scalar]:
       due, tolerance = look_at(every, target, count)
@@ -250,13 +253,14 @@ class _Wdr:
     threshold = self.barrier.follow(threshold, params, count, when, stacked)
     alphas = self.barrier.alphas(threshold, params, count)
     edges = self.space.edges(threshold, alphas)
-    nonzero, share = churn.follow(nonzero, share, params, alphas, now, sets_in)
+    nonzero, shares = churn.follow(nonzero, shares, params, alphas, count)
+    on = force.is_on(count, shares)
 
     def layer(u: Array, x: Array, edge: Array) -> Array:
       def added() -> Array:
         r, bound = self.space.grad(x, edge)
         wide = u.astype(r.dtype)
-        factor = force.factor(wide, r, count, share, bound)
+        factor = force.factor(wide, r, count, shares, bound)
         if self.descends:
           factor = -jnp.minimum(factor, self.space.reach)
         return (wide + factor * r).astype(u.dtype)
@@ -277,4 +281,4 @@ class _Wdr:
       leaf, updates, params, edges, is_leaf=lambda x: x is None
     )
     count = jnp.asarray(optax.safe_increment(count))
-    return updates, WdrState(count, threshold, nonzero, share)
+    return updates, WdrState(count, threshold, nonzero, shares)

@@ -119,8 +119,13 @@ def search(
   zeros: Array | int,
   guess: Array | None = None,
   tolerance: Scalar = 0.0,
+  most: tuple[Array, ...] | None = None,
 ) -> Found:
-  """Searches for the threshold that so many magnitudes lie under."""
+  """Searches for the threshold that so many magnitudes lie under.
+
+  Of each array no more than `most` count, int32: 0-d, or [layers] for each part
+  of an array along its first axis.
+  """
   n = sum(a.size for a in arrays)
   if not n:
     return Found(jnp.zeros((), jnp.float32), jnp.zeros((), bool))
@@ -132,7 +137,7 @@ def search(
   if guess is not None:
     guess = jnp.asarray(guess, jnp.float32)
   zeros = jnp.asarray(zeros, jnp.int32)
-  return _searched(arrays, zeros, guess, tolerance)
+  return _searched(arrays, zeros, guess, tolerance, most)
 
 
 class _Search(NamedTuple):
@@ -155,6 +160,7 @@ def _searched(
   k: Array,
   guess: Array | None,
   tolerance: Scalar,
+  most: tuple[Array, ...] | None,
 ) -> Found:
   n = sum(a.size for a in arrays)
   patterns = [pattern_of(a) for a in arrays]
@@ -170,7 +176,7 @@ def _searched(
 
   def narrow(at: _Search) -> _Search:
     value = value_of(at.pattern)
-    count = _count_under(patterns, at.pattern)
+    count = _count_under(patterns, at.pattern, most)
     enough = count >= k
     low = jnp.where(enough, at.low, at.pattern)
     high = jnp.where(enough, at.pattern, at.high)
@@ -326,11 +332,24 @@ def value_of(pattern: Array) -> Array:
   return jax.lax.bitcast_convert_type(pattern, jnp.float32)
 
 
-def _count_under(patterns: list[Array], pattern: Array) -> Array:
-  return sum(
-    (jnp.sum(count_rows(p <= pattern), dtype=jnp.int32) for p in patterns),
-    jnp.int32(0),
-  )
+def _count_under(
+  patterns: list[Array],
+  pattern: Array,
+  most: tuple[Array, ...] | None = None,
+) -> Array:
+  counts = [count_parts(p <= pattern, 0) for p in patterns]
+  if most is not None:
+    parts = zip(patterns, most, strict=True)
+    counts = [
+      jnp.minimum(count_parts(p <= pattern, m.ndim), m) for p, m in parts
+    ]
+  return sum((jnp.sum(c, dtype=jnp.int32) for c in counts), jnp.int32(0))
+
+
+def count_parts(which: Array, axes: int) -> Array:
+  """Returns how many are true at each index of so many first axes, int32."""
+  rows = count_rows(which if which.ndim > axes else which[..., None])
+  return jnp.sum(rows, tuple(range(axes, rows.ndim)), jnp.int32)
 
 
 def count_rows(which: Array) -> Array:

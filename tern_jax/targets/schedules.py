@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -54,16 +54,20 @@ class Ramp:
   sparsity: Scalar
   steps: int
   until: float = 0.5
+  start: float = 0.0
 
   def __post_init__(self):
     check_sparsity(self.sparsity)
+    check_range("start", self.start, 0, 1, "it is the share of zeros at first")
     check_range("until", self.until, 1e-9, 1 + 1e-9, "it is a share of steps")
     check_range("steps", self.steps, 1, float("inf"), "count training steps")
 
   def __call__(self, count: Count) -> Array:
     """Returns the sparsity asked for at a step."""
     done = jnp.asarray(count, jnp.float32) / (self.until * self.steps)
-    return self.sparsity * (1.0 - (1.0 - jnp.minimum(done, 1.0)) ** 3)
+    left = (1.0 - jnp.minimum(done, 1.0)) ** 3
+    start = jnp.minimum(self.start, self.sparsity)
+    return self.sparsity - (self.sparsity - start) * left
 
   def __repr__(self) -> str:
     """Prints the call that made it."""
@@ -71,11 +75,15 @@ class Ramp:
 
 
 def ramp(
-  sparsity: "Scalar | PerLayer | AcrossLayers", steps: int, until: float = 0.5
+  sparsity: "Scalar | PerLayer | AcrossLayers",
+  steps: int,
+  until: float = 0.5,
+  start: float = 0.0,
 ) -> "Target":
-  """Makes a cubic schedule of sparsity from 0 to the target, then flat.
+  """Makes a cubic schedule of sparsity up to the target, then flat.
 
-  `s(n) = sparsity * (1 - (1 - n / (until * steps))^3)`. As it tells where the
+  `s(n) = sparsity - (sparsity - start) * (1 - n / (until * steps))^3`, with
+  `start` at most the sparsity. As it tells where the
   run ends, methods with such a target measure at each of the last 5 % of its
   steps, and meet it to the weight there.
 
@@ -84,6 +92,8 @@ def ramp(
       `across_layers`, which then all are on such a ramp.
     steps: training steps of the whole run.
     until: share of the run after which the target is reached.
+    start: share of zeros at step 0. With 0 all weights are nonzero then, which
+      suits a net that has learned nothing yet.
 
   >>> s = ramp(0.8, steps=1000)
   >>> [round(float(s(n)), 4) for n in (0, 250, 500, 1000)]
@@ -93,8 +103,8 @@ def ramp(
   """
   if isinstance(sparsity, PerLayer | AcrossLayers):
     # The shares of a ramp are numbers.
-    return sparsity.map(lambda share: Ramp(share, steps, until))  # pyrefly: ignore
-  return Ramp(sparsity, steps, until)
+    return sparsity.map(lambda share: Ramp(share, steps, until, start))  # pyrefly: ignore
+  return Ramp(sparsity, steps, until, start)
 
 
 @dataclasses.dataclass(frozen=True, repr=False, init=False)
@@ -107,7 +117,8 @@ class PerLayer:
   Args:
     targets: {pattern: share of zeros in [0, 1), or a schedule of it}; patterns
       are those of `kernels`, a whole path among them, and the first that
-        matches counts. `fit_budget` returns such targets.
+      matches counts. `fit_budget` returns such targets. Or one share, which
+      each layer is to have: {"*": share}.
 
   >>> PerLayer({"head": 0.5, "*": 0.9}).of("Dense_0/kernel")
   0.9
@@ -117,9 +128,14 @@ class PerLayer:
   targets: "tuple[tuple[str, Target], ...]"
 
   def __init__(
-    self, targets: "Mapping[str, Target] | Iterable[tuple[str, Target]]"
+    self,
+    targets: "Mapping[str, Target] | Iterable[tuple[str, Target]] | Scalar",
   ):
-    pairs = targets.items() if isinstance(targets, Mapping) else targets
+    pairs: Any = targets
+    if isinstance(targets, Mapping):
+      pairs = targets.items()
+    elif isinstance(targets, float | int) or hasattr(targets, "dtype"):
+      pairs = [("*", targets)]
     object.__setattr__(self, "targets", tuple(pairs))
     for _, target in self.targets:
       check_sparsity(target)
@@ -158,21 +174,33 @@ class AcrossLayers:
   latents of one spread, elsewhere they are those of the initialization.
   `tern_jax.across_layers` is this class.
 
+  With a floor, each layer keeps that share of the nonzeros that a random sparse
+  network of as many has there: in proportion to the sum of the axes of its
+  kernel, inputs + outputs of a dense one, and its size at most. Small layers
+  and those at the end are then never left with too few.
+
   Args:
     sparsity: share of zeros of all selected weights in [0, 1), or a schedule.
+    floor: in [0, 1]: 0 leaves all to the magnitudes, with 1 the shares follow
+      from the shapes alone.
 
   >>> AcrossLayers(0.9)
   across_layers(sparsity=0.9)
+
+  Source: the shares of a random sparse network, Mocanu et al., arXiv
+  1707.04780, of convolutions Evci et al., arXiv 1911.11134.
   """
 
   sparsity: "Scalar | Schedule"
+  floor: float = 0.0
 
   def __post_init__(self):
     check_sparsity(self.sparsity)
+    check_range("floor", self.floor, 0, 1 + 1e-9, "it is a share of nonzeros")
 
   def map(self, fn: "Callable[[Target], Target]") -> "AcrossLayers":
     """Returns the target that a function makes of this."""
-    return AcrossLayers(fn(self.sparsity))  # pyrefly: ignore
+    return AcrossLayers(fn(self.sparsity), self.floor)  # pyrefly: ignore
 
   def __repr__(self) -> str:
     """Prints the call that makes it."""

@@ -15,8 +15,8 @@ from tern_jax.core.method import Ternarizer
 from tern_jax.core.paths import matches_any
 from tern_jax.core.types import Array, Arrays, PyTree, State
 from tern_jax.targets.schedules import AcrossLayers, target_of
+from tern_jax.targets.shares import shares_at, shares_if_due
 from tern_jax.trees.leaf import Leaf, aligned
-from tern_jax.trees.shares import shares_at, shares_if_due
 
 #: A function of layers, and of leaves, scales and state by path.
 OfLeaves = Callable[..., tuple[State, State]]
