@@ -5,13 +5,14 @@
     --length 0.25 --start float
 
 Small nets, trained by scripts that only their optimizer makes ternary:
-`tern_jax.recipe(sparsity, steps).optimizer()`, with nothing else given. Beside
-it are straight-through training (TWN, each layer at the asked sparsity, after a
-ramp over the first quarter) at Adam's usual rate and at its best rate of four,
-and float weights pruned on the same ramp, at their best rate of three; "dense"
-passes gradients to their zeros, too. Rates are chosen by validation accuracy,
-at each sparsity; the test split is read once a run, at its end. All seeds and
-sparsities of one rate are one program.
+`tern_jax.recipe(sparsity, steps).optimizer()`, with nothing else given, but
+`warm=True` from a float net. Beside it are straight-through training (TWN, each
+layer at the asked sparsity, after a ramp over the first quarter) at Adam's
+usual rate and at its best rate of four, and float weights pruned on the same
+ramp, at their best rate of three; "dense" passes gradients to their zeros, too.
+Rates are chosen by validation accuracy, at each sparsity; the test split is
+read once a run, at its end. All seeds and sparsities of one rate are one
+program.
 
 What is done lies under --root: the command can be stopped and given again.
 After a change of the recipe, give another --root, or remove the Sca.json there.
@@ -167,9 +168,10 @@ class DefaultsOptions:
       return net.config(seed=seed)
 
     def optimizer(sparsity: Any, steps: int, rate: Any) -> Wrapped:
-      return optimizer_of(RACERS[label], sparsity, steps, where, rate)
+      return optimizer_of(RACERS[label], sparsity, steps, where, rate, warm)
 
-    share = self.float_share if self.start == "float" else 0.0
+    warm = self.start == "float"
+    share = self.float_share if warm else 0.0
     script = sweep.Script(optimizer, self.length, share)
     return sweep.Sweep(
       "sparsity", self.sparsities, self.seeds, config, script=script
@@ -177,7 +179,12 @@ class DefaultsOptions:
 
 
 def optimizer_of(
-  racer: Racer, sparsity: Any, steps: int, where: Any, rate: Any
+  racer: Racer,
+  sparsity: Any,
+  steps: int,
+  where: Any,
+  rate: Any,
+  warm: bool = False,
 ) -> Wrapped:
   """Returns the optimizer of a script.
 
@@ -187,9 +194,10 @@ def optimizer_of(
     steps: of the ternary net.
     where: which leaves are ternary.
     rate: Adam's first rate, a number or traced; not used by the recipe.
+    warm: whether nets start from a float net, which the recipe is told.
   """
   if racer.method is None:
-    return tern_jax.recipe(sparsity, steps, where).optimizer()
+    return tern_jax.recipe(sparsity, steps, where, warm=warm).optimizer()
   target = tern_jax.ramp(sparsity, steps, until=0.25)
   tern = tern_jax.ParamTransform(racer.method(sparsity=target), where)
   schedule = optax.cosine_decay_schedule(rate, steps, alpha=0.05)
