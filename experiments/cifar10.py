@@ -18,9 +18,10 @@ two thirds of them zero, is within one point of the float net that it continues.
 Expected for seed 0, which alone is too few to rank methods, with the options
 and rates of `benchmarks.accuracy_table cifar10 --float-epochs 14 --epochs 6`:
 test accuracy of the float net 79.1; of the ternary nets, from the packed file,
-TWN 78.2 at 44 % zeros, TGA 78.3 at 45 %, the same with frozen thresholds 78.6,
-EC2T 78.5, 78.6 and 77.5 at 40, 64 and 77 %, TTQ 77.6 at 14 %, SCA 79.3, 78.8,
-77.5 and 74.6 at 50, 65, 75 and 90 %. All 20 epochs with the float net: 80.8.
+TWN 78.2 at 44 % zeros, TGA(surrogate=0.5) 78.3 at 45 %, the same with frozen
+thresholds 78.6, EC2T 78.5, 78.6 and 77.5 at 40, 64 and 77 %, TTQ 77.6 at 14 %,
+SCA 79.3, 78.8, 77.5 and 74.6 at 50, 65, 75 and 90 %. All 20 epochs with the
+float net: 80.8.
 
 Expected for VGG-small, as published for TWN by Li et al. (arXiv 1605.04711),
 not measured here: test accuracy 92.56, of the float net 92.88; theirs is

@@ -54,6 +54,7 @@ SIZES = (
 #: What the parts of a record must have, by the first word of its file's name.
 EXPECTED = {
   "accuracy_table": {column.key for column in bench.ACCURACY},
+  "paper_table": {"published", *(column.key for column in bench.ACCURACY)},
   "equal_sparsity": {"rate", "test", "zeros"},
   "budget": {column.key for column in bench.BUDGET},
   "one_line": {column.key for column in bench.ONE_LINE},
@@ -65,24 +66,6 @@ PROVENANCE = (
   *("command", "commit", "date", "method"),
   *("seconds", "jax", "devices"),
 )
-#: {data set: (network, how it differs from ours, (label, test accuracy and
-#: zeros in %, None where not told, source))}
-PUBLISHED: dict[str, tuple[str, str, tuple[Any, ...]]] = {
-  "cifar10": (
-    "ResNet-20",
-    "Published figures of ResNet-20 are context, not a comparison: the network"
-    " is deeper and trained for longer (EC2T: 35 epochs from a converged float"
-    " net, the checkpoint picked by test accuracy in its authors' code).",
-    (
-      ("float", 91.67, None, "arXiv 2004.01077"),
-      ("TTQ", 91.13, None, "arXiv 1612.01064"),
-      ("EC2T-1", 91.16, 45.2, "arXiv 2004.01077"),
-      ("EC2T-2", 91.01, 63.9, "arXiv 2004.01077"),
-      ("EC2T-3", 90.76, 73.3, "arXiv 2004.01077"),
-      ("TGA", 90.39, None, "arXiv 1810.01018, cited by arXiv 2004.01077"),
-    ),
-  )
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +143,8 @@ def build(
     kind, *parts = name.split("-")
     if kind == "accuracy_table":
       sections.append(side_by_side(name, record, out))
+    elif kind == "paper_table":
+      sections.append(at_scale(name, record, out))
     elif kind == "equal_sparsity":
       sections.append(same_sparsity(name, record, out))
     elif kind == "budget":
@@ -254,36 +239,82 @@ def side_by_side(name: str, record: dict[str, Any], out: Path) -> page.Section:
     ],
     [summary(table, bench.ACCURACY, "Measured")],
   )
+  if data in bench.PUBLISHED:
+    net, figures = bench.PUBLISHED[data]
+    section.text.append(
+      f"Published figures of {net} are context, not a comparison: the network"
+      " is deeper and trained for longer (EC2T: 35 epochs from a converged"
+      " float net, the checkpoint picked by test accuracy in its authors'"
+      " code)."
+    )
+    section.tables.append(published(net, figures, "of another network"))
+  section.pictures.append(over_bits(name, named(*model), data, table, out))
+  return section
+
+
+def at_scale(name: str, record: dict[str, Any], out: Path) -> page.Section:
+  """Shows a paper_table, and what papers say of the same network."""
+  _, data, model, *preset = name.split("-")
+  table = bench.paper(record)
+  table.caption = "Measured"
+  floats, ternary = (
+    " or ".join(told(record, key)) or "-" for key in ("float_epochs", "epochs")
+  )
+  section = page.Section(
+    f"Paper scale: {named(data, model, *preset)}",
+    [
+      "Every method continues the float net of its seed. Epochs of the float"
+      f" nets: {floats}; of each method after that: {ternary}."
+    ],
+    [table],
+  )
+  if data in bench.PUBLISHED:
+    net, figures = bench.PUBLISHED[data]
+    section.text.append(
+      "Published figures are of the same network, trained otherwise (EC2T: 35"
+      " epochs from a converged float net, the checkpoint picked by test"
+      " accuracy in its authors' code)."
+    )
+    section.tables.append(published(net, figures, "trained otherwise"))
+  section.pictures.append(over_bits(name, named(model), data, record, out))
+  return section
+
+
+def over_bits(
+  name: str, net: str, data: str, table: dict[str, Any], out: Path
+) -> page.Picture:
+  """Draws accuracy over bits a weight, measured and published."""
   panels: dict[str, Any] = {
-    f"{named(*model)}, measured": {
+    f"{net}, measured": {
       label: [(run["entropy"], 100 * run["test"]) for run in runs]
       for label, runs in table.items()
     }
   }
   caption = "Higher is more accurate, further left is smaller."
-  if data in PUBLISHED:
-    net, note, figures = PUBLISHED[data]
-    section.text.append(note)
-    section.tables.append(published(net, figures))
-    points = {
-      label: [(most_entropy(zeros), test)] for label, test, zeros, _ in figures
-    }
-    panels = {f"{net}, published": points} | panels
+  if data in bench.PUBLISHED:
+    theirs, figures = bench.PUBLISHED[data]
+    points = {f.label: [(most_entropy(f.zeros), f.test)] for f in figures}
+    panels = {f"{theirs}, published": points} | panels
     caption += (
-      f" Hollow: published, of {net}, at the most bits that its share of zeros"
-      " can have; dotted where no such share is told."
+      f" Hollow: published, of {theirs}, at the most bits that its share of"
+      " zeros can have; dotted where no such share is told."
     )
   compare.accuracy_over_bits(panels, out / f"{name}.svg")
   alt = f"Test accuracy over bits a weight: {'; '.join(table)}."
-  section.pictures.append(page.Picture(f"{name}.svg", alt, caption))
-  return section
+  return page.Picture(f"{name}.svg", alt, caption)
 
 
-def published(net: str, figures: tuple[Any, ...]) -> Table:
-  """Returns a table of what papers say of a network."""
+def published(net: str, figures: tuple[bench.Figure, ...], how: str) -> Table:
+  """Returns a table of what papers say of a network.
+
+  Args:
+    net: its title.
+    figures: what they say.
+    how: it differs from ours.
+  """
   table = Table(
     (net, "test %", "zeros %", "bit/weight", "source"),
-    caption="Published, of another network",
+    caption=f"Published, {how}",
   )
   for label, test, zeros, source in figures:
     most = most_entropy(zeros)

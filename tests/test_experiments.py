@@ -433,6 +433,7 @@ def test_options_that_do_not_fit(changes, message):
     ({"exclude": ("head",)}, "'head' matches no leaf"),
     ({"method": methods.Sca(sparsity=1.5)}, "sparsity must lie in"),
     ({"method": methods.Sca(sparsity=0.5, alpha=0.1)}, "give exactly one"),
+    ({"method": methods.Tga(published=True)}, "give surrogate None with it"),
   ],
 )
 def test_what_does_not_fit_writes_nothing(config, tmp_path, changes, message):
@@ -471,6 +472,11 @@ def test_what_does_not_fit_writes_nothing(config, tmp_path, changes, message):
       ["method:tga", "--method.surrogate", "None", "--method.frozen"],
       methods.Tga(surrogate=None, frozen=True),
       "digits-mlp-tga-no_surrogate-frozen-seed0",
+    ),
+    (
+      ["method:tga", "--method.surrogate", "None", "--method.published"],
+      methods.Tga(surrogate=None, published=True),
+      "digits-mlp-tga-no_surrogate-published-seed0",
     ),
   ],
 )

@@ -68,6 +68,14 @@ RECORDS = {
     ],
     "TWN <b>": [record(0.73, 0.4, 1.55)],
   },
+  "paper_table-cifar10-resnet20-cpu": {
+    "float": [record(0.9, None, None, published=0.9167, float_epochs=30)],
+    "EC2T, .45": [
+      record(test, 0.45, 1.54, published=0.9116, float_epochs=30, epochs=20)
+      for test in (0.89, 0.91)
+    ],
+    "TWN": [record(0.88, 0.4, 1.55, published=None, epochs=20)],
+  },
   "equal_sparsity-mnist-32-32": {
     "SCA": {"0.5": cell(0.9, 0.92), "0.9": cell(0.8, 0.8)},
     "TWN": {"0.5": cell(0.9, 0.9), "0.9": cell(0.7, 0.74)},
@@ -178,6 +186,23 @@ def test_published_figures_are_said_to_be_of_another_network(invented):
   assert alt in [picture["alt"] for picture in shown.pictures]
 
 
+def test_figures_at_paper_scale_lie_beside_published_ones(invented):
+  text = invented[0].split("Paper scale: CIFAR-10, ResNet-20, cpu\n")[1]
+  lines = text.split("\n## ")[0].splitlines()
+  for row in (
+    "| float | 1 | 50.00 | 90.00 | - | - | 91.67 |",
+    "| EC2T, .45 | 2 | 50.00 ± 0.00 | 90.00 ± 1.41 | 45.0 ± 0.0 | 1.54 ± 0.00"
+    " | 91.16 |",
+    "| TWN | 1 | 50.00 | 88.00 | 40.0 | 1.55 | - |",
+    "| EC2T-1 | 91.16 | 45.2 | ≤ 1.54 | arXiv 2004.01077 |",
+  ):
+    assert row in lines
+  said = "Epochs of the float nets: 30; of each method after that: 20."
+  assert any(line.endswith(said) for line in lines)
+  assert "Published, trained otherwise:" in lines
+  assert not any("not a comparison" in line for line in lines)
+
+
 def test_records_tell_where_they_come_from(invented):
   rows = Page(invented[1]).rows
   heads = ["record", "command", "commit", "date", "method", "jax"]
@@ -244,6 +269,7 @@ def test_every_committed_record_is_in_the_report(committed):
     ("accuracy_table-mnist", '{"a": []}', "lacks entropy, sparsity, test"),
     ("equal_sparsity-mnist", '{"a": {"0.5": {}}}', "lacks rate, test, zeros"),
     ("budget-cifar10", '{"a": [{"test": 1}]}', "lacks bytes, sparsity"),
+    ("paper_table-a", '{"a": [{"test": 1}]}', "lacks entropy, published"),
   ],
 )
 def test_an_unknown_file_is_named(tmp_path, name, content, says):

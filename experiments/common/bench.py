@@ -2,9 +2,14 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from experiments.common.tables import Column, Table, mean_and_deviation
+from experiments.common.tables import (
+  Column,
+  Table,
+  mean_and_deviation,
+  summary,
+)
 
 #: Of `accuracy_table`.
 ACCURACY = (
@@ -29,6 +34,63 @@ ONE_LINE = (
   Column("rounded %", "test_rounded", 100),
   Column("zeros %", "sparsity", 100, ".1f"),
 )
+
+
+class Figure(NamedTuple):
+  """What a paper says of a network."""
+
+  label: str
+  test: float
+  """Test accuracy in %."""
+  zeros: float | None
+  """In %; None where not told."""
+  source: str
+
+
+#: {data set: (network, figures)}
+PUBLISHED: dict[str, tuple[str, tuple[Figure, ...]]] = {
+  "cifar10": (
+    "ResNet-20",
+    (
+      Figure("float", 91.67, None, "arXiv 2004.01077"),
+      Figure("TTQ", 91.13, None, "arXiv 1612.01064"),
+      Figure("EC2T-1", 91.16, 45.2, "arXiv 2004.01077"),
+      Figure("EC2T-2", 91.01, 63.9, "arXiv 2004.01077"),
+      Figure("EC2T-3", 90.76, 73.3, "arXiv 2004.01077"),
+      Figure("TGA", 90.39, None, "arXiv 1810.01018, cited by arXiv 2004.01077"),
+    ),
+  )
+}
+
+
+def published(data: str, label: str | None) -> float | None:
+  """Returns a published accuracy as a share; None where there is none.
+
+  >>> published("cifar10", "EC2T-1"), published("cifar100", "EC2T-1")
+  (0.9116, None)
+  """
+  _, figures = PUBLISHED.get(data, ("", ()))
+  found = [figure.test for figure in figures if figure.label == label]
+  return round(found[0] / 100, 4) if found else None
+
+
+def paper(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+  """Sets the rows of `paper_table` beside what is published of them.
+
+  Args:
+    groups: {label: its records, one at least}.
+
+  >>> record = {"validation": .9, "test": .9, "sparsity": .5, "entropy": 1.5}
+  >>> paper({"EC2T": [record | {"published": .9116}]}).rows
+  [('EC2T', '1', '90.00', '90.00', '50.0', '1.50', '91.16')]
+  """
+  table = summary(groups, ACCURACY)
+  table.head += ("published: test %",)
+  for n, (first, *_) in enumerate(groups.values()):
+    share = first["published"]
+    shown = "-" if share is None else f"{100 * share:.2f}"
+    table.rows[n] += (shown,)
+  return table
 
 
 def ternary_record(result: Mapping[str, Any]) -> dict[str, Any]:

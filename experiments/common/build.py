@@ -84,6 +84,7 @@ NETWORKS = {
   "resnet18": _imagenet_resnet(18, (2, 2, 2, 2), bottleneck=False),
   "resnet20": _resnet(20),
   "resnet32": _resnet(32),
+  "resnet34": _imagenet_resnet(34, (3, 4, 6, 3), bottleneck=False),
   "resnet44": _resnet(44),
   "resnet50": _imagenet_resnet(50, (3, 4, 6, 3), bottleneck=True),
   "resnet56": _resnet(56),

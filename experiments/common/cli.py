@@ -64,11 +64,11 @@ class Config:
   learning_rate: float | None = None
   """Adam's first rate on latents, None for the method's own."""
   scale_learning_rate: float | None = None
-  """Adam's first rate on the scales of ternary weights, None likewise."""
+  """First rate on the scales of ternary weights, None likewise."""
   float_from: str | None = None
   """Float net that was trained before, instead of training one: its directory
-  in an earlier run's float/, or, for resnet18 and resnet50, a safetensors file
-  with torchvision's names."""
+  in an earlier run's float/, or, for resnet18, resnet34 and resnet50, a
+  safetensors file with torchvision's names."""
   float_learning_rate: float = 1e-3
   """The optimizer's first rate on the float net."""
   float_optimizer: Literal["adam", "sgd"] = "adam"
@@ -78,9 +78,13 @@ class Config:
   rest_learning_rate: float | None = None
   """Adam's first rate on what stays float in the ternary net; None for
   float_learning_rate."""
-  schedule: Literal["cosine", "step"] = "cosine"
-  """How all rates fall: by a cosine, to 5 % (sgd: 0); or to a tenth at half of
-  the steps, and again at three quarters."""
+  scale_optimizer: Literal["adam", "sgd"] = "adam"
+  """Optimizer of the scales of ternary weights; sgd as of the float net. Adam
+  makes steps of rounding noise where a norm layer takes the gradient away."""
+  schedule: Literal["cosine", "step", "one_cycle"] = "cosine"
+  """How all rates change: they fall by a cosine, to 5 % (a float net's sgd: 0);
+  or to a tenth at half of the steps, and again at three quarters; or they rise
+  for .3 of the steps from .04 of what is given, and fall almost to 0."""
   label_smoothing: float = 0.0
   """Share of the labels that is spread evenly over all classes."""
   ema: float | None = None

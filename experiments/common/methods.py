@@ -344,6 +344,9 @@ class Tga(TargetedStraightThrough):
   surrogate: float | None = 0.5
   """Width of the window in which the threshold sees codes change, in sigma;
   None lets it learn through the scale alone, at rates far below 1e-3."""
+  published: bool = False
+  """The paper's start at .05 of the largest weight, codes around the mean, and
+  gradients through mean and sigma; without a surrogate."""
   frozen: bool = False
   """Keep each threshold where it starts: the control for what one learns."""
 
@@ -353,10 +356,23 @@ class Tga(TargetedStraightThrough):
     return Rates(latent=1e-3, scale=0.0 if self.frozen else 1e-4)
 
   def method(self, steps: int, largest: int) -> Ternarizer:
-    """Returns TGA."""
+    """Returns TGA.
+
+    Raises:
+      ValueError: as published, but with a surrogate.
+    """
     del largest
     target = self.target(steps)
-    return tern_jax.TGA(surrogate=self.surrogate, sparsity=target)
+    if not self.published:
+      return tern_jax.TGA(surrogate=self.surrogate, sparsity=target)
+    if self.surrogate is not None:
+      raise ValueError(
+        f"published and surrogate={self.surrogate} are both given, but the"
+        " paper has no surrogate: give surrogate None with it."
+      )
+    return tern_jax.TGA(
+      delta=0.05, of_max=True, mean=True, detach=False, sparsity=target
+    )
 
 
 @dataclasses.dataclass(frozen=True)

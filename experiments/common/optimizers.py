@@ -58,13 +58,15 @@ def decayed(
 
   Args:
     config: names it.
-    rate: at step 0.
-    steps: over which it decays.
+    rate: at step 0; of one cycle the largest.
+    steps: over which it changes.
     first: step of the run at which the schedule starts to count.
     last: share of the rate to which a cosine decays.
   """
   if config.schedule == "cosine":
     decay = optax.cosine_decay_schedule(rate, steps, alpha=last)
+  elif config.schedule == "one_cycle":
+    decay = optax.cosine_onecycle_schedule(steps, rate)
   else:
     drops = {steps // 2: 0.1, 3 * steps // 4: 0.1}
     decay = optax.piecewise_constant_schedule(rate, drops)
@@ -91,10 +93,7 @@ def of_float_net(
 ) -> optax.GradientTransformation:
   """Returns the optimizer of the float net."""
   rate = float_rate(config, steps)
-  if config.float_optimizer == "adam":
-    tx = optax.adam(rate)
-  else:
-    tx = optax.sgd(rate, momentum=0.9, nesterov=True)
+  tx = _named(config.float_optimizer, rate)
   if config.float_weight_decay:
     decay = optax.add_decayed_weights(config.float_weight_decay)
     tx = optax.chain(decay, tx)
@@ -121,14 +120,18 @@ def of_ternary_net(
   scale = config.method.rates.scale if scale is None else scale
   rest = config.float_learning_rate if rest is None else rest
 
-  def adam(rate: float) -> optax.GradientTransformation:
-    return optax.adam(decayed(config, rate, steps, first))
-
   latent = optax.adam(latent_rate(config, steps, first))
+  of_scales = decayed(config, scale, steps, first)
   transforms: Any = {
     "latent": optax.chain(regularizer, latent),
-    "scale": adam(scale),
-    "float": adam(rest),
+    "scale": _named(config.scale_optimizer, of_scales),
+    "float": optax.adam(decayed(config, rest, steps, first)),
   }
   tx = optax.partition(transforms, labels)
   return tx if config.ema is None else averaged(tx, config.ema)
+
+
+def _named(name: str, rate: optax.Schedule) -> optax.GradientTransformation:
+  if name == "adam":
+    return optax.adam(rate)
+  return optax.sgd(rate, momentum=0.9, nesterov=True)

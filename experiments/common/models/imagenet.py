@@ -50,7 +50,8 @@ class ImageNetResNet(nn.Module):
 
   A 7x7 convolution at stride 2, `stem`, max-pooling, four layers of blocks, a
   mean over pixels, and a linear `head`. With 1000 classes ResNet-18 has
-  11,689,512 parameters, ResNet-50, of bottlenecks, 25,557,032.
+  11,689,512 parameters, ResNet-34 21,797,672, and ResNet-50, of bottlenecks,
+  25,557,032.
 
   Args:
     blocks: of each layer.

@@ -181,7 +181,7 @@ def step_times(times: Mapping[str, float], path: Place) -> None:
 
 def _family(label: str) -> tuple[str, str]:
   """Returns the first word of a label, and its color."""
-  family = re.split(r"[ ,-]", label)[0]
+  family = re.split(r"[ ,(-]", label)[0]
   return family, FAMILIES.get(family, ACCENT)
 
 
