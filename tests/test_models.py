@@ -11,7 +11,7 @@ from flax import linen as nn
 
 import tern_jax
 from experiments import cifar10, imagenet
-from experiments.common import build, errors, models
+from experiments.common import build, cli, errors, models
 from experiments.common.models import layers
 from experiments.common.models.small import PatchConv
 from experiments.common.runner import pretrained
@@ -267,6 +267,50 @@ def test_tensors_that_are_not_those_of_the_network(changes, message):
   net = {name: tensor for name, tensor in net.items() if tensor is not None}
   with pytest.raises(errors.UsageError, match=message):
     pretrained.from_torchvision(net, variables((1, 1), False)[1])
+
+
+@pytest.mark.parametrize("layer", [True, False])
+@pytest.mark.parametrize("model", [models.MLP, models.ConvNet])
+def test_layer_norm_takes_the_place_of_batch_norm(model, layer):
+  net = model((5, 4), 3, layer_norm=layer)
+  variables = variable_shapes(net)
+  norms = {k for k in variables["params"] if "Norm" in k}
+  kind = "LayerNorm" if layer else "BatchNorm"
+  assert norms == {f"{kind}_0", f"{kind}_1"}
+  assert ("batch_stats" in variables) == (not layer)
+
+
+def test_without_a_norm_convolutions_have_biases():
+  params = variable_shapes(models.ConvNet((5, 4), 3, norm=False))["params"]
+  assert {k: params[k].keys() for k in params} == {
+    name: {"kernel", "bias"} for name in ("stem", "conv1", "head")
+  }
+  x = np.arange(32, dtype=np.float32).reshape(1, 4, 4, 2)
+  kernel = np.zeros((3, 3, 2, 5), np.float32)
+  kernel[1, 1, 0] = 1  # each output is the first channel, at every other pixel
+  bias = np.arange(5, dtype=np.float32)
+  conv = PatchConv(5, use_bias=True)
+  found = jax.jit(conv.apply)({"params": {"kernel": kernel, "bias": bias}}, x)
+  np.testing.assert_allclose(found, x[:, ::2, ::2, :1] + bias)
+
+
+def variable_shapes(net):
+  """The variables of a net, as shapes."""
+  x = jax.ShapeDtypeStruct((2, 4, 4, 2), jnp.float32)
+  key = jax.random.key(0)
+  return jax.eval_shape(lambda x: net.init(key, x, train=False), x)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"norm": False}, "layer_norm is given with no norm: give one of them"),
+    ({"model": "resnet8"}, "with model=resnet8, but only mlp, convnet take it"),
+  ],
+)
+def test_a_layer_norm_that_nothing_takes(changes, message):
+  with pytest.raises(errors.UsageError, match=message):
+    cli.Config(layer_norm=True, **changes)
 
 
 @pytest.mark.parametrize("norm", [True, False])

@@ -6,16 +6,15 @@
 
 A net without capacity to spare, all kernels ternary, trained from scratch by
 each method, at each of its rates, for the same epochs: all sparsities and seeds
-of one rate are one program. The rate of a method is chosen by validation
-accuracy, at each sparsity by itself; the test split is read once a run, at its
-end. What is done lies under --root: the command can be stopped and given again.
+of one rate are one program. The references, "pruned float", have float values
+where the others have codes; "dense" passes gradients to zeros, too. The rate of
+a method is chosen by validation accuracy, at each sparsity by itself; the test
+split is read once a run, at its end. What is done lies under --root: the
+command can be stopped and given again.
 """
 
 import dataclasses
 import functools
-import json
-import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,10 +34,10 @@ from experiments.common import (
   log,
   methods,
   sweep,
-  terminal,
 )
 from experiments.common.errors import UsageError
 from experiments.common.methods import Plan
+from experiments.common.pruning import Pruned
 
 #: Standard deviation of the latents with which SCA starts.
 SIGMA: Any = tern_jax.SCA(sparsity=0.5).sigma
@@ -58,6 +57,16 @@ def without_regularizer(plan: Plan, steps: int) -> Plan:
   """Leaves the hard forward and the barrier alone: what WDR is worth."""
   del steps
   return plan._replace(regularizer=optax.identity())
+
+
+def pruned(plan: Plan, steps: int, dense: bool = False) -> Plan:
+  """Keeps float values beyond the threshold: the reference for all of them."""
+  del steps
+  stages = tuple(
+    stage._replace(method=Pruned(stage.method.sparsity, dense=dense))
+    for stage in plan.stages
+  )
+  return plan._replace(stages=stages)
 
 
 def one_shot(sparsity: Any, across_layers: bool) -> methods.Sca:
@@ -96,6 +105,13 @@ RACERS = {
     "WithoutWdr", methods.Sca, (5e-4, 1e-3), without_regularizer
   ),
   "SCA, one-shot": Racer("OneShot", one_shot, (5e-3, 1e-2)),
+  "pruned float": Racer("Pruned", methods.Twn, (1e-3, 3e-3, 1e-2), pruned),
+  "pruned float, dense": Racer(
+    "PrunedDense",
+    methods.Twn,
+    (1e-3, 3e-3, 1e-2),
+    functools.partial(pruned, dense=True),
+  ),
 }
 
 
@@ -161,7 +177,9 @@ def main(options: EqualOptions) -> None:
     log.claim(options.place, record)
     for label in options.racers:
       tried = trained(options, label, dataset)
-      table[label] = {str(s): chosen(tried, s) for s in options.sparsities}
+      table[label] = {
+        str(s): bench.best_rate(tried, s) for s in options.sparsities
+      }
       text = bench.equal_sparsity(table, options.sparsities).markdown()
       files.write_table(options.place, text, table)
   print(text)
@@ -173,44 +191,12 @@ def trained(
   """Returns the runs of a method at each rate; runs what is not done yet."""
   racer, tried = RACERS[label], {}
   for rate in options.rates or racer.rates:
-    path = options.place / f"{racer.name}-{rate:g}.json"
-    if (done := log.read_object(path)) is None:
-      rows = sweep.run_sweep(options.sweep(racer, rate), dataset)
-      done = {"rows": rows, **log.provenance()}
-      files.write(path, json.dumps(done, indent=2) + "\n")
-      terminal.say(f"{label} at a rate of {rate:g}: done", sys.stderr)
-    tried[rate] = done
+    runs = options.sweep(racer, rate)
+    tried[rate] = sweep.run_once(
+      options.place / f"{racer.name}-{rate:g}.json",
+      lambda runs=runs: sweep.run_sweep(runs, dataset),
+    )
   return tried
-
-
-def chosen(tried: dict[float, Any], sparsity: float) -> dict[str, Any]:
-  """Returns the runs of a sparsity at the rate of best validation.
-
-  >>> def done(validation, test, commit):
-  ...   row = {"sparsity": .9, "validation_rounded": validation,
-  ...          "test_rounded": test, "zeros": .9}
-  ...   return {"rows": [row], "command": "python", "commit": commit}
-  >>> best = chosen({1e-3: done(.8, .7, "07"), 1e-2: done(.9, .6, "b5")}, .9)
-  >>> best["rate"], best["test"], best["commit"]
-  (0.01, [0.6], 'b5')
-  """
-  runs = {
-    rate: [row for row in done["rows"] if row["sparsity"] == sparsity]
-    for rate, done in tried.items()
-  }
-
-  def validation(rate: float) -> float:
-    return statistics.fmean(row["validation_rounded"] for row in runs[rate])
-
-  best = max(runs, key=validation)
-  return {
-    "rate": best,
-    "validation": [row["validation_rounded"] for row in runs[best]],
-    "test": [row["test_rounded"] for row in runs[best]],
-    "zeros": [row["zeros"] for row in runs[best]],
-    "command": tried[best]["command"],
-    "commit": tried[best]["commit"],
-  }
 
 
 if __name__ == "__main__":

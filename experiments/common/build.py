@@ -29,12 +29,14 @@ class Network:
       over which batch statistics are shared, or None, to the network.
     stacks: Patterns of the kernels whose first axis enumerates layers.
     reads_text: Whether it takes text, not images.
+    norms: Whether the options choose its norm.
   """
 
   title: str
   make: Callable[[Any, int, str | None], nn.Module]
   stacks: tuple[str, ...] = ()
   reads_text: bool = False
+  norms: bool = False
 
 
 def _resnet(depth: int) -> Network:
@@ -60,11 +62,17 @@ def _imagenet_resnet(
 NETWORKS = {
   "mlp": Network(
     "MLP",
-    lambda c, classes, axis: models.MLP(c.hidden, classes, axis, c.norm),
+    lambda c, classes, axis: models.MLP(
+      c.hidden, classes, axis, c.norm, c.layer_norm
+    ),
+    norms=True,
   ),
   "convnet": Network(
     "ConvNet",
-    lambda c, classes, axis: models.ConvNet(c.hidden, classes, axis),
+    lambda c, classes, axis: models.ConvNet(
+      c.hidden, classes, axis, c.norm, c.layer_norm
+    ),
+    norms=True,
   ),
   "lenet5": Network(
     "LeNet-5", lambda _, classes, axis: models.LeNet5(classes, axis)

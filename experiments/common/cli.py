@@ -39,7 +39,10 @@ class Config:
   hidden: tuple[int, ...] = (64, 64)
   """Widths of the hidden layers of mlp, channels of convnet."""
   norm: bool = True
-  """Batch norm after the hidden layers of mlp, instead of biases in them."""
+  """Batch norm after the hidden layers of mlp and convnet, instead of biases in
+  them."""
+  layer_norm: bool = False
+  """Layer norm in the place of that batch norm."""
   scaling: tuple[float, float, float] = (1.4, 1.2, 3.5)
   """Factors d and w of the depth and the width of micronet, and their exponent
   phi."""
@@ -151,6 +154,14 @@ class Config:
       raise UsageError(f"augment={self.augment} is for images, not for text.")
     if self.width % 32:
       raise UsageError(f"width={self.width}, but it must be a multiple of 32.")
+    if self.layer_norm and not self.norm:
+      raise UsageError("layer_norm is given with no norm: give one of them.")
+    if self.layer_norm and not build.NETWORKS[self.model].norms:
+      known = ", ".join(k for k, net in build.NETWORKS.items() if net.norms)
+      raise UsageError(
+        f"layer_norm is given with model={self.model}, but only {known} take"
+        " it: leave it out."
+      )
     try:
       micronet.scale(*self.scaling)
     except ValueError as error:

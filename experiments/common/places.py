@@ -30,6 +30,7 @@ _OF_FLOAT = (
 #: before there were these options is still found.
 _LATER_OF_FLOAT = (
   "norm",
+  "layer_norm",
   "scaling",
   "float_optimizer",
   "float_weight_decay",

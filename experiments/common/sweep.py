@@ -6,24 +6,37 @@ than one after another, and is shared by all local devices.
 
 import dataclasses
 import itertools
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 
 import tern_jax
-from experiments.common import build, cli, data
+from experiments.common import (
+  build,
+  cli,
+  data,
+  files,
+  log,
+  optimizers,
+  terminal,
+)
 from experiments.common.errors import UsageError
 from experiments.common.methods import Plan
 from experiments.common.runner.record import REESTIMATION_BATCHES
-from experiments.common.runner.stages import ternary_phase
+from experiments.common.runner.stages import Stage, ternary_phase
 from experiments.common.runner.step import make_step
-from tern_jax import metrics
+from tern_jax import metrics, training
+from tern_jax.trees.wrap import Wrapped
 
 #: The columns of a run by their names.
 SweepRow = dict[str, float]
@@ -44,7 +57,9 @@ class SmallNet:
   hidden: tuple[int, ...] = (32, 32)
   """Widths of the hidden layers of mlp, channels of convnet."""
   norm: bool = True
-  """Batch norm after the hidden layers of mlp, instead of biases in them."""
+  """Batch norm after the hidden layers, instead of biases in them."""
+  layer_norm: bool = False
+  """Layer norm in the place of that batch norm."""
   exclude: tuple[str, ...] = ()
   """Patterns of kernels that stay float, such as stem."""
   epochs: int = 60
@@ -59,6 +74,7 @@ class SmallNet:
       model=self.model,
       hidden=self.hidden,
       norm=self.norm,
+      layer_norm=self.layer_norm,
       exclude=self.exclude,
       epochs=self.epochs,
       batch_size=self.batch_size,
@@ -66,6 +82,31 @@ class SmallNet:
       workdir="runs",
       **options,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Script:
+  """A user's script, made ternary by its optimizer alone.
+
+  Attributes:
+    optimizer: (sparsity, steps, rate) to what `tern_jax.wrap` returns; the
+      sparsity is traced, and so is the rate, unless it is None.
+    length: of the run, in units of the epochs that the options say.
+    float_share: share of the steps, the first ones, in which a float net is
+      trained by Adam, from which the ternary net starts; 0 for none.
+  """
+
+  optimizer: Callable[[Any, int, Any], Wrapped]
+  length: float = 1.0
+  float_share: float = 0.0
+
+  def __post_init__(self):
+    if self.length <= 0:
+      raise UsageError(f"length={self.length}, but it must be above 0.")
+    if not 0 <= self.float_share < 1:
+      raise UsageError(
+        f"float_share={self.float_share}, but it must be in [0, 1)."
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +120,7 @@ class Sweep:
     config: (value, seed) to the options of a run; both may be traced.
     devices: local devices that share the runs; None for all.
     change: see `ternary_phase`.
+    script: what trains instead of the options' method; of a sparsity.
   """
 
   by: Literal["alpha", "sparsity"]
@@ -87,6 +129,7 @@ class Sweep:
   config: Callable[[Any, Any], cli.Config]
   devices: int | None = None
   change: Callable[[Plan, int], Plan] | None = None
+  script: Script | None = None
 
   def __post_init__(self):
     if self.seeds < 1:
@@ -114,40 +157,38 @@ class _Net:
   """One net of a sweep, in a traced function.
 
   Args:
-    sweep: what it is of.
+    options: of its run.
     dataset: tells the shape of images, and how they are standardized.
-    value: of this net.
-    seed: of this net.
     splits: of the data, on devices.
+    length: of the run, in units of the epochs that the options say.
+
+  Attributes:
+    params: where it starts.
+    model_state: its other variables likewise.
+    rows: images of each step, int32 [steps, batch].
   """
 
   def __init__(
     self,
-    sweep: Sweep,
+    options: cli.Config,
     dataset: data.Dataset,
-    value: Any,
-    seed: Any,
     splits: Any,
+    length: float = 1.0,
   ):
-    options = sweep.config(value, seed)
-    self._dataset, self._splits = dataset, splits
+    self._options, self._dataset, self._splits = options, dataset, splits
     self._model: Any = build.make_model(options, dataset.num_classes)
-    key = jax.random.key(seed)
+    key = jax.random.key(options.seed)
     image = jnp.zeros((1, *dataset.input_shape))
-    model_state: Any = dict(self._model.init(key, image, train=False))
-    params = model_state.pop("params")
+    self.model_state: Any = dict(self._model.init(key, image, train=False))
+    self.params = self.model_state.pop("params")
     images = len(dataset.train["label"])
     epoch_steps = images // options.batch_size
-    steps = options.epochs * epoch_steps
-    self.phase = ternary_phase(
-      options, steps, params, model_state, sweep.change
-    )
-    self._step = make_step(options, self.phase.final, dataset.num_classes)
-    keys = jax.random.split(jax.random.fold_in(key, 1), options.epochs)
+    steps = max(round(length * options.epochs * epoch_steps), 1)
+    epochs = -(-steps // epoch_steps)
+    keys = jax.random.split(jax.random.fold_in(key, 1), epochs)
     rows = jax.vmap(lambda k: jax.random.permutation(k, images))(keys)
     rows = rows[:, : epoch_steps * options.batch_size]
-    #: Images of each step.
-    self.rows = rows.reshape(steps, options.batch_size)
+    self.rows = rows.reshape(-1, options.batch_size)[:steps]
 
   def standardized(self, images: Array) -> Array:
     """Returns images as the network takes them."""
@@ -162,18 +203,24 @@ class _Net:
     image = self.standardized(split["input"][rows])
     return {"input": image, "label": split["label"][rows]}
 
-  def advance(self, state: Any, rows: Array) -> Any:
-    """Trains by a step for each batch of rows."""
+  def step_of(self, stage: Stage) -> Callable[[Any, Array], Any]:
+    """Returns the step of a stage, which takes rows for a batch."""
+    step = make_step(self._options, stage, self._dataset.num_classes)
+    return lambda state, rows: step(state, self.batch(rows))
 
-    def step(state: Any, rows: Array) -> Any:
-      return self._step(state, self.batch(rows))
+  def trained(
+    self, tx: Any, params: Any, model_state: Any, rows: Array
+  ) -> training.TrainState:
+    """Returns what an optimizer alone comes to, by a step for each batch."""
+    # Nothing asks for the rate, which is the optimizer's own.
+    stage = Stage(None, tx, len(rows), rate=optax.constant_schedule(0.0))
+    seed = self._options.seed
+    state = training.init_state(params, tx, None, model_state, seed)
+    return jax.lax.scan(self.step_of(stage), state, rows)[0]
 
-    return jax.lax.scan(step, state, rows)[0]
-
-  def rounded(self, state: Any) -> Any:
+  def rounded(self, codes: Any, model_state: Any) -> Any:
     """Returns dense ternary variables, with statistics of their own."""
-    ternary = self.phase.final.ternary(state)
-    weights = dense(ternary.pop("params"))
+    weights = dense(codes)
 
     def reestimate(statistics: Any, rows: Array) -> tuple[Any, None]:
       _, statistics = self._model.apply(
@@ -184,10 +231,10 @@ class _Net:
       )
       return statistics, None
 
-    if ternary:
+    if model_state:
       some = self.rows[:REESTIMATION_BATCHES]
-      ternary = jax.lax.scan(reestimate, ternary, some)[0]
-    return {"params": weights, **ternary}
+      model_state = jax.lax.scan(reestimate, model_state, some)[0]
+    return {"params": weights, **model_state}
 
   def accuracy(self, variables: Any, name: str) -> Array:
     """Returns the share of right answers on a split."""
@@ -201,11 +248,27 @@ class _Net:
     answers = jax.lax.map(answer, split["input"], batch_size=1000)
     return jnp.mean(answers == split["label"])
 
+  def judged(self, codes: Any, variables: Any) -> dict[str, Array]:
+    """Returns what every training is judged by.
+
+    Args:
+      codes: its parameters with `Ternary` leaves.
+      variables: as `rounded` returns them.
+    """
+    return {
+      "zeros": metrics.sparsity(codes),
+      "validation_rounded": self.accuracy(variables, "validation"),
+      "test_rounded": self.accuracy(variables, "test"),
+      "bits": metrics.entropy(codes),
+    }
+
 
 def make_train(sweep: Sweep, dataset: data.Dataset) -> Train:
   """Makes the function that trains one net: pure, to be mapped and jitted.
 
-  It is the training of `experiments.common.runner`, its loop a scan.
+  It is the training of `experiments.common.runner`, its loop a scan; or that of
+  a script, which has no columns of what was predicted and of what it is worth
+  before it is rounded.
 
   Args:
     sweep: what the net is of.
@@ -214,6 +277,8 @@ def make_train(sweep: Sweep, dataset: data.Dataset) -> Train:
   Returns:
     `train(value, seed, splits) -> {column: 0-d}`, with splits as on devices.
   """
+  if sweep.script is not None:
+    return _make_train_script(sweep, sweep.script, dataset)
 
   def predict(theta: Array, value: Any) -> Array:
     alpha = value
@@ -222,23 +287,51 @@ def make_train(sweep: Sweep, dataset: data.Dataset) -> Train:
     return theta.size * tern_jax.predicted_sparsity(theta, alpha)
 
   def train(value: Any, seed: Any, splits: Any) -> dict[str, Array]:
-    net = _Net(sweep, dataset, value, seed, splits)
-    stage, (_, onset, _) = net.phase.final, net.phase.snapshots
-    at_onset = net.advance(net.phase.state, net.rows[:onset])
-    state = net.advance(at_onset, net.rows[onset:])
+    options = sweep.config(value, seed)
+    net = _Net(options, dataset, splits)
+    phase = ternary_phase(
+      options, len(net.rows), net.params, net.model_state, sweep.change
+    )
+    stage, (_, onset, _) = phase.final, phase.snapshots
+    step = net.step_of(stage)
+    at_onset, _ = jax.lax.scan(step, phase.state, net.rows[:onset])
+    state, _ = jax.lax.scan(step, at_onset, net.rows[onset:])
     thetas = stage.latents(at_onset).values()
     zeros = sum(predict(theta, value) for theta in thetas)
     codes = stage.ternary(state)["params"]
-    as_trained, rounded = stage.variables(state), net.rounded(state)
+    as_trained = stage.variables(state)
     return {
       "predicted": jnp.asarray(zeros) / sum(x.size for x in thetas),
-      "zeros": metrics.sparsity(codes),
       "validation": net.accuracy(as_trained, "validation"),
-      "validation_rounded": net.accuracy(rounded, "validation"),
       "test": net.accuracy(as_trained, "test"),
-      "test_rounded": net.accuracy(rounded, "test"),
-      "bits": metrics.entropy(codes),
+      **net.judged(codes, net.rounded(codes, state.model_state)),
     }
+
+  return train
+
+
+def _make_train_script(
+  sweep: Sweep, script: Script, dataset: data.Dataset
+) -> Train:
+  """Makes the function that trains one net as a user's script does.
+
+  Beside the splits it takes the "rate" of the optimizer, if it has one.
+  """
+
+  def train(value: Any, seed: Any, splits: Any) -> dict[str, Array]:
+    options = sweep.config(value, seed)
+    net = _Net(options, dataset, splits, script.length)
+    params, model_state = net.params, net.model_state
+    steps = len(net.rows)
+    onset = round(script.float_share * steps)
+    if onset:
+      adam = optimizers.of_float_net(options, onset)
+      start = net.trained(adam, params, model_state, net.rows[:onset])
+      params, model_state = start.params, start.model_state
+    tx = script.optimizer(value, steps - onset, splits.get("rate"))
+    state = net.trained(tx, params, model_state, net.rows[onset:])
+    codes = tx.tern.finalize(state.opt_state)
+    return net.judged(codes, net.rounded(codes, state.model_state))
 
   return train
 
@@ -287,18 +380,48 @@ def run_sweep(sweep: Sweep, dataset: data.Dataset) -> list[SweepRow]:
   Returns:
     A row for each run: its value and seed, and the columns of the record.
   """
+  return runner_of(sweep, dataset)()
+
+
+def runner_of(
+  sweep: Sweep, dataset: data.Dataset
+) -> Callable[..., list[SweepRow]]:
+  """Returns what `run_sweep` does, compiled once for all rates of a script.
+
+  Returns:
+    A function of the rate, which may be left out.
+  """
   values, seeds, splits = arguments(sweep, dataset)
   devices = min(sweep.devices or jax.local_device_count(), len(values))
   program = in_one_program(make_train(sweep, dataset), devices)
-  columns = jax.device_get(program(values, seeds, splits))
-  return [
-    {
-      sweep.by: value,
-      "seed": seed,
-      **{name: float(column[i]) for name, column in columns.items()},
-    }
-    for i, (value, seed) in enumerate(sweep.grid)
-  ]
+
+  def run(rate: float | None = None) -> list[SweepRow]:
+    given = {} if rate is None else {"rate": np.float32(rate)}
+    columns = jax.device_get(program(values, seeds, splits | given))
+    return [
+      {
+        sweep.by: value,
+        "seed": seed,
+        **{name: float(column[i]) for name, column in columns.items()},
+      }
+      for i, (value, seed) in enumerate(sweep.grid)
+    ]
+
+  return run
+
+
+def run_once(path: Path, run: Callable[[], list[SweepRow]]) -> Any:
+  """Returns the record of runs, {"rows": ...} and where they come from.
+
+  Args:
+    path: its file; what is done is not done again.
+    run: does it.
+  """
+  if (done := log.read_object(path)) is None:
+    done = {"rows": run(), **log.provenance()}
+    files.write(path, json.dumps(done, indent=2) + "\n")
+    terminal.say(f"{path}: done", sys.stderr)
+  return done
 
 
 def arguments(

@@ -15,12 +15,14 @@ class MLP(nn.Module):
     classes: outputs.
     axis_name: mapped axis over which batch statistics are shared.
     norm: batch norm after each hidden layer, instead of a bias in it.
+    layer_norm: layer norm in the place of batch norm.
   """
 
   hidden: tuple[int, ...]
   classes: int
   axis_name: str | None = None
   norm: bool = True
+  layer_norm: bool = False
 
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
@@ -28,8 +30,7 @@ class MLP(nn.Module):
     x = x.reshape((x.shape[0], -1))
     for width in self.hidden:
       x = nn.Dense(width, use_bias=not self.norm)(x)
-      if self.norm:
-        x = norm(self.axis_name, train)(x)
+      x = _normalized(self, x, train)
       x = nn.relu(x)
     return nn.Dense(self.classes)(x)
 
@@ -62,16 +63,18 @@ class LeNet5(nn.Module):
 
 
 class PatchConv(nn.Module):
-  """3x3 convolution of stride 2 without bias, as a product with patches.
+  """3x3 convolution of stride 2, as a product with patches.
 
   The same as `nn.Conv` with padding 1, and faster where XLA:CPU falls back to
   a slow convolution: in loops, and with other kernels for each mapped net.
 
   Args:
     channels: outputs.
+    use_bias: whether there is a bias.
   """
 
   channels: int
+  use_bias: bool = False
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -86,29 +89,46 @@ class PatchConv(nn.Module):
       for j in range(3)
     ]
     patches = jnp.concatenate(shifted, -1)
-    return patches @ kernel.reshape(-1, self.channels)
+    x = patches @ kernel.reshape(-1, self.channels)
+    if self.use_bias:
+      zeros = nn.initializers.zeros_init()
+      bias = self.param("bias", zeros, (self.channels,), x.dtype)
+      x += jnp.expand_dims(bias, (0, 1, 2))
+    return x
 
 
 class ConvNet(nn.Module):
   """Small convolutional net, for many trainings in one program.
 
-  3x3 convolutions of stride 2, the first named `stem`, each with batch norm
-  and ReLU, a mean over pixels, and a linear `head`.
+  3x3 convolutions of stride 2, the first named `stem`, each with a norm and
+  ReLU, a mean over pixels, and a linear `head`.
 
   Args:
     channels: of the convolutions.
     classes: outputs.
     axis_name: mapped axis over which batch statistics are shared.
+    norm: batch norm after each convolution, instead of a bias in it.
+    layer_norm: layer norm over channels in the place of batch norm.
   """
 
   channels: tuple[int, ...]
   classes: int
   axis_name: str | None = None
+  norm: bool = True
+  layer_norm: bool = False
 
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
     """Maps images [B, H, W, C] to logits [B, classes]."""
     for i, channels in enumerate(self.channels):
-      x = PatchConv(channels, name=f"conv{i}" if i else "stem")(x)
-      x = nn.relu(norm(self.axis_name, train)(x))
+      name = f"conv{i}" if i else "stem"
+      x = PatchConv(channels, not self.norm, name=name)(x)
+      x = nn.relu(_normalized(self, x, train))
     return nn.Dense(self.classes, name="head")(jnp.mean(x, (1, 2)))
+
+
+def _normalized(net: MLP | ConvNet, x: Array, train: bool) -> Array:
+  """Returns activations after the norm of a net, which may have none."""
+  if not net.norm:
+    return x
+  return nn.LayerNorm()(x) if net.layer_norm else norm(net.axis_name, train)(x)
