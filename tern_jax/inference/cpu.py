@@ -15,7 +15,12 @@ ISAS = ("avx512", "avx2", "neon")
 VARIABLE = "TERN_JAX_CPU"
 
 _LIBRARY = pathlib.Path(__file__).with_name("_kernels.so")
-_TARGETS = ("tern_jax_tiles", "tern_jax_lists")
+_TARGETS = (
+  "tern_jax_tiles",
+  "tern_jax_lists",
+  "tern_jax_convolution",
+  "tern_jax_list_convolution",
+)
 _log = logging.getLogger("tern_jax")
 
 
