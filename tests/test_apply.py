@@ -462,7 +462,9 @@ def test_a_pixel_more_than_pays_is_unpacked():
   x = normal(2, 8, 3, 3)
   prepared = net.prepare(params, x)
   assert prepared.inputs == (1, 2, 3)
-  assert (how(prepared, 32), how(prepared, 33)) == (packed, dense)
+  # The native code needs no copies of patches.
+  more = dense if inference.cpu.isa() is None else packed
+  assert (how(prepared, 32), how(prepared, 33)) == (packed, more)
   for images in x, normal(33, 8, 3, 3):
     wanted = jax.lax.conv(images, tern_jax.unpack(params), (1, 1), "VALID")
     assert_close(net(prepared, images), wanted, 2e-6)

@@ -25,8 +25,11 @@ def run(tmp_path, compiler, flags, arguments, emulator=()):
     pytest.skip(f"{compiler} is not installed")
   if emulator and shutil.which(emulator[0]) is None:
     pytest.skip(f"{emulator[0]} is not installed")
-  names = ("product.cc", "avx2.cc", "avx512.cc", "neon.cc")
-  files = [ROOT / "tests" / "native.cc", *(SOURCES / name for name in names)]
+  names = "product", "convolution", "avx2", "avx512", "neon"
+  files = [
+    ROOT / "tests" / "native.cc",
+    *(SOURCES / f"{name}.cc" for name in names),
+  ]
   program = tmp_path / "native"
   always = ("-std=c++17", "-ffp-contract=off", "-w", "-pthread")
   subprocess.run(

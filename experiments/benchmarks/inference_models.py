@@ -15,14 +15,18 @@ as floats, and bits of a ternary weight.
   network, batch              float µs  float32   int8  bits
   mlp, 1                           490     4.03   8.72  2.00
   mlp, 32                         4236     1.88   5.71  2.00
-  lenet5, 1                        143     0.86   0.87  2.20
-  lenet5, 32                      3446     0.97   0.98  2.20
-  resnet20, 1                     1342     0.86   0.97  2.01
-  resnet20, 32                   39840     0.99   1.01  2.01
+  lenet5, 1                        158     1.92   1.50  2.04
+  lenet5, 32                      3856     3.49   2.21  2.04
+  resnet20, 1                     1821     1.15   1.32  2.01
+  resnet20, 32                   40596     1.27   1.50  2.01
   transformer, 1                 22479     1.47   3.31  2.00
   transformer, 32               586106     1.17   2.25  2.00
   transformer, one token, 1       4199     3.29   3.70  2.00
   transformer, one token, 32     18584     2.25   4.74  2.00
+
+Of int8 convolutions each patch is rounded by its own largest magnitude, which
+takes most of the time of layers of few channels: those of LeNet-5 are faster
+with float activations.
 
     python -m experiments.benchmarks.inference_models --artefacts
 
@@ -39,10 +43,6 @@ kB of the default:
   resnet20, 1                         1792   1.11     1.01    0.98    99
   transformer, one token, 1          37765   4.19     6.62   17.20  3857
   transformer, one token, 32         44446   2.19     2.41    3.37  3857
-
-Convolutions of many pixels unpack their kernel at each call, since XLA's are
-faster than products with patches: small networks of them lose 14 % at batch 1.
-The last layers of LeNet-5 are narrower than the tiles that they fill.
 """
 
 import dataclasses

@@ -33,8 +33,9 @@ def apply_fn(fn: Callable[_P, _R]) -> "PackedFunction[_P, _R]":
 
   - products, also of attention and of stacks of layers under `lax.scan`, read
     the packed weights, as `dot` does;
-  - convolutions multiply the patches of images by the packed kernel where that
-    is faster: where pixels are few, or the kernel is 1x1 and prepared;
+  - convolutions read a prepared kernel, with the native code for CPUs; without
+    it, or if the kernel is not prepared, they multiply the patches of images by
+    it where that is faster: where pixels are few. Those in groups are unpacked;
   - look-ups along the first axis, as of embeddings, unpack only the rows;
   - whatever else uses weights gets them unpacked. `explain` lists it.
 
@@ -117,9 +118,9 @@ class PackedFunction(Generic[_P, _R]):
 
     As `tern_jax.inference.prepare`, which goes by the names and shapes of
     weights; this goes by the products that the function computes. So it also
-    prepares kernels [out, in], as Equinox has them, and convolutions where that
-    makes them faster at the shapes given. What is looked up by rows, or
-    multiplied in several ways, stays packed.
+    prepares kernels [out, in], as Equinox has them, and those of convolutions
+    where that makes them faster at the shapes given. What is looked up by rows,
+    or multiplied in several ways, stays packed.
 
     Args:
       params: first argument of the function, with packed weights.
@@ -262,6 +263,8 @@ def _prepared(
   x: Packed, uses: Sequence[Found], activations: str | None, native: bool | None
 ) -> Packed:
   """Lays weights out if all of their products are of one kind."""
+  sums = [use.sum for use in uses if use.sum]
+  patches = any(sum.patches for sum in sums)
   if isinstance(x, Prepared):
     kept = activations in (None, x.activations)
     if kept and native is None:
@@ -272,18 +275,23 @@ def _prepared(
       activations or x.activations,
       lead=x.lead,
       native=native,
+      patches=patches,
     )
-  sums = [use.sum for use in uses if use.sum]
   kinds = {(sum.inputs, sum.ndim) for sum in sums}
   if len(kinds) != 1 or any(use.how == "rows" for use in uses):
     return x
   ((inputs, ndim),) = kinds
   rows = [sum.rows for sum in sums]
-  # Not that of a batch of any size.
-  batch = max(rows) if all(isinstance(n, int) for n in rows) else None
-  lead = len(x.shape) - ndim
-  activations = activations or "float32"
-  return lay_out(to_ternary(x), inputs, activations, batch, lead, native)
+  return lay_out(
+    to_ternary(x),
+    inputs,
+    activations or "float32",
+    # Not that of a batch of any size.
+    max(rows) if all(isinstance(n, int) for n in rows) else None,
+    lead=len(x.shape) - ndim,
+    native=native,
+    patches=patches,
+  )
 
 
 def _dense(x: Any) -> Any:

@@ -19,7 +19,12 @@ VARIABLE = "TERN_JAX_CPU"
 
 _LIBRARY = pathlib.Path(__file__).with_name("_kernels.so")
 #: What programs call.
-TARGETS = ("tern_jax_tiles", "tern_jax_lists")
+TARGETS = (
+  "tern_jax_tiles",
+  "tern_jax_lists",
+  "tern_jax_convolution",
+  "tern_jax_list_convolution",
+)
 _log = logging.getLogger("tern_jax")
 
 

@@ -54,29 +54,34 @@ class Tiles(Native):
   """Two bits a weight, in tiles of 16 inputs and 16 outputs, 64 bytes each.
 
   Byte 4 c + k of a tile has in its bits 2 f and 2 f + 1 the code plus one of
-  input 4 f + k and output c. One layout serves float and int8 activations, and
-  all instruction sets: `csrc/product.h`.
+  input 4 f + k and output c. Tiles of the last outputs are as narrow as these,
+  of 4 bytes each. One layout serves float and int8 activations, and all
+  instruction sets: `csrc/product.h`.
   """
 
-  ranks = (3,)
+  ranks = (1,)
 
   def build(self, codes: Array, size: Size) -> tuple[Array, ...]:
-    """Returns uint8 [blocks of outputs, blocks of inputs, 64]."""
+    """Returns uint8 [4 · blocks of inputs · outputs], block by block."""
     c = (codes.astype(jnp.int32) + 1).astype(jnp.uint32)
     c = padded(c, 0, size, _SIDE, 1)
-    columns = ((0, 0), (0, -size.outputs % _SIDE))
-    c = jnp.pad(c, columns, constant_values=1)
-    # [blocks of inputs, f, k, blocks of outputs, c]
-    c = c.reshape(-1, 4, 4, c.shape[1] // _SIDE, _SIDE)
-    byte = jnp.sum(c << steps(4, 2, 1, 5), 1).transpose(2, 0, 3, 1)
-    return (byte.reshape(*byte.shape[:2], 64).astype(jnp.uint8),)
+    # [blocks of inputs, f, k, outputs]
+    c = c.reshape(-1, 4, 4, size.outputs)
+    byte = jnp.sum(c << steps(4, 2, 1, 4), 1).swapaxes(1, 2).astype(jnp.uint8)
+    whole = size.outputs // _SIDE * _SIDE
+    blocks = byte[:, :whole].reshape(len(byte), -1, 4 * _SIDE).swapaxes(0, 1)
+    return (jnp.concatenate([blocks.ravel(), byte[:, whole:].ravel()]),)
 
   def codes(self, arrays: tuple[Array, ...], size: Size) -> Array:
     """Returns codes, int8 [inputs, outputs]."""
-    byte = arrays[0].astype(jnp.uint32)
-    byte = byte.reshape(*byte.shape[:2], _SIDE, 4).transpose(1, 3, 0, 2)
-    c = (byte[:, None] >> steps(4, 2, 1, 5)) & 3
-    c = c.reshape(c.shape[0] * _SIDE, -1)[:, : size.outputs].astype(jnp.int32)
+    tiles = arrays[0].size // (4 * size.outputs)
+    whole = size.outputs // _SIDE * _SIDE
+    blocks, last = jnp.split(arrays[0], [4 * tiles * whole])
+    blocks = blocks.reshape(-1, tiles, 4 * _SIDE).swapaxes(0, 1)
+    parts = blocks.reshape(tiles, whole, 4), last.reshape(tiles, -1, 4)
+    byte = jnp.concatenate(parts, 1).astype(jnp.uint32).swapaxes(1, 2)
+    c = (byte[:, None] >> steps(4, 2, 1, 4)) & 3
+    c = c.reshape(tiles * _SIDE, size.outputs).astype(jnp.int32)
     return cut(c - 1, size).astype(jnp.int8)
 
   def call(

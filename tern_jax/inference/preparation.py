@@ -1,5 +1,7 @@
 """Which layout packed weights get, for products on the machine at hand."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -9,7 +11,7 @@ from tern_jax.core.containers import Ternary
 from tern_jax.core.paths import path_str
 from tern_jax.core.types import Array, KeyPath, PyTree
 from tern_jax.inference import cpu
-from tern_jax.inference.matrix import ranked, size_of
+from tern_jax.inference.matrix import others, ranked, size_of
 from tern_jax.inference.prepared import (
   ACTIVATIONS,
   Prepared,
@@ -24,6 +26,8 @@ from tern_jax.storage.packed import (
 )
 
 _NODES = (Ternary, PackedTernary, Prepared)
+#: Outputs from which lists pay for the patches that are gathered for them.
+_MANY = 128
 
 
 def prepare(
@@ -33,8 +37,9 @@ def prepare(
 
   `dot(x, w)` and `x @ w` then read the weights at some 2 bits each. Kernels
   [in, out] are prepared, attention's [in, heads, head_dim] and [heads,
-  head_dim, out], and stacks of layers of these. Convolutions stay packed, and
-  all other leaves as they are. What is prepared stays as it is, unless it is
+  head_dim, out], and stacks of layers of these. Kernels of convolutions stay
+  packed, which `apply_fn(fn).prepare` prepares, and all other leaves as they
+  are. What is prepared stays as it is, unless it is
   for other activations.
 
   The layout is chosen by the platform, the share of zeros and the batch: on
@@ -100,7 +105,9 @@ def lay_out(
   activations: str,
   batch: int | None = None,
   lead: int = 0,
+  *,
   native: bool | None = None,
+  patches: bool = False,
 ) -> Prepared:
   """Prepares weights for sums over any of their axes.
 
@@ -112,10 +119,13 @@ def lay_out(
     lead: number of leading axes that are those of a stack.
     native: whether products are those of the native code; None if that depends
       on where the weights are.
+    patches: whether x is a kernel whose rows are patches of images.
   """
   if native is None:
     native = _platform(x.codes) == "cpu" and cpu.isa() is not None
   layout = _layout(x, inputs, activations, batch, lead, native)
+  if layout == "lists" and patches and _outputs(x, inputs, lead) < _MANY:
+    layout = "tiles"
   return prepared_of(x, inputs, layout, activations, lead)
 
 
@@ -140,6 +150,11 @@ def _layout(
   layer, scales = shape[lead:], [ranked(w, shape, lead) for w in (x.w_p, x.w_n)]
   groups = size_of(layer, inputs, *(w.shape[lead:] for w in scales)).groups
   return "lists" if zeros >= least and groups == 1 else "tiles"
+
+
+def _outputs(x: Ternary, inputs: tuple[int, ...], lead: int) -> int:
+  layer = x.codes.shape[lead:]
+  return math.prod(layer[i] for i in others(layer, inputs))
 
 
 def _platform(x: Array) -> str:

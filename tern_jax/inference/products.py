@@ -1,6 +1,5 @@
-"""Products, convolutions and look-ups of views of packed weights."""
+"""Products and look-ups of views of packed weights."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,8 @@ from tern_jax.inference.prepared import prepared_of
 from tern_jax.inference.views import Part, View, arranged, parts_of
 from tern_jax.storage.packed import PackedTernary, to_ternary
 
-_FLOATS = {jnp.dtype(x) for x in ("float32", "bfloat16", "float16")}
+#: Dtypes of products.
+FLOATS = {jnp.dtype(x) for x in ("float32", "bfloat16", "float16")}
 Axes = Sequence[int]
 
 
@@ -55,7 +55,7 @@ def multiply(x: Array, view: View, axes: Axes, dtype: Any) -> Array | None:
   """
   inputs = inputs_of(view, axes)
   dtypes = {jnp.dtype(d) for d in (x.dtype, view.dtype, dtype)}
-  if inputs is None or not dtypes <= _FLOATS:
+  if inputs is None or not dtypes <= FLOATS:
     return None
   wide = dtypes.pop() if len(dtypes) == 1 else jnp.dtype("float32")
   packed = view.rescaled(lambda w: w.astype(wide)).packed
@@ -99,85 +99,6 @@ def multiply_stack(
   return jax.vmap(lambda x, w: multiply(x, view.layer(w), axes, dtype))(
     x, view.stack()
   )
-
-
-def patches_pay(
-  rows: Any, outputs: int, prepared: bool, pointwise: bool
-) -> bool:
-  """Whether a product with patches is faster than XLA's convolution.
-
-  Measured on a CPU core: the more pixels share a kernel, the less its unpacking
-  matters, and the more the copies of patches do.
-
-  Args:
-    rows: pixels of all outputs, an int unless the batch is symbolic.
-    outputs: channels.
-    prepared: whether the kernel is.
-    pointwise: whether a patch is one pixel.
-  """
-  if prepared and pointwise:
-    return True
-  few = 2 * outputs if prepared else outputs // 4
-  return isinstance(rows, int) and rows <= few
-
-
-def convolve(x: Array, view: View, params: dict[str, Any]) -> Array | None:
-  """Convolves with a packed kernel, as a product with the patches of images.
-
-  Args:
-    x: images.
-    view: kernel.
-    params: those of `conv_general_dilated`.
-
-  Returns:
-    What the convolution returns, which has no groups; None if weights have no
-    product of this kind.
-  """
-  images, kernel, out = params["dimension_numbers"]
-  axes = (*kernel[2:], kernel[1])
-  window = [view.shape[i] for i in kernel[2:]]
-  x = jnp.transpose(x, (images[0], *images[2:], images[1]))
-  edges = zip(params["padding"], params["lhs_dilation"], strict=True)
-  edges = [(*pads, dilation - 1) for pads, dilation in edges]
-  x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
-  strides, dilation = params["window_strides"], params["rhs_dilation"]
-  patches = patches_of(x, window, strides, dilation)
-  dtype = params["preferred_element_type"] or x.dtype
-  y = multiply(patches, view, axes, dtype)
-  if y is None:
-    return None
-  # From [batch, *space, channels] to the order that is asked for.
-  order = (out[0], *out[2:], out[1])
-  return jnp.transpose(y, [order.index(i) for i in range(y.ndim)])
-
-
-def patches_of(x: Array, window: Axes, strides: Axes, dilation: Axes) -> Array:
-  """Returns the patches [B, *space, *window, C] of images [B, *space, C]."""
-  extents = [(n - 1) * d + 1 for n, d in zip(window, dilation, strict=True)]
-  space = [
-    max(0, (size - extent) // stride + 1)
-    for size, extent, stride in zip(
-      x.shape[1:-1], extents, strides, strict=True
-    )
-  ]
-  batch, channels = x.shape[0], x.shape[-1]
-  shape = (batch, *space, *window, channels)
-  if 0 in space:
-    return jnp.zeros(shape, x.dtype)
-  shifted = []
-  for offset in itertools.product(*map(range, window)):
-    start = [i * d for i, d in zip(offset, dilation, strict=True)]
-    limit = [
-      s + (n - 1) * stride + 1
-      for s, n, stride in zip(start, space, strides, strict=True)
-    ]
-    shifted.append(
-      jax.lax.slice(
-        x, (0, *start, 0), (batch, *limit, channels), (1, *strides, 1)
-      )
-    )
-  # Along the channels: one copy of each patch, whatever the window.
-  return jnp.concatenate(shifted, -1).reshape(shape)
 
 
 def rows(view: View, index: Array) -> Array | None:

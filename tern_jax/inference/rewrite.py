@@ -26,11 +26,13 @@ class Sum(NamedTuple):
     inputs: axes of a layer that it sums over.
     ndim: number of axes of a layer.
     rows: products with each output.
+    patches: whether it is a convolution, which gathers its rows from images.
   """
 
   inputs: tuple[int, ...]
   ndim: int
   rows: int
+  patches: bool = False
 
 
 class Found(NamedTuple):

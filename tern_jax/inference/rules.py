@@ -10,7 +10,7 @@ import jax.extend.core as jax_core
 import jax.numpy as jnp
 
 from tern_jax.core.types import Array
-from tern_jax.inference import control, products
+from tern_jax.inference import control, convolutions, products
 from tern_jax.inference.forms import is_sharded
 from tern_jax.inference.prepared import Prepared
 from tern_jax.inference.rewrite import Rule, Scope, Sum, Value, aval
@@ -56,12 +56,14 @@ def _dot_general(eqn: Eqn, inputs: list, scope: Scope) -> Outputs:
   return [y]
 
 
-def _sum(layer: View, axes: Sequence[int], rows: int) -> Sum | None:
+def _sum(
+  layer: View, axes: Sequence[int], rows: int, *, patches: bool = False
+) -> Sum | None:
   """Returns the sum for which packed weights could be laid out."""
   inputs = products.inputs_of(layer, axes)
   if inputs is None or isinstance(layer.packed, Prepared):
     return None
-  return Sum(inputs, len(layer.packed.shape), rows)
+  return Sum(inputs, len(layer.packed.shape), rows, patches)
 
 
 def _convolution(eqn: Eqn, inputs: list, scope: Scope) -> Outputs:
@@ -71,18 +73,15 @@ def _convolution(eqn: Eqn, inputs: list, scope: Scope) -> Outputs:
     return None
   _, spec, of_out = eqn.params["dimension_numbers"]
   out = aval(eqn.outvars[0])
-  pays = functools.partial(
-    products.patches_pay,
-    math.prod(n for i, n in enumerate(out.shape) if i != of_out[1]),
-    kernel.shape[spec[0]],
-    pointwise=not any(kernel.dims[i] for i in spec[2:]),
-  )
-  axes = (*spec[2:], spec[1])
-  sum_ = _sum(kernel, axes, pays.args[0]) if pays(prepared=True) else None
+  rows = math.prod(n for i, n in enumerate(out.shape) if i != of_out[1])
+  pays = functools.partial(convolutions.pays, kernel, eqn.params, rows)
+  sum_ = None
+  if pays(prepared=True):
+    sum_ = _sum(kernel, (*spec[2:], spec[1]), rows, patches=True)
   if not pays(prepared=isinstance(kernel.packed, Prepared)):
     scope.note(kernel, "dense: conv_general_dilated", sum_)
     return None
-  y = products.convolve(x, kernel, eqn.params)
+  y = convolutions.convolve(x, kernel, eqn.params)
   if y is None:
     return None
   scope.note(kernel, "packed convolution", sum_)

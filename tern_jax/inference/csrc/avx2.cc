@@ -16,10 +16,32 @@ namespace avx2 {
 using Vec = __m256;
 constexpr int kWidth = 8;
 TERN_JAX_TARGET inline Vec load(const float* x) { return _mm256_loadu_ps(x); }
+TERN_JAX_TARGET inline Vec load_first(const float* x, int n) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_maskload_ps(x, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lanes));
+}
 TERN_JAX_TARGET inline void store(float* to, Vec x) { _mm256_storeu_ps(to, x); }
 TERN_JAX_TARGET inline Vec splat(float x) { return _mm256_set1_ps(x); }
 TERN_JAX_TARGET inline Vec multiply_add(Vec a, Vec b, Vec c) {
   return _mm256_fmadd_ps(a, b, c);
+}
+
+typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+TERN_JAX_TARGET inline int32_t largest_lane(Ints x) {
+  const auto all = reinterpret_cast<__m256i>(x);
+  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(all),
+                            _mm256_extracti128_si256(all, 1));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
+  return _mm_cvtsi128_si32(m);
+}
+TERN_JAX_TARGET inline int32_t sum_of_lanes(Ints x) {
+  const auto all = reinterpret_cast<__m256i>(x);
+  __m128i m = _mm_add_epi32(_mm256_castsi256_si128(all),
+                            _mm256_extracti128_si256(all, 1));
+  m = _mm_add_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+  m = _mm_add_epi32(m, _mm_shuffle_epi32(m, 0xb1));
+  return _mm_cvtsi128_si32(m);
 }
 
 constexpr int kPanelRows = 4, kPanelBlocks = 1, kIntRows = 4, kIntBlocks = 1;
@@ -158,6 +180,8 @@ TERN_JAX_TARGET void int_sums(const uint8_t* tiles, int64_t, int64_t count,
 constexpr Kernels kKernels = {{8, 3},
                               {look_up<false>, look_up<true>},
                               multiply_range,
+                              multiply_patches,
+                              gather,
                               quantize,
                               {int_range<false>, int_range<true>},
                               kLists};

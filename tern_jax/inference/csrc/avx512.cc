@@ -18,10 +18,21 @@ namespace avx512 {
 using Vec = __m512;
 constexpr int kWidth = 16;
 TERN_JAX_TARGET inline Vec load(const float* x) { return _mm512_loadu_ps(x); }
+TERN_JAX_TARGET inline Vec load_first(const float* x, int n) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), x);
+}
 TERN_JAX_TARGET inline void store(float* to, Vec x) { _mm512_storeu_ps(to, x); }
 TERN_JAX_TARGET inline Vec splat(float x) { return _mm512_set1_ps(x); }
 TERN_JAX_TARGET inline Vec multiply_add(Vec a, Vec b, Vec c) {
   return _mm512_fmadd_ps(a, b, c);
+}
+
+typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+TERN_JAX_TARGET inline int32_t largest_lane(Ints x) {
+  return _mm512_reduce_max_epi32(reinterpret_cast<__m512i>(x));
+}
+TERN_JAX_TARGET inline int32_t sum_of_lanes(Ints x) {
+  return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(x));
 }
 
 constexpr int kPanelRows = 8, kPanelBlocks = 2, kIntRows = 8, kIntBlocks = 2;
@@ -217,6 +228,8 @@ TERN_JAX_TARGET void int_sums(const uint8_t* tiles, int64_t stride,
 constexpr Kernels kKernels = {{INT64_MAX, 16},
                               {look_up<false>, look_up<true>},
                               multiply_range,
+                              multiply_patches,
+                              gather,
                               quantize,
                               {int_range<false>, int_range<true>},
                               kLists};

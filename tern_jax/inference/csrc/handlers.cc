@@ -109,9 +109,11 @@ bool shared(const std::vector<Operand>& operands) {
   return true;
 }
 
-// Calls each(part of every operand, rows) for every product of a batch.
+// Calls each(part of every operand, rows) for every product of a batch, which
+// `matrices` may be part of one product.
 template <typename Each>
-ffi::Error for_each(const std::vector<Operand>& operands, const Each& each) {
+ffi::Error for_each(const std::vector<Operand>& operands, bool matrices,
+                    const Each& each) {
   auto batch = batch_of(operands);
   if (batch.has_error()) return batch.error();
   const Operand& x = operands[0];
@@ -119,7 +121,7 @@ ffi::Error for_each(const std::vector<Operand>& operands, const Each& each) {
   std::vector<int64_t> parts(operands.size(), 0);
   const bool whole = x.size() * count == static_cast<int64_t>(product_of(
       std::vector<int64_t>(x.dims.begin(), x.dims.end())));
-  if (whole && shared(operands)) {
+  if (matrices && whole && shared(operands)) {
     each(parts, count * x.dim(0));
     return ffi::Error::Success();
   }
@@ -133,24 +135,30 @@ ffi::Error for_each(const std::vector<Operand>& operands, const Each& each) {
   return ffi::Error::Success();
 }
 
+ffi::Error check_tiles(const Operand& tiles, const Shape& shape) {
+  if (shape.groups >= 1 && shape.in % shape.groups == 0 &&
+      tiles.dim(0) == 4 * shape.tiles() * shape.out) {
+    return ffi::Error::Success();
+  }
+  return ffi::Error::InvalidArgument(
+      "tern_jax: tiles do not have the shape of the product");
+}
+
 ffi::Error tiles(ffi::ThreadPool threads, Floats x, ffi::Buffer<ffi::U8> tiles,
                  Floats w_p, Floats w_n, ffi::Result<Floats> y, bool int8,
                  int64_t groups, int32_t isa) {
   if (ffi::Error error = check_isa(isa); error.failure()) return error;
   const std::vector<Operand> operands = {{x.dimensions(), 2},
                                          {y->dimensions(), 2},
-                                         {tiles.dimensions(), 3},
+                                         {tiles.dimensions(), 1},
                                          {w_p.dimensions(), 2},
                                          {w_n.dimensions(), 2}};
   Shape shape = {0, operands[0].dim(1), operands[1].dim(1), groups};
-  if (groups < 1 || shape.in % groups ||
-      operands[2].dim(0) != shape.blocks() ||
-      operands[2].dim(1) != shape.tiles() || operands[2].dim(2) != kTileBytes) {
-    return ffi::Error::InvalidArgument(
-        "tern_jax: tiles do not have the shape of the product");
+  if (ffi::Error error = check_tiles(operands[2], shape); error.failure()) {
+    return error;
   }
   XlaPool pool(threads);
-  return for_each(operands, [&](const auto& part, int64_t rows) {
+  return for_each(operands, true, [&](const auto& part, int64_t rows) {
     shape.rows = rows;
     const Tiles product = {shape, x.typed_data() + part[0],
                            tiles.typed_data() + part[2],
@@ -159,6 +167,85 @@ ffi::Error tiles(ffi::ThreadPool threads, Floats x, ffi::Buffer<ffi::U8> tiles,
                            y->typed_data() + part[1]};
     multiply(product, int8, static_cast<Isa>(isa), pool);
   });
+}
+
+using Numbers = ffi::Span<const int64_t>;
+
+// Images as XLA has them: `spec` holds the axes of the batch, of the channels,
+// and those along which windows move.
+ffi::ErrorOr<Images> images_of(const Operand& x, const Operand& y, Numbers spec,
+                               Numbers window, Numbers steps, Numbers low,
+                               Numbers spread, Numbers dilation,
+                               Numbers order) {
+  const size_t rank = x.own - 2;
+  const auto wrong = ffi::Unexpected(ffi::Error::InvalidArgument(
+      "tern_jax: the convolution does not have the axes of its images"));
+  for (const Numbers& each : {window, steps, low, spread, dilation}) {
+    if (each.size() != rank) return wrong;
+  }
+  if (spec.size() != x.own || order.size() != rank + 1) return wrong;
+  std::vector<int64_t> strides(x.own, 1);
+  for (size_t i = x.own - 1; i-- > 0;) {
+    strides[i] = strides[i + 1] * x.dim(i + 1);
+  }
+  Images images = {x.dim(spec[0]), strides[spec[0]], x.dim(spec[1]),
+                   strides[spec[1]], {}, {order.begin(), order.end()}};
+  for (size_t i = 0; i < rank; ++i) {
+    const int64_t axis = spec[i + 2];
+    images.axes.push_back({x.dim(axis), strides[axis], low[i], spread[i],
+                           window[i], dilation[i], steps[i], y.dim(i + 1)});
+  }
+  return images;
+}
+
+// The product of all patches of images.
+Shape shape_of(const Images& images, const Operand& y, int64_t groups) {
+  Shape shape = {images.count * images.axes[0].out * images.line(),
+                 images.channels, y.dim(y.own - 1), groups};
+  for (const Axis& axis : images.axes) shape.in *= axis.window;
+  return shape;
+}
+
+ffi::Error convolution(ffi::ThreadPool threads, Floats x,
+                       ffi::Buffer<ffi::U8> tiles, Floats w_p, Floats w_n,
+                       ffi::Result<Floats> y, bool int8, int64_t groups,
+                       int32_t isa, Numbers spec, Numbers window, Numbers steps,
+                       Numbers low, Numbers spread, Numbers dilation,
+                       Numbers order) {
+  if (ffi::Error error = check_isa(isa); error.failure()) return error;
+  const size_t own = spec.size();
+  const std::vector<Operand> operands = {{x.dimensions(), own},
+                                         {y->dimensions(), own},
+                                         {tiles.dimensions(), 1},
+                                         {w_p.dimensions(), 2},
+                                         {w_n.dimensions(), 2}};
+  const auto images = images_of(operands[0], operands[1], spec, window, steps,
+                                low, spread, dilation, order);
+  if (images.has_error()) return images.error();
+  const Shape shape = shape_of(*images, operands[1], groups);
+  if (ffi::Error error = check_tiles(operands[2], shape); error.failure()) {
+    return error;
+  }
+  XlaPool pool(threads);
+  return for_each(operands, false, [&](const auto& part, int64_t) {
+    const Tiles product = {shape, x.typed_data() + part[0],
+                           tiles.typed_data() + part[2],
+                           scales_of(operands[3], w_p.typed_data() + part[3]),
+                           scales_of(operands[4], w_n.typed_data() + part[4]),
+                           y->typed_data() + part[1]};
+    convolve(product, *images, int8, static_cast<Isa>(isa), pool);
+  });
+}
+
+ffi::Error check_lists(const Operand& begin, const ffi::AnyBuffer& inputs,
+                       const Shape& shape) {
+  const auto type = inputs.element_type();
+  if (begin.dim(0) == 2 * shape.out + 1 &&
+      (type == ffi::U32 || type == ffi::U16)) {
+    return ffi::Error::Success();
+  }
+  return ffi::Error::InvalidArgument(
+      "tern_jax: lists do not have the shape of the product");
 }
 
 ffi::Error lists(ffi::ThreadPool threads, Floats x, ffi::AnyBuffer inputs,
@@ -173,14 +260,13 @@ ffi::Error lists(ffi::ThreadPool threads, Floats x, ffi::AnyBuffer inputs,
                                          {w_n.dimensions(), 2}};
   Shape shape = {0, operands[0].dim(1), operands[1].dim(1), 1};
   const bool wide = inputs.element_type() == ffi::U32;
-  if (operands[3].dim(0) != 2 * shape.out + 1 ||
-      (!wide && inputs.element_type() != ffi::U16)) {
-    return ffi::Error::InvalidArgument(
-        "tern_jax: lists do not have the shape of the product");
+  if (ffi::Error error = check_lists(operands[3], inputs, shape);
+      error.failure()) {
+    return error;
   }
   const auto* bytes = static_cast<const uint8_t*>(inputs.untyped_data());
   XlaPool pool(threads);
-  return for_each(operands, [&](const auto& part, int64_t rows) {
+  return for_each(operands, true, [&](const auto& part, int64_t rows) {
     shape.rows = rows;
     const Lists product = {shape,
                            x.typed_data() + part[0],
@@ -194,11 +280,51 @@ ffi::Error lists(ffi::ThreadPool threads, Floats x, ffi::AnyBuffer inputs,
   });
 }
 
+ffi::Error list_convolution(ffi::ThreadPool threads, Floats x,
+                            ffi::AnyBuffer inputs,
+                            ffi::Buffer<ffi::S32> begin, Floats w_p, Floats w_n,
+                            ffi::Result<Floats> y, int32_t isa, Numbers spec,
+                            Numbers window, Numbers steps, Numbers low,
+                            Numbers spread, Numbers dilation, Numbers order) {
+  if (ffi::Error error = check_isa(isa); error.failure()) return error;
+  const size_t own = spec.size();
+  const std::vector<Operand> operands = {{x.dimensions(), own},
+                                         {y->dimensions(), own},
+                                         {inputs.dimensions(), 1},
+                                         {begin.dimensions(), 1},
+                                         {w_p.dimensions(), 2},
+                                         {w_n.dimensions(), 2}};
+  const auto images = images_of(operands[0], operands[1], spec, window, steps,
+                                low, spread, dilation, order);
+  if (images.has_error()) return images.error();
+  const Shape shape = shape_of(*images, operands[1], 1);
+  const bool wide = inputs.element_type() == ffi::U32;
+  if (ffi::Error error = check_lists(operands[3], inputs, shape);
+      error.failure()) {
+    return error;
+  }
+  const auto* bytes = static_cast<const uint8_t*>(inputs.untyped_data());
+  XlaPool pool(threads);
+  return for_each(operands, false, [&](const auto& part, int64_t) {
+    const Lists product = {shape,
+                           x.typed_data() + part[0],
+                           bytes + part[2] * (wide ? 4 : 2),
+                           wide,
+                           begin.typed_data() + part[3],
+                           scales_of(operands[4], w_p.typed_data() + part[4]),
+                           scales_of(operands[5], w_n.typed_data() + part[5]),
+                           y->typed_data() + part[1]};
+    convolve(product, *images, static_cast<Isa>(isa), pool);
+  });
+}
+
 }  // namespace
 }  // namespace tern_jax
 
 TERN_JAX_EXPORT XLA_FFI_Error* tern_jax_tiles(XLA_FFI_CallFrame*);
 TERN_JAX_EXPORT XLA_FFI_Error* tern_jax_lists(XLA_FFI_CallFrame*);
+TERN_JAX_EXPORT XLA_FFI_Error* tern_jax_convolution(XLA_FFI_CallFrame*);
+TERN_JAX_EXPORT XLA_FFI_Error* tern_jax_list_convolution(XLA_FFI_CallFrame*);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     tern_jax_tiles, tern_jax::tiles,
@@ -212,6 +338,45 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Attr<bool>("int8")
         .Attr<int64_t>("groups")
         .Attr<int32_t>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    tern_jax_convolution, tern_jax::convolution,
+    xla::ffi::Ffi::Bind()
+        .Ctx<xla::ffi::ThreadPool>()
+        .Arg<tern_jax::Floats>()
+        .Arg<xla::ffi::Buffer<xla::ffi::U8>>()
+        .Arg<tern_jax::Floats>()
+        .Arg<tern_jax::Floats>()
+        .Ret<tern_jax::Floats>()
+        .Attr<bool>("int8")
+        .Attr<int64_t>("groups")
+        .Attr<int32_t>("isa")
+        .Attr<tern_jax::Numbers>("images")
+        .Attr<tern_jax::Numbers>("window")
+        .Attr<tern_jax::Numbers>("strides")
+        .Attr<tern_jax::Numbers>("low")
+        .Attr<tern_jax::Numbers>("lhs_dilation")
+        .Attr<tern_jax::Numbers>("rhs_dilation")
+        .Attr<tern_jax::Numbers>("order"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    tern_jax_list_convolution, tern_jax::list_convolution,
+    xla::ffi::Ffi::Bind()
+        .Ctx<xla::ffi::ThreadPool>()
+        .Arg<tern_jax::Floats>()
+        .Arg<xla::ffi::AnyBuffer>()
+        .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+        .Arg<tern_jax::Floats>()
+        .Arg<tern_jax::Floats>()
+        .Ret<tern_jax::Floats>()
+        .Attr<int32_t>("isa")
+        .Attr<tern_jax::Numbers>("images")
+        .Attr<tern_jax::Numbers>("window")
+        .Attr<tern_jax::Numbers>("strides")
+        .Attr<tern_jax::Numbers>("low")
+        .Attr<tern_jax::Numbers>("lhs_dilation")
+        .Attr<tern_jax::Numbers>("rhs_dilation")
+        .Attr<tern_jax::Numbers>("order"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tern_jax_lists, tern_jax::lists,
                               xla::ffi::Ffi::Bind()

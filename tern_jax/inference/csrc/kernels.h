@@ -32,6 +32,17 @@ struct Quantized {
   Buffer<int32_t> sums;   // [rows, groups], of the values
 };
 
+// Patches of images, as rows of a product.
+struct Patches {
+  const float* const* rows;  // the first number of each
+  const int64_t* offsets;    // of the number that meets an input, behind that
+};
+
+// Numbers that are neighbors where they are read, and where they are put.
+struct Run {
+  int64_t from, to, count;
+};
+
 // Tiles whose unpacked weights, or tables, fit the first cache.
 constexpr int kChunk = 8;
 
@@ -51,13 +62,18 @@ struct Kernels {
   using Range = void(const Tiles&, int64_t begin, int64_t end);
   using IntRange = void(const Tiles&, const Quantized&, int64_t begin,
                         int64_t end);
-  using Quantize = void(const Tiles&, const Quantized&, int64_t row);
+  using PatchRange = void(const Tiles&, const Patches&);
+  using Gather = void(const Run*, int64_t count, const float* x, float* to);
+  using Quantize = void(const Shape&, const float* x, int64_t group,
+                        const Quantized&, int64_t begin, int64_t end);
 
   // Of pairs, the second is for magnitudes that differ: positive and negative
   // weights are summed apart.
   int64_t look_ups[2];  // rows up to which look_up is faster than multiply
   Range* look_up[2];
   Range* multiply;
+  PatchRange* multiply_patches;
+  Gather* gather;
   Quantize* quantize;
   IntRange* integers[2];
   ListKernels lists;
@@ -68,6 +84,17 @@ extern const Kernels kAvx2Kernels, kAvx512Kernels;
 #elif defined(__aarch64__)
 extern const Kernels kNeonKernels;
 #endif
+
+const Kernels& kernels_of(Isa isa);
+
+// Whether there is nothing to sum; y is zero then.
+bool empty(const Shape& shape, float* y);
+
+// Fills up the last block of tiles, unless it is whole: keep what is returned.
+Buffer<uint8_t> fill_up(Tiles* product);
+
+// Whether all weights have one magnitude for both signs.
+bool same(const Scales& a, const Scales& b, const Shape& shape);
 
 }  // namespace tern_jax
 

@@ -17,11 +17,20 @@ namespace neon {
 using Vec = float32x4_t;
 constexpr int kWidth = 4;
 TERN_JAX_TARGET inline Vec load(const float* x) { return vld1q_f32(x); }
+TERN_JAX_TARGET inline Vec load_first(const float* x, int n) {
+  float first[kWidth] = {};
+  std::memcpy(first, x, n * sizeof(float));
+  return load(first);
+}
 TERN_JAX_TARGET inline void store(float* to, Vec x) { vst1q_f32(to, x); }
 TERN_JAX_TARGET inline Vec splat(float x) { return vdupq_n_f32(x); }
 TERN_JAX_TARGET inline Vec multiply_add(Vec a, Vec b, Vec c) {
   return vfmaq_f32(c, a, b);
 }
+
+typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+TERN_JAX_TARGET inline int32_t largest_lane(Ints x) { return vmaxvq_s32(x); }
+TERN_JAX_TARGET inline int32_t sum_of_lanes(Ints x) { return vaddvq_s32(x); }
 
 constexpr int kPanelRows = 4, kPanelBlocks = 1, kIntRows = 4, kIntBlocks = 1;
 
@@ -78,6 +87,8 @@ TERN_JAX_TARGET void int_sums(const uint8_t* tiles, int64_t, int64_t count,
 constexpr Kernels kKernels = {{0, 0},
                               {nullptr, nullptr},
                               multiply_range,
+                              multiply_patches,
+                              gather,
                               quantize,
                               {int_range<false>, int_range<true>},
                               kLists};

@@ -1,7 +1,8 @@
-// A loop whose turns other threads may take.
+// Loops whose turns other threads may take.
 #ifndef TERN_JAX_PARALLEL_H_
 #define TERN_JAX_PARALLEL_H_
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <memory>
@@ -59,6 +60,26 @@ void parallel_for(Pool& pool, int64_t count, const Turn& turn) {
   loop->work();
   std::unique_lock<std::mutex> lock(loop->mutex);
   loop->finished.wait(lock, [&] { return loop->done == count; });
+}
+
+// Products of a row and a weight below which no thread is asked for help: some
+// 20 microseconds of work.
+constexpr int64_t kWorth = int64_t{1} << 20;
+// Turns a thread, of which the last ones even out what others have left.
+constexpr int64_t kTurns = 4;
+
+// Calls range(begin, end) for parts of `count`, each but the last a
+// multiple of `grain`. What is summed must not depend on them.
+template <typename Range>
+void split(Pool& pool, int64_t count, int64_t grain, int64_t work,
+           const Range& range) {
+  if (work < kWorth || pool.threads() < 2) return range(0, count);
+  const int64_t turns = kTurns * pool.threads();
+  const int64_t grains = (count + grain - 1) / grain;
+  const int64_t size = (grains + turns - 1) / turns * grain;
+  parallel_for(pool, (count + size - 1) / size, [&](int64_t i) {
+    range(i * size, std::min(count, (i + 1) * size));
+  });
 }
 
 }  // namespace tern_jax

@@ -17,51 +17,8 @@
 namespace tern_jax {
 namespace {
 
-// Products of a row and a weight below which no thread is asked for help: some
-// 20 microseconds of work.
-constexpr int64_t kWorth = int64_t{1} << 20;
-// Turns a thread, of which the last ones even out what others have left.
-constexpr int64_t kTurns = 4;
 // Blocks of outputs that a turn takes at least.
 constexpr int64_t kGrain = 4, kTableGrain = 16;
-
-const Kernels& kernels_of(Isa isa) {
-#if defined(__x86_64__)
-  return isa == Isa::kAvx512 ? kAvx512Kernels : kAvx2Kernels;
-#else
-  return kNeonKernels;
-#endif
-}
-
-bool same(const Scales& a, const Scales& b, const Shape& shape) {
-  for (int64_t g = 0; g < (a.per_group ? shape.groups : 1); ++g) {
-    for (int64_t o = 0; o < (a.per_output ? shape.out : 1); ++o) {
-      if (a.at(g, o) != b.at(g, o)) return false;
-    }
-  }
-  return true;
-}
-
-// Whether there is nothing to sum; y is zero then.
-bool empty(const Shape& shape, float* y) {
-  if (shape.rows && shape.out && shape.in) return false;
-  std::fill(y, y + shape.rows * shape.out, 0.f);
-  return true;
-}
-
-// Calls range(begin, end) for parts of `count` outputs, each but the last a
-// multiple of `grain`. What is summed for an output does not depend on them.
-template <typename Range>
-void split(Pool& pool, int64_t count, int64_t grain, int64_t work,
-           const Range& range) {
-  if (work < kWorth || pool.threads() < 2) return range(0, count);
-  const int64_t turns = kTurns * pool.threads();
-  const int64_t grains = (count + grain - 1) / grain;
-  const int64_t size = (grains + turns - 1) / turns * grain;
-  parallel_for(pool, (count + size - 1) / size, [&](int64_t i) {
-    range(i * size, std::min(count, (i + 1) * size));
-  });
-}
 
 // Makes x, [rows, in], [in, width], filled up by zeros. A dense product has
 // zeros meet every input: stray[row] is 0, or NaN if one of them is not finite.
@@ -104,9 +61,48 @@ bool has_isa(Isa isa) {
   }
 }
 
-void multiply(const Tiles& t, bool int8, Isa isa, Pool& pool) {
+const Kernels& kernels_of(Isa isa) {
+#if defined(__x86_64__)
+  return isa == Isa::kAvx512 ? kAvx512Kernels : kAvx2Kernels;
+#else
+  return kNeonKernels;
+#endif
+}
+
+bool empty(const Shape& shape, float* y) {
+  if (shape.rows && shape.out && shape.in) return false;
+  std::fill(y, y + shape.rows * shape.out, 0.f);
+  return true;
+}
+
+Buffer<uint8_t> fill_up(Tiles* t) {
+  const int64_t lanes = t->shape.out % kLanes, tiles = t->shape.tiles();
+  if (!lanes) return nullptr;
+  auto last = buffer<uint8_t>(tiles * kTileBytes);
+  const uint8_t* from =
+      t->tiles + t->whole_blocks() * tiles * kTileBytes;
+  std::memset(last.get(), 0x55, tiles * kTileBytes);  // codes of 0
+  for (int64_t k = 0; k < tiles; ++k) {
+    std::memcpy(last.get() + k * kTileBytes, from + k * 4 * lanes, 4 * lanes);
+  }
+  t->last = last.get();
+  return last;
+}
+
+bool same(const Scales& a, const Scales& b, const Shape& shape) {
+  for (int64_t g = 0; g < (a.per_group ? shape.groups : 1); ++g) {
+    for (int64_t o = 0; o < (a.per_output ? shape.out : 1); ++o) {
+      if (a.at(g, o) != b.at(g, o)) return false;
+    }
+  }
+  return true;
+}
+
+void multiply(const Tiles& product, bool int8, Isa isa, Pool& pool) {
+  Tiles t = product;
   const Shape& s = t.shape;
   if (empty(s, t.y)) return;
+  const auto last = fill_up(&t);
   const Kernels& kernels = kernels_of(isa);
   const bool two = !same(t.w_p, t.w_n, s);
   const int64_t work = s.rows * s.in * s.out;
@@ -121,7 +117,7 @@ void multiply(const Tiles& t, bool int8, Isa isa, Pool& pool) {
   const Quantized x = {buffer<int8_t>(s.rows * s.tiles() * kLanes),
                        buffer<float>(s.rows),
                        buffer<int32_t>(s.rows * s.groups)};
-  for (int64_t row = 0; row < s.rows; ++row) kernels.quantize(t, x, row);
+  kernels.quantize(s, t.x, s.group(), x, 0, s.rows);
   split(pool, s.blocks(), kGrain, work, [&](int64_t begin, int64_t end) {
     kernels.integers[two](t, x, begin, end);
   });

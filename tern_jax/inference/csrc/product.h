@@ -1,7 +1,8 @@
 // Products of float activations by packed ternary weights, y = x W.
 //
 // The weights, [in, out], lie in tiles of 16 inputs by 16 outputs, 64 bytes a
-// tile, tiles [blocks of outputs][blocks of inputs]. In byte 4 c + k of a tile
+// tile, tiles [blocks of outputs][blocks of inputs]. The last block has as many
+// outputs as are left, and 4 bytes for each of them a tile. In byte 4 c + k of a tile
 // the two bits from 2 f on hold the code plus one, 0, 1 or 2, of input 4 f + k
 // and output c. Groups of inputs with scales of their own begin a tile each;
 // what no weight fills has the code 0, a field of 1.
@@ -10,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace tern_jax {
 
@@ -43,9 +45,17 @@ struct Shape {
 struct Tiles {
   Shape shape;
   const float* x;        // [rows, in]
-  const uint8_t* tiles;  // [blocks, tiles, 64]
+  const uint8_t* tiles;  // [4 tiles out]
   Scales w_p, w_n;
   float* y;  // [rows, out]
+  // [tiles, 64]: the last block, filled up, if it is not whole. Whoever gives a
+  // product leaves it out.
+  const uint8_t* last = nullptr;
+
+  int64_t whole_blocks() const { return shape.out / kLanes; }
+  const uint8_t* block(int64_t b) const {
+    return b < whole_blocks() ? tiles + b * shape.tiles() * kTileBytes : last;
+  }
 };
 
 // The nonzero weights, output by output: first the inputs of the positive ones,
@@ -58,6 +68,37 @@ struct Lists {
   const int32_t* begin;  // [2 out + 1]
   Scales w_p, w_n;
   float* y;
+};
+
+// An axis along which a window moves over images.
+struct Axis {
+  int64_t size, stride;             // of the images, in memory
+  int64_t low, spread;              // zeros in front; a number each `spread`
+  int64_t window, dilation, steps;  // numbers of the window, and between them
+  int64_t out;                      // places of the window
+
+  // Numbers that the window reaches at some places.
+  int64_t reach(int64_t places) const {
+    return (places - 1) * steps + (window - 1) * dilation + 1;
+  }
+};
+
+// How x holds images, and which patches of them are the rows of a product: one
+// for each image and place of the window, of the numbers of all channels there.
+struct Images {
+  int64_t count, stride;
+  int64_t channels, channel_stride;
+  std::vector<Axis> axes;  // at least one
+  // Which axis the inputs of the weights run over first, second, ...; that of
+  // the channels comes after `axes`.
+  std::vector<int64_t> order;
+
+  // Patches of the images for each place along the first axis.
+  int64_t line() const {
+    int64_t product = 1;
+    for (size_t i = 1; i < axes.size(); ++i) product *= axes[i].out;
+    return product;
+  }
 };
 
 // Instruction sets, which Python names in this order.
@@ -78,8 +119,13 @@ class Pool {
 // y of float activations, exact up to the order of sums; or, for int8, of
 // activations rounded to 127 steps of the largest magnitude of their row.
 void multiply(const Tiles& product, bool int8, Isa isa, Pool& pool);
+// The same of patches of images x: a convolution. The rows of the product's
+// shape are the patches of all images.
+void convolve(const Tiles& product, const Images& images, bool int8, Isa isa,
+              Pool& pool);
 // y of float activations.
 void multiply(const Lists& product, Isa isa, Pool& pool);
+void convolve(const Lists& product, const Images& images, Isa isa, Pool& pool);
 
 }  // namespace tern_jax
 
