@@ -13,7 +13,7 @@ import pytest
 
 import tern_jax
 from experiments.common import cli, command, errors, evaluate, log, methods
-from experiments.common.runner import checks, loop, record, run
+from experiments.common.runner import advance, checks, loop, record, run
 from tern_jax import load_packed, metrics
 from tern_jax.inference import cpu
 
@@ -37,6 +37,7 @@ def config(tmp_path_factory):
     parallel="jit",
     log_every=19,
     checkpoint_every=38,
+    resident="off",
     data_dir=str(directory / "tfds"),
     workdir=str(directory / "whole"),
   )
@@ -229,7 +230,7 @@ def test_a_run_that_was_stopped_resumes_bit_for_bit(
   config, result, tmp_path, monkeypatch
 ):
   again = dataclasses.replace(config, workdir=str(tmp_path / "stopped"))
-  write, make_step = log.Log.write, loop.make_step
+  write, make_step = log.Log.write, advance.make_step
   # One line later than a checkpoint, so that steps are to be repeated; and
   # between two lines, when the machine is taken away.
   kills = {("float", 57), ("ternary", 57)}
@@ -255,7 +256,7 @@ def test_a_run_that_was_stopped_resumes_bit_for_bit(
     return wrapped
 
   monkeypatch.setattr(log.Log, "write", killed)
-  monkeypatch.setattr(loop, "make_step", preempted)
+  monkeypatch.setattr(advance, "make_step", preempted)
   for phase, step in (
     ("float", 57),
     ("float", 70),
@@ -381,6 +382,7 @@ def test_a_dry_run_tells_what_a_run_would_be(tmp_path, monkeypatch, capsys):
   assert ["Dense_0/kernel", "[64,", "16]"] in told
   assert ["ternary", "in", "all", "1,184", "ternary"] in told
   assert ["steps,", "float", "and", "ternary", "38", "+", "38"] in told
+  assert ["training", "data", "0.1", "MiB", "a", "device"] in told
   assert any(line[:3] == ["steps", "a", "second"] for line in told)
   assert not list(tmp_path.iterdir())
 

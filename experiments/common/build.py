@@ -30,6 +30,7 @@ class Network:
     stacks: Patterns of the kernels whose first axis enumerates layers.
     reads_text: Whether it takes text, not images.
     norms: Whether the options choose its norm.
+    convolves: Whether it has convolutions.
   """
 
   title: str
@@ -37,6 +38,7 @@ class Network:
   stacks: tuple[str, ...] = ()
   reads_text: bool = False
   norms: bool = False
+  convolves: bool = True
 
 
 def _resnet(depth: int) -> Network:
@@ -66,6 +68,7 @@ NETWORKS = {
       c.hidden, classes, axis, c.norm, c.layer_norm
     ),
     norms=True,
+    convolves=False,
   ),
   "convnet": Network(
     "ConvNet",
@@ -102,6 +105,7 @@ NETWORKS = {
     ),
     stacks=STACKED,
     reads_text=True,
+    convolves=False,
   ),
 }
 
@@ -113,15 +117,21 @@ class Augmentation:
   Attributes:
     make: From the data set to the change, or None.
     any_size: Whether it takes images that differ in size.
+    change: The same on the device; None for what the host alone can do.
   """
 
   make: Callable[[data.Dataset], augment.Augment | None]
   any_size: bool = False
+  change: data.resident.Change | None = None
 
 
 AUGMENTATIONS = {
-  "none": Augmentation(lambda _: None, any_size=True),
-  "flip_crop": Augmentation(lambda _: augment.flip_and_crop),
+  "none": Augmentation(
+    lambda _: None, any_size=True, change=data.resident.UNCHANGED
+  ),
+  "flip_crop": Augmentation(
+    lambda _: augment.flip_and_crop, change=data.resident.FLIP_AND_CROP
+  ),
   "flip_crop_jitter_cutout": Augmentation(
     lambda dataset: augment.chain(
       augment.flip_and_crop,
@@ -219,4 +229,16 @@ def training_batches(
     augment=augmentation(config, dataset),
     process_index=jax.process_index() if shared else 0,
     process_count=jax.process_count() if shared else 1,
+  )
+
+
+def training_plans(config: Any, dataset: data.Dataset) -> data.resident.Plans:
+  """Returns the plans of the training batches, for data on the device."""
+  change = AUGMENTATIONS[config.augment].change
+  assert change is not None
+  return data.resident.Plans(
+    len(dataset.train["label"]),
+    config.batch_size,
+    seed=config.seed,
+    draw=change.draw,
   )

@@ -102,6 +102,10 @@ class Config:
   """How a step is spread over devices; jit takes one."""
   devices: int | None = None
   """Devices to use; None for all."""
+  resident: Literal["auto", "on", "off"] = "auto"
+  """Whether training data lie on the device, and many steps there are one call;
+  auto: where the data are a small part of its memory. The images, their order
+  and their changes are the same."""
   log_every: int = 100
   """Steps between two lines of metrics."""
   checkpoint_every: int = 1000

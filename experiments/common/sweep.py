@@ -34,7 +34,7 @@ from experiments.common.errors import UsageError
 from experiments.common.methods import Plan
 from experiments.common.runner.record import REESTIMATION_BATCHES
 from experiments.common.runner.stages import Stage, ternary_phase
-from experiments.common.runner.step import make_step
+from experiments.common.runner.step import pure_step
 from tern_jax import metrics, training
 from tern_jax.trees.wrap import Wrapped
 
@@ -190,22 +190,13 @@ class _Net:
     rows = rows[:, : epoch_steps * options.batch_size]
     self.rows = rows.reshape(-1, options.batch_size)[:steps]
 
-  def standardized(self, images: Array) -> Array:
-    """Returns images as the network takes them."""
-    dataset = self._dataset
-    axes = tuple(range(images.ndim - 1))
-    mean, std = (np.expand_dims(x, axes) for x in (dataset.mean, dataset.std))
-    return (images.astype(jnp.float32) - mean) / std
-
   def batch(self, rows: Array) -> Any:
     """Returns a batch of training."""
-    split = self._splits["train"]
-    image = self.standardized(split["input"][rows])
-    return {"input": image, "label": split["label"][rows]}
+    return data.resident.make_batch(self._splits["train"], {"rows": rows})
 
   def step_of(self, stage: Stage) -> Callable[[Any, Array], Any]:
     """Returns the step of a stage, which takes rows for a batch."""
-    step = make_step(self._options, stage, self._dataset.num_classes)
+    step = pure_step(self._options, stage, self._dataset.num_classes)
     return lambda state, rows: step(state, self.batch(rows))
 
   def trained(
@@ -241,7 +232,9 @@ class _Net:
     split = self._splits[name]
 
     def answer(image: Array) -> Array:
-      batch = self.standardized(image)[None]
+      batch = data.resident.standardize(
+        image[None], split["mean"], split["std"]
+      )
       return jnp.argmax(self._model.apply(variables, batch, train=False))
 
     # In parts, because activations of all images may not fit.
@@ -430,7 +423,8 @@ def arguments(
   """Returns what the program takes: values and seeds of all runs, splits."""
   values, seeds = zip(*sweep.grid, strict=True)
   splits = {
-    name: getattr(dataset, name) for name in ("train", "validation", "test")
+    name: data.resident.hold(getattr(dataset, name), dataset.mean, dataset.std)
+    for name in ("train", "validation", "test")
   }
   return (
     np.array(values, np.float32),

@@ -18,6 +18,7 @@ its label.
 """
 
 from experiments.common.data import augment as augment
+from experiments.common.data import resident as resident
 from experiments.common.data import text as text
 from experiments.common.data.dataset import Dataset as Dataset
 from experiments.common.data.dataset import (

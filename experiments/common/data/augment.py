@@ -52,8 +52,7 @@ def flip_and_crop(
   """
   size, height, width, _ = images.shape
   padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-  tops, lefts = rng.integers(0, 2 * pad, (2, size), endpoint=True)
-  steps = rng.choice([-1, 1], size)
+  tops, lefts, steps = draw_flip_and_crop(rng, size, pad).values()
   # Copying whole rows in a loop is three times as fast as fancy indexing.
   return np.stack(
     [
@@ -61,6 +60,24 @@ def flip_and_crop(
       for image, top, left, step in zip(padded, tops, lefts, steps, strict=True)
     ]
   )
+
+
+def draw_flip_and_crop(
+  rng: np.random.Generator, size: int, pad: int = 4
+) -> dict[str, np.ndarray]:
+  """Draws what is random in `flip_and_crop`.
+
+  Args:
+    rng: Source of the flips and shifts.
+    size: Number of images.
+    pad: As for `flip_and_crop`.
+
+  Returns:
+    The first row and column of each crop in its padded image, "top" and "left",
+    and the "step" from column to column, -1 where it is mirrored; int64 [size].
+  """
+  tops, lefts = rng.integers(0, 2 * pad, (2, size), endpoint=True)
+  return {"top": tops, "left": lefts, "step": rng.choice([-1, 1], size)}
 
 
 def random_resized_crop(

@@ -3,7 +3,8 @@
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -82,24 +83,12 @@ def batches(
   Raises:
     ValueError: The batch size exceeds the split or cannot be shared equally.
   """
-  count = len(split["label"])
   part = _part(batch_size, process_index, process_count)
-  epoch_steps = count // batch_size
-  if not epoch_steps:
-    raise ValueError(
-      f"batch_size is {batch_size}, but the split has only {count} examples: "
-      "give a smaller batch_size."
-    )
-
-  # Two, because prefetching looks beyond the end of an epoch.
-  @functools.lru_cache(maxsize=2)
-  def permutation(epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
+  rows_of = training_rows(len(split["label"]), batch_size, seed)
 
   # One grain element is a batch, not an example: six times as fast.
   def make_batch(step: int, rng: np.random.Generator) -> Arrays:
-    epoch, step = divmod(step, epoch_steps)
-    rows = permutation(epoch)[step * batch_size : (step + 1) * batch_size]
+    rows = rows_of(step)
     images = split["input"]
     if augment is None:
       images = images[rows[part]]
@@ -117,9 +106,55 @@ def batches(
       "label": split["label"][rows[part]],
     }
 
-  steps = grain.MapDataset.range(sys.maxsize).seed(seed)
-  made = steps.random_map(make_batch)
+  made = random_steps(make_batch, seed)
   return iter(made.to_iter_dataset(_reading(split)))
+
+
+def training_rows(
+  count: int, batch_size: int, seed: int
+) -> Callable[[int], np.ndarray]:
+  """Returns the function from a training step, 0, 1, ..., to its examples.
+
+  Args:
+    count: Examples of the split.
+    batch_size: Examples a batch.
+    seed: Of shuffling.
+
+  Returns:
+    `rows_of(step)`, int64 [batch_size].
+
+  Raises:
+    ValueError: The batch size exceeds the split.
+  """
+  epoch_steps = count // batch_size
+  if not epoch_steps:
+    raise ValueError(
+      f"batch_size is {batch_size}, but the split has only {count} examples: "
+      "give a smaller batch_size."
+    )
+
+  # Two, because prefetching looks beyond the end of an epoch.
+  @functools.lru_cache(maxsize=2)
+  def permutation(epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+  def rows_of(step: int) -> np.ndarray:
+    epoch, step = divmod(step, epoch_steps)
+    return permutation(epoch)[step * batch_size : (step + 1) * batch_size]
+
+  return rows_of
+
+
+def random_steps(
+  make: Callable[[int, np.random.Generator], Any], seed: int
+) -> grain.MapDataset[Any]:
+  """Returns what `make` makes of each step and a random generator of its own.
+
+  Args:
+    make: From a step and its generator to an element.
+    seed: Of the generators; equal ones at equal steps are equal.
+  """
+  return grain.MapDataset.range(sys.maxsize).seed(seed).random_map(make)
 
 
 def eval_batches(

@@ -1,11 +1,13 @@
 """Whether options fit the machine, the data and the net."""
 
 import dataclasses
+import os
 from typing import Any
 
 import jax
 
 import tern_jax
+from experiments.common import build, data, processes
 from experiments.common.cli import Config
 from experiments.common.errors import UsageError
 
@@ -56,6 +58,54 @@ def count_steps(config: Config, images: int) -> tuple[int, int]:
   if config.float_from is not None:
     float_epochs = 0
   return float_epochs * epoch, config.epochs * epoch
+
+
+#: Part of a device's memory in which training data are small.
+RESIDENT_PART = 0.1
+
+
+def is_resident(config: Config, dataset: data.Dataset) -> bool:
+  """Whether the training data shall lie on the device.
+
+  Raises:
+    UsageError: they shall, but cannot.
+  """
+  if config.resident == "off":
+    return False
+  obstacle = _obstacle(config, dataset)
+  if obstacle and config.resident == "on":
+    raise UsageError(
+      f"resident=on, but {obstacle}: give --resident off, or auto."
+    )
+  return obstacle is None
+
+
+def _obstacle(config: Config, dataset: data.Dataset) -> str | None:
+  """Returns why training data stay on the host; None if they need not."""
+  if isinstance(dataset.train["input"], data.Images):
+    return f"images of {config.data} differ in size, and are read one by one"
+  if build.AUGMENTATIONS[config.augment].change is None:
+    return f"augment={config.augment} is done by the host alone"
+  if processes.count() > 1:
+    return f"{processes.count()} processes share each batch"
+  size = sum(x.nbytes for x in dataset.train.values())
+  memory = _device_memory()
+  part = RESIDENT_PART if config.resident == "auto" else 1
+  if size > part * memory:
+    return (
+      f"training data of {size / 2**20:,.0f} MiB do not fit into a device with"
+      f" {memory / 2**20:,.0f} MiB"
+    )
+  return None
+
+
+def _device_memory() -> int:
+  """Returns the bytes of a device's memory."""
+  known = jax.local_devices()[0].memory_stats() or {}
+  if "bytes_limit" in known:
+    return known["bytes_limit"]
+  # A CPU does not tell: its memory is that of the machine.
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def fit(config: Config, params: Any, model_state: dict[str, Any]) -> Config:

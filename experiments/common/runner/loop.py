@@ -10,8 +10,8 @@ import numpy as np
 
 from experiments.common import build, cli, data, evaluate, guard, log
 from experiments.common.errors import DivergedError
+from experiments.common.runner.advance import Feed, Resident, Streamed
 from experiments.common.runner.stages import Phase, Stage
-from experiments.common.runner.step import make_step
 from experiments.common.runner.watch import Best, Watch
 from tern_jax import pack, training
 from tern_jax.checkpoint import Checkpointer
@@ -97,7 +97,8 @@ class Training:
     self._dataset = dataset
     model = build.make_model(config, dataset.num_classes)
     self._score = evaluate.make_scorer(model, dataset)
-    self._batches = build.training_batches(config, dataset)
+    self._feed = Feed(config, dataset)
+    self._batches = self._feed.batches
     self.state, self.step = phase.state, 0
     # Since the last line of metrics.
     self._losses: list[Any] = []
@@ -129,13 +130,13 @@ class Training:
       asked: from a step to the signal for which the process ends after it.
       out: takes the metrics.
     """
-    step = make_step(self._config, stage, self._dataset.num_classes)
+    advance = self._feed.make_advance(stage)
     watch = Watch(self._config, stage)
     while self.step < stage.last:
-      measured = self._advance(step)
+      measured = self._advance(advance, stage)
       due = self._due(stage, asked)
       if due.line or due.checkpoint:
-        self._check_losses(step)
+        self._check_losses(advance.step)
       if due.line:
         norm = float(measured["gradient_norm"])
         accuracy = self._write_line(stage, watch, out, norm)
@@ -154,14 +155,24 @@ class Training:
         where = f"after step {self.step} of {last} ({name})"
         raise guard.stopped(where, due.stop)
 
-  def _advance(self, step: Callable[[Any, Any], Any]) -> dict[str, Any]:
-    """Takes a step; returns what it measured."""
+  def _advance(
+    self, advance: Streamed | Resident, stage: Stage
+  ) -> dict[str, Any]:
+    """Takes steps; returns what the last one measured."""
     if self.step in self._phase.snapshots:
       self._phase.keep_latents(self.state)
-    self.state, measured = step(self.state, next(self._batches))
-    self._losses.append(measured["loss"])
-    self.step += 1
-    return measured
+    self.state, measured = advance(self.state, self._undisturbed(stage))
+    self._losses += [found["loss"] for found in measured]
+    self.step += len(measured)
+    return measured[-1]
+
+  def _undisturbed(self, stage: Stage) -> int:
+    """Returns the number of steps up to the next that is followed by more."""
+    every = self._config.log_every, self._config.checkpoint_every
+    later = [n - self.step for n in self._phase.snapshots if n > self.step]
+    return min(
+      stage.last - self.step, *(n - self.step % n for n in every), *later
+    )
 
   def _due(self, stage: Stage, asked: Callable[[int], int]) -> Due:
     n, config = self.step, self._config
@@ -217,9 +228,7 @@ class Training:
     if best is not None:
       state = dataclasses.replace(best.state, step=state.step)
     if following is not None:
-      state = stage.refreshed(state)
-      opt_state = following.tx.init(state.params)
-      state = dataclasses.replace(state, opt_state=opt_state)
+      state = stage.handed_over(state, following)
       self._seen = watch.look(state)
     self.state = state
 

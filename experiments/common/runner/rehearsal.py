@@ -1,7 +1,6 @@
 """What a run would do, told before it does it."""
 
 import dataclasses
-import itertools
 import tempfile
 import time
 from typing import Any
@@ -11,7 +10,7 @@ import jax
 import tern_jax
 from experiments.common import build, cli, data
 from experiments.common.runner import checks, float_net, stages
-from experiments.common.runner.step import make_step
+from experiments.common.runner.advance import Feed
 from experiments.common.tables import Table
 from tern_jax.core.paths import path_str
 
@@ -50,6 +49,9 @@ def rehearse(config: cli.Config) -> str:
   hours = sum(steps) / rate / 3600
   batch = next(build.training_batches(config, dataset))
   size = _bytes(batch) / devices
+  place = "streamed from the host"
+  if checks.is_resident(config, dataset):
+    place = f"{_bytes(dataset.train) / 2**20:,.1f} MiB a device"
   facts = Table(
     ("run", ""),
     [
@@ -58,6 +60,7 @@ def rehearse(config: cli.Config) -> str:
       ("steps, float and ternary", f"{steps[0]:,} + {steps[1]:,}"),
       ("state", f"{state_size / 2**20:,.1f} MiB a device"),
       ("a batch", f"{size / 2**20:,.1f} MiB a device"),
+      ("training data", place),
       ("steps a second", f"{rate:,.2f}"),
       ("time of all steps", f"{hours:,.2f} hours"),
     ],
@@ -94,13 +97,13 @@ def _steps_a_second(
   config: cli.Config, dataset: data.Dataset, phase: stages.Phase
 ) -> float:
   """Measures the speed of a phase's first stage, once it is compiled."""
-  batches = build.training_batches(config, dataset)
-  step = make_step(config, phase.stages[0], dataset.num_classes)
-  state, _ = step(phase.state, next(batches))
+  advance = Feed(config, dataset).make_advance(phase.stages[0])
+  state, _ = advance(phase.state, 1)
   jax.block_until_ready(state)
-  began = time.perf_counter()
-  for batch in itertools.islice(batches, TIMED_STEPS):
-    state, _ = step(state, batch)
+  began, done = time.perf_counter(), 0
+  while done < TIMED_STEPS:
+    state, measured = advance(state, TIMED_STEPS - done)
+    done += len(measured)
   jax.block_until_ready(state)
   return TIMED_STEPS / (time.perf_counter() - began)
 

@@ -59,6 +59,7 @@ def _train(config: cli.Config) -> dict[str, Any]:
   images = len(dataset.train["label"])
   float_steps, steps = checks.count_steps(config, images)
   checks.fit(config, params, model_state)
+  checks.is_resident(config, dataset)
   floats = float_net.given(config, params, model_state)
   # Nothing is written before all options are known to fit.
   with processes.leader_first():

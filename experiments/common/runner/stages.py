@@ -96,6 +96,14 @@ class Stage:
     params, tern_state = self.tern.refresh(state.params, state.tern_state)
     return dataclasses.replace(state, params=params, tern_state=tern_state)
 
+  def handed_over(
+    self, state: training.TrainState, following: "Stage"
+  ) -> training.TrainState:
+    """Returns the state that the following stage starts with."""
+    state = self.refreshed(state)
+    opt_state = following.tx.init(state.params)
+    return dataclasses.replace(state, opt_state=opt_state)
+
 
 @dataclasses.dataclass(frozen=True)
 class Phase:

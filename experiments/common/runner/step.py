@@ -22,6 +22,16 @@ def make_step(
 ) -> Callable[[training.TrainState, data.Arrays], Any]:
   """Makes the step of a stage, which takes this process's part of a batch.
 
+  It measures what that of `pure_step` does.
+  """
+  return _spread(config, pure_step(config, stage, classes))
+
+
+def pure_step(
+  config: cli.Config, stage: Stage, classes: int
+) -> Callable[[training.TrainState, Any], Any]:
+  """Makes the step of a stage, to be compiled and spread over devices.
+
   It measures the "loss", and the "gradient_norm" of all that is trained, before
   WDR and the optimizer.
   """
@@ -67,7 +77,7 @@ def make_step(
     state, measured = plain(state, batch)
     return state, {**measured, "gradient_norm": norms.pop()}
 
-  return _spread(config, step)
+  return step
 
 
 def _spread(
@@ -80,12 +90,17 @@ def _spread(
   if config.parallel == "pmap":
     mapped = training.pmap_step(step)
     return lambda s, batch: mapped(s, training.split_batch(batch, devices))
-  chosen = jax.devices()[: devices * jax.process_count()]
-  mesh = Mesh(np.array(chosen), ("data",))
+  mesh = data_mesh(config)
   mapped = training.shard_map_step(step, mesh)
   spread = NamedSharding(mesh, P("data"))
   whole = jax.make_array_from_process_local_data
   return lambda s, batch: mapped(s, whole(spread, batch))
+
+
+def data_mesh(config: cli.Config) -> Mesh:
+  """Returns the devices that share a batch."""
+  devices = checks.device_count(config) * jax.process_count()
+  return Mesh(np.array(jax.devices()[:devices]), ("data",))
 
 
 def _bfloat16(x: Array) -> Array:
