@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from tern_jax.core.checks import check_range
 from tern_jax.core.containers import TernParams
 from tern_jax.core.paths import as_patterns
 from tern_jax.core.select import selector
@@ -14,7 +15,7 @@ from tern_jax.methods import SCA
 from tern_jax.regularizers.barriers import at_sparsity
 from tern_jax.regularizers.strengths import late_kappa, relative
 from tern_jax.regularizers.transform import wdr_transform
-from tern_jax.targets.schedules import AcrossLayers, PerLayer, Target, ramp
+from tern_jax.targets.schedules import AcrossLayers, PerLayer, ramp
 from tern_jax.trees.transform import ParamTransform
 from tern_jax.trees.wrap import Wrapped, wrap
 
@@ -46,23 +47,15 @@ def rates(steps: int) -> Rates:
   Args:
     steps: training steps of the whole run.
 
+  Raises:
+    ValueError: `steps` is below 1.
+
   >>> rates(10_000)
   Rates(latent=0.001, rest=0.01)
   """
+  check_range("steps", steps, 1, float("inf"), "count training steps")
   latent = 0.1 / steps**0.5
   return Rates(min(latent, 1e-2), min(10 * latent, 1e-2))
-
-
-def target(
-  sparsity: Scalar | PerLayer | AcrossLayers, steps: int, *, warm: bool = False
-) -> Target:
-  """Returns the ramp of a sparsity over a run of so many steps.
-
-  A number is that of all layers together, `across_layers(sparsity, FLOOR)`.
-  """
-  if not isinstance(sparsity, PerLayer | AcrossLayers):
-    sparsity = AcrossLayers(sparsity, FLOOR)
-  return ramp(sparsity, steps, UNTIL, WARM_START if warm else 0.0)
 
 
 class _Parts(NamedTuple):
@@ -177,9 +170,11 @@ def recipe(
   ...     wdr, optax.adam(optax.cosine_decay_schedule(1e-3, 10_000, 0.05)))
   """
   where, stacked = selector(where), as_patterns(stacked, "stacked")
-  asked = target(sparsity, steps, warm=warm)
-  method = SCA(sparsity=asked, channel_axis=channel_axis)
+  if not isinstance(sparsity, PerLayer | AcrossLayers):
+    sparsity = AcrossLayers(sparsity, FLOOR)
+  target = ramp(sparsity, steps, UNTIL, WARM_START if warm else 0.0)
+  method = SCA(sparsity=target, channel_axis=channel_axis)
   kappa = relative(late_kappa(steps))
-  wdr = wdr_transform(at_sparsity(asked), kappa, where, stacked, sharp=True)
+  wdr = wdr_transform(at_sparsity(target), kappa, where, stacked, sharp=True)
   tern = ParamTransform(method, where, stacked)
   return Recipe(tern, wdr, steps)

@@ -61,6 +61,8 @@ def test_rates_follow_the_number_of_steps():
     (40_000, 5e-4, 5e-3),
   ):
     assert rates(steps) == pytest.approx((latent, rest))
+  with pytest.raises(ValueError, match="steps must lie in"):
+    rates(0)
 
 
 @pytest.mark.usefixtures("standard_promotion")
