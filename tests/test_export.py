@@ -662,6 +662,8 @@ def test_lenet_predicts_exactly_with_jax_alone(path, tmp_path):
   weights = sum(x.size for x in jax.tree.leaves(params))
   assert weights == 61_706
   assert weights / 4 < len(data) < weights / 4 + 16_384
+  # Nothing of the machine that wrote it, nor of how it was called.
+  assert b".py" not in data
 
   rng = np.random.default_rng(0)
   images = {

@@ -1,7 +1,8 @@
 """StableHLO: the whole computation, run by JAX without the model's code."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -115,11 +116,24 @@ def to_stablehlo(
     platforms=platforms,
     disabled_checks=list(checks) if native else (),
   )
-  data = bytes(exported(*shapes).serialize())
+  with _without_places():
+    data = bytes(exported(*shapes).serialize())
   if path is not None:
     with files.fresh_file(path, overwrite) as fresh:
       fresh.write_bytes(data)
   return data
+
+
+@contextlib.contextmanager
+def _without_places() -> Iterator[None]:
+  """Keeps names of files, and lines of code, out of what is lowered."""
+  name = "jax_traceback_in_locations_limit"
+  limit = getattr(jax.config, name)
+  jax.config.update(name, 0)
+  try:
+    yield
+  finally:
+    jax.config.update(name, limit)
 
 
 def _check_native(platforms: tuple[str, ...]) -> None:
