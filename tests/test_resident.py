@@ -179,16 +179,16 @@ class TestSteps:
     assert len(go(state, 9)[1]) == 4
 
   def test_convolutions_stay_out_of_loops_on_a_cpu(self, config):
-    assert advance.loops_well(config)
     own = dataclasses.replace(config, model="convnet")
-    assert not advance.loops_well(own)
+    assert checks.loops_well(config)
+    assert not checks.loops_well(own)
 
   @pytest.mark.long
   @pytest.mark.parametrize("looped", [False, True])
   def test_convolutions_of_flipped_images(
     self, config, dataset, monkeypatch, looped
   ):
-    monkeypatch.setattr(advance, "loops_well", lambda _: looped)
+    monkeypatch.setattr(checks, "loops_well", lambda _: looped)
     own = dataclasses.replace(
       config, model="convnet", hidden=(2,), augment="flip_crop"
     )
@@ -254,6 +254,14 @@ class TestWhere:
           checks.is_resident(config, dataset)
     off = dataclasses.replace(config, resident="off")
     assert not checks.is_resident(off, dataset)
+
+  def test_auto_is_for_what_is_faster(self, config, dataset, monkeypatch):
+    own = dataclasses.replace(config, model="convnet")
+    auto = dataclasses.replace(own, resident="auto")
+    assert checks.is_resident(own, dataset)
+    assert not checks.is_resident(auto, dataset)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert checks.is_resident(auto, dataset)
 
   def test_what_the_host_alone_can_do(self, config, dataset, monkeypatch):
     jitter = dataclasses.replace(config, augment="flip_crop_jitter_cutout")

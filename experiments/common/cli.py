@@ -104,8 +104,8 @@ class Config:
   """Devices to use; None for all."""
   resident: Literal["auto", "on", "off"] = "auto"
   """Whether training data lie on the device, and many steps there are one call;
-  auto: where the data are a small part of its memory. The images, their order
-  and their changes are the same."""
+  auto: where that is faster, and the data are a small part of its memory. The
+  images, their order and their changes are the same."""
   log_every: int = 100
   """Steps between two lines of metrics."""
   checkpoint_every: int = 1000

@@ -108,7 +108,7 @@ class Resident:
     plans: data.resident.Plans,
   ):
     self._held, self._plans, self._place = held, plans, _place(config)
-    self._looped = loops_well(config)
+    self._looped = checks.loops_well(config)
     due = min(config.log_every, config.checkpoint_every, stage.last)
     self._length = min(due, LONGEST_CALL) if self._looped else 1
     step = pure_step(config, stage, classes)
@@ -122,7 +122,7 @@ class Resident:
     plans = [next(self._plans) for _ in range(count)]
     state, measured = self._run(state, plans)
     if not self._looped:
-      return state, [{name: x[0] for name, x in measured.items()}]
+      return state, [measured]
     self._plans.prepare(self._length)
     measured = jax.device_get(measured)
     seconds = time.perf_counter() - began
@@ -137,10 +137,13 @@ class Resident:
   def step(self, state: Any, plan: data.Arrays) -> tuple[Any, dict[str, Any]]:
     """Takes the step of a plan; returns the state, and what it measured."""
     state, measured = self._run(state, [plan])
-    return state, {name: x[0] for name, x in measured.items()}
+    if self._looped:
+      measured = {name: x[0] for name, x in measured.items()}
+    return state, measured
 
   def _run(self, state: Any, plans: list[data.Arrays]) -> Any:
-    if self._place is not None:
+    place = getattr(state.step, "sharding", None)
+    if self._place is not None and place != self._place:
       # For one that lies elsewhere it would be compiled twice.
       state = jax.device_put(state, self._place)
     stacked = data.resident.stack(plans, self._length)
@@ -160,7 +163,7 @@ def make_program(
   Returns:
     `program(state, held, plans, count)`: takes the first steps of plans, count
     of them; returns the state, and what each step measured, [length], of which
-    what is behind the count is 0.
+    what is behind the count is 0; without a loop 0-d.
   """
   change = build.AUGMENTATIONS[config.augment].change
   assert change is not None
@@ -172,8 +175,7 @@ def make_program(
 
   def program(state: Any, held: Any, plans: Any, count: Any) -> Any:
     if not looped:
-      state, measured = take(state, held, plans, 0)
-      return state, jax.tree.map(lambda x: x[None], measured)
+      return take(state, held, plans, 0)
 
     def body(i: Any, carry: Any) -> Any:
       state, measured = carry
@@ -186,14 +188,6 @@ def make_program(
     return jax.lax.fori_loop(0, count, body, start)
 
   return program
-
-
-def loops_well(config: cli.Config) -> bool:
-  """Whether a loop of steps is as fast as the steps."""
-  # In a loop XLA's convolutions take several times as long on a CPU.
-  return jax.default_backend() != "cpu" or not (
-    build.NETWORKS[config.model].convolves
-  )
 
 
 def _place(config: cli.Config) -> NamedSharding | None:

@@ -72,12 +72,23 @@ def is_resident(config: Config, dataset: data.Dataset) -> bool:
   """
   if config.resident == "off":
     return False
+  if config.resident == "auto" and not loops_well(config):
+    # A call for each step is no faster than on streamed batches.
+    return False
   obstacle = _obstacle(config, dataset)
   if obstacle and config.resident == "on":
     raise UsageError(
       f"resident=on, but {obstacle}: give --resident off, or auto."
     )
   return obstacle is None
+
+
+def loops_well(config: Config) -> bool:
+  """Whether a loop of steps is as fast as the steps."""
+  # In a loop XLA's convolutions take several times as long on a CPU.
+  return jax.default_backend() != "cpu" or not (
+    build.NETWORKS[config.model].convolves
+  )
 
 
 def _obstacle(config: Config, dataset: data.Dataset) -> str | None:

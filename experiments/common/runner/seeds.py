@@ -17,11 +17,7 @@ import numpy as np
 from experiments.common import build, cli, data
 from experiments.common.errors import UsageError
 from experiments.common.runner import checks
-from experiments.common.runner.advance import (
-  LONGEST_CALL,
-  loops_well,
-  make_program,
-)
+from experiments.common.runner.advance import LONGEST_CALL, make_program
 from experiments.common.runner.stages import Phase, Stage, ternary_phase
 from experiments.common.runner.step import pure_step
 from tern_jax import training
@@ -106,7 +102,7 @@ def _advance(
   steps: int,
 ) -> Any:
   """Takes steps of all seeds; returns their states."""
-  looped = loops_well(config)
+  looped = checks.loops_well(config)
   length = min(LONGEST_CALL, steps) if looped else 1
   # The number of steps is that of all: a loop for each would mask them.
   program = jax.jit(
