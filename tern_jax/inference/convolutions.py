@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
 
 from tern_jax.core.types import Array
 from tern_jax.inference import cpu, forms, products
@@ -289,22 +288,6 @@ def _derivative(
   static: _Static, primals: tuple, tangents: tuple
 ) -> tuple[Array, Array]:
   """Differentiates by x and by the scales; rounding counts as the identity."""
-  x, w_p, w_n, arrays = primals
   y = _convolution(static, *primals)
-
-  # What is kept for a gradient are packed weights: they are unpacked again.
-  @jax.checkpoint
-  def dense(x: Array, w_p: Array, w_n: Array, arrays: tuple) -> Array:
-    return _dense(static, x, w_p, w_n, arrays)
-
-  def zeros(t: Array | SymbolicZero, like: Array) -> Array:
-    return jnp.zeros_like(like) if isinstance(t, SymbolicZero) else t
-
-  dx, *dw, _ = tangents
-  dy = jnp.zeros_like(y)
-  if not isinstance(dx, SymbolicZero):
-    dy += dense(dx, w_p, w_n, arrays)
-  if not all(isinstance(t, SymbolicZero) for t in dw):
-    dw = (zeros(t, w) for t, w in zip(dw, (w_p, w_n), strict=True))
-    dy += dense(x, *dw, arrays)
-  return y, dy
+  dense = functools.partial(_dense, static)
+  return y, forms.derivative(dense, y, primals, tangents)

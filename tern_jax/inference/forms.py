@@ -1,8 +1,11 @@
 """Arithmetic that layouts share, in XLA's own operations."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
 from tern_jax.core.types import Array
 from tern_jax.inference.matrix import Size
@@ -116,3 +119,31 @@ def dense(codes: Array, w_p: Array, w_n: Array, size: Size) -> Array:
   c = codes.astype(jnp.float32)
   w_p, w_n = of_inputs(w_p), of_inputs(w_n)
   return jnp.where(c > 0, w_p, jnp.where(c < 0, -w_n, jnp.zeros((), w_p.dtype)))
+
+
+def derivative(
+  dense: Callable[..., Array], y: Array, primals: tuple, tangents: tuple
+) -> Array:
+  """Returns the tangent of y, linear in x and in the scales.
+
+  Args:
+    dense: the same function by unpacked weights, of (x, w_p, w_n, arrays).
+    y: its value.
+    primals: (x, w_p, w_n, arrays).
+    tangents: of these, with symbolic zeros; that of the arrays is not used.
+  """
+  # What is kept for a gradient are packed weights: they are unpacked again.
+  dense = jax.checkpoint(dense)
+  x, w_p, w_n, arrays = primals
+  dx, *dw, _ = tangents
+
+  def zeros(t: Array | SymbolicZero, like: Array) -> Array:
+    return jnp.zeros_like(like) if isinstance(t, SymbolicZero) else t
+
+  dy = jnp.zeros_like(y)
+  if not isinstance(dx, SymbolicZero):
+    dy += dense(dx, w_p, w_n, arrays)
+  if not all(isinstance(t, SymbolicZero) for t in dw):
+    dw = (zeros(t, w) for t, w in zip(dw, (w_p, w_n), strict=True))
+    dy += dense(x, *dw, arrays)
+  return dy

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
 from tern_jax.core.types import Array
 from tern_jax.inference import forms
@@ -134,26 +133,13 @@ def _derivative(
   static: _Static, primals: tuple, tangents: tuple
 ) -> tuple[Array, Array]:
   """Differentiates x @ dense(codes, w_p, w_n) by x and by the scales."""
-  x, w_p, w_n, arrays = primals
   y = _product(static, *primals)
 
-  # What is kept for a gradient are packed weights: they are unpacked again.
-  @jax.checkpoint
-  def dense_product(x: Array, w_p: Array, w_n: Array, arrays: tuple) -> Array:
+  def dense(x: Array, w_p: Array, w_n: Array, arrays: tuple) -> Array:
     codes = LAYOUTS[static.layout].codes(tuple(arrays), static.size)
     return forms.of_codes(x, codes, w_p, w_n, static.size, int8=False)
 
-  def zeros(t: Array | SymbolicZero, like: Array) -> Array:
-    return jnp.zeros_like(like) if isinstance(t, SymbolicZero) else t
-
-  dx, *dw, _ = tangents
-  dy = jnp.zeros_like(y)
-  if not isinstance(dx, SymbolicZero):
-    dy += dense_product(dx, w_p, w_n, arrays)
-  if not all(isinstance(t, SymbolicZero) for t in dw):
-    dw = (zeros(t, w) for t, w in zip(dw, (w_p, w_n), strict=True))
-    dy += dense_product(x, *dw, arrays)
-  return y, dy
+  return y, forms.derivative(dense, y, primals, tangents)
 
 
 def _matmul(w: PackedTernary | Prepared, y: Array) -> Array:
