@@ -83,9 +83,9 @@ def ramp(
   """Makes a cubic schedule of sparsity up to the target, then flat.
 
   `s(n) = sparsity - (sparsity - start) * (1 - n / (until * steps))^3`, with
-  `start` at most the sparsity. As it tells where the
-  run ends, methods with such a target measure at each of the last 5 % of its
-  steps, and meet it to the weight there.
+  `start` at most the sparsity. As it tells where the run ends, methods with
+  such a target measure at each of the last 5 % of its steps, and meet it to the
+  weight there.
 
   Args:
     sparsity: share of zeros in [0, 1) at the end; or shares `per_layer` or
